@@ -1,0 +1,35 @@
+"""Layer normalization for PyTorch: normalized recurrent networks and norm operators.
+
+Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
+"""
+
+__version__ = "0.1.0"
+
+from layernorm import backends, functional, reference, variants
+from layernorm.modules import LayerNorm, RMSNorm
+from layernorm.recurrent import (
+    LayerNormGRU,
+    LayerNormGRUCell,
+    LayerNormLSTM,
+    LayerNormLSTMCell,
+    LayerNormRNN,
+    LayerNormRNNCell,
+)
+from layernorm.variants import Variant
+
+__all__ = [
+    "LayerNorm",
+    "LayerNormGRU",
+    "LayerNormGRUCell",
+    "LayerNormLSTM",
+    "LayerNormLSTMCell",
+    "LayerNormRNN",
+    "LayerNormRNNCell",
+    "RMSNorm",
+    "Variant",
+    "__version__",
+    "backends",
+    "functional",
+    "reference",
+    "variants",
+]

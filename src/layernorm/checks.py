@@ -1,0 +1,192 @@
+"""Argument errors: each names the argument, what was expected, what came, and the likely fix.
+
+The exception types are PyTorch's, and so is the wording where code in the wild may match it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def norm_arguments(
+    operator: str,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    """Raises what PyTorch would for arguments that do not fit together."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{operator}: input must be a Tensor, got {type(input).__name__}")
+    if not isinstance(normalized_shape, Sequence):
+        raise TypeError(
+            f"{operator}: normalized_shape must be a sequence of ints such as ({normalized_shape},), "
+            f"got {type(normalized_shape).__name__}"
+        )
+    shape = list(normalized_shape)
+    if not shape:
+        raise RuntimeError(
+            f"{operator}: Expected normalized_shape to be at least 1-dimensional, i.e., containing at "
+            "least one element, but got normalized_shape = []"
+        )
+    if list(input.shape[-len(shape) :]) != shape:
+        expected = ", ".join(map(str, ["*", *shape]))
+        raise RuntimeError(
+            f"{operator}: Given normalized_shape={shape}, expected input with shape [{expected}], but "
+            f"got input of size{list(input.shape)}"
+        )
+    if not input.is_floating_point():
+        raise RuntimeError(
+            f"{operator}: input must be of a floating-point dtype, got {input.dtype}; convert it, for "
+            "example with input.float()"
+        )
+    if weight is not None:
+        _affine(operator, "weight", weight, input, shape)
+    if bias is not None:
+        _affine(operator, "bias", bias, input, shape)
+    if residual is not None:
+        _residual(operator, residual, input)
+
+
+def _affine(operator: str, name: str, tensor: Tensor, input: Tensor, shape: list[int]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{operator}: {name} must be a Tensor or None, got {type(tensor).__name__}")
+    if list(tensor.shape) != shape:
+        raise RuntimeError(
+            f"{operator}: Expected {name} to be of same shape as normalized_shape, but got {name} of "
+            f"shape {list(tensor.shape)} and normalized_shape = {shape}"
+        )
+    if tensor.device != input.device:
+        raise RuntimeError(
+            f"{operator}: Expected all tensors to be on the same device, but input is on "
+            f"{input.device} and {name} on {tensor.device}"
+        )
+    if tensor.dtype != input.dtype and not (tensor.dtype == torch.float32 and input.dtype in _HALF):
+        raise RuntimeError(
+            f"{operator}: expected {name} of the input's dtype {input.dtype}, or float32 beside a half "
+            f"input, but got {tensor.dtype}; convert one, for example with {name}.to(input.dtype)"
+        )
+
+
+def _residual(operator: str, residual: Tensor, input: Tensor) -> None:
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"{operator}: residual must be a Tensor, got {type(residual).__name__}")
+    for what in ("shape", "dtype", "device"):
+        got, expected = getattr(residual, what), getattr(input, what)
+        if got != expected:
+            raise RuntimeError(
+                f"{operator}: Expected residual to be of the input's {what} {_plain(expected)}, but "
+                f"got {_plain(got)}"
+            )
+
+
+def sequence_arguments(
+    operator: str,
+    input: Tensor,
+    state: Sequence[Tensor],
+    weights: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    batch_sizes: Sequence[int] | None,
+) -> None:
+    """Checks one layer's call; ``shapes`` are the parameters' as the variant wants them."""
+    missing = [n for n in shapes if n not in weights and not n.startswith("bias")]
+    unknown = [n for n in weights if n not in shapes]
+    if missing or unknown:
+        raise ValueError(
+            f"{operator}: weights of this variant are {', '.join(shapes)}"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; unknown: {', '.join(unknown)}" if unknown else "")
+        )
+    for name, tensor in weights.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise RuntimeError(
+                f"{operator}: Expected {name} of shape {_plain(shapes[name])}, but got "
+                f"{_plain(tensor.shape)}"
+            )
+    dims = 3 if batch_sizes is None else 2
+    if input.dim() != dims:
+        raise RuntimeError(f"{operator}: input must have {dims} dimensions, got {input.dim()}")
+    if batch_sizes is not None:
+        sizes = list(batch_sizes)
+        if sizes != sorted(sizes, reverse=True) or sum(sizes) != input.size(0) or not all(sizes):
+            raise ValueError(
+                f"{operator}: batch_sizes must be positive, not increasing, and sum to the rows of "
+                f"input, {input.size(0)}; got {sizes}"
+            )
+    steps = input.size(0) if batch_sizes is None else len(batch_sizes)
+    if steps == 0:
+        raise RuntimeError(f"{operator}: Expected sequence length to be larger than 0 in RNN")
+    features = shapes["weight_ih"][1]
+    if input.size(-1) != features:
+        raise RuntimeError(
+            f"{operator}: input.size(-1) must be equal to input_size. Expected {features}, got "
+            f"{input.size(-1)}"
+        )
+    rows = input.size(1) if batch_sizes is None else batch_sizes[0]
+    sizes_of_state = [shapes["weight_hh"][1], shapes["weight_hh"][0] // 4][: len(state)]
+    for name, tensor, size in zip(("h", "c"), state, sizes_of_state, strict=False):
+        if tuple(tensor.shape) != (rows, size):
+            raise RuntimeError(
+                f"{operator}: Expected {name} of the state to have size [{rows}, {size}], got "
+                f"{_plain(tensor.shape)}"
+            )
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def recurrent_sizes(
+    input_size: int,
+    hidden_size: int,
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    proj_size: int = 0,
+) -> None:
+    """Raises what :class:`torch.nn.RNNBase` would for its constructor's arguments."""
+    if (
+        isinstance(dropout, bool)
+        or not isinstance(dropout, int | float)
+        or not 0 <= dropout <= 1
+    ):
+        raise ValueError(
+            "dropout should be a number in range [0, 1] representing the probability of an element "
+            f"being zeroed, got {dropout!r}"
+        )
+    for name, flag in (("bias", bias), ("batch_first", batch_first)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
+    for name, size in (
+        ("input_size", input_size),
+        ("hidden_size", hidden_size),
+        ("num_layers", num_layers),
+        ("proj_size", proj_size),
+    ):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+        if size <= 0 and name != "proj_size":
+            raise ValueError(f"{name} must be greater than zero, got {size}")
+    if proj_size < 0:
+        raise ValueError(
+            "proj_size should be a positive integer or zero to disable projections, got "
+            f"{proj_size}"
+        )
+    if proj_size >= hidden_size:
+        raise ValueError(
+            f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}"
+        )
+
+
+def nonlinearity(name: str) -> str:
+    """Returns the name if it is one an RNN knows."""
+    if name not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{name}'. Select from 'tanh' or 'relu'.")
+    return name

@@ -1,0 +1,302 @@
+"""The operators as functions, with the signatures of their twins in :mod:`torch.nn.functional`.
+
+Shapes: the normalized features are the last dimensions, ``normalized_shape``; every other dimension
+holds rows. Each function checks its arguments and hands the call to the kernel that
+:func:`layernorm.backends.choose` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from layernorm import backends, checks, reference
+from layernorm.variants import GATES, Cell, Variant, parameter_shapes, resolve
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer normalization (Ba, Kiros, Hinton 2016, eq. 3 and 4).
+
+    output = (a - mean)·rstd·weight + bias with rstd = 1/√(var + eps) and the biased variance, over the
+    last dimensions. Statistics are kept in float32 for float16 and bfloat16 inputs.
+
+    Args:
+        input: (*, *normalized_shape), of a floating-point dtype.
+        normalized_shape: the sizes of the last dimensions.
+        weight: the gain, of shape normalized_shape and the input's dtype (float32 also beside a half
+            input); None for 1.
+        bias: likewise; None for 0.
+        eps: added to the variance.
+
+    Returns:
+        Tensor of the input's shape and dtype.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        RuntimeError: shapes, dtypes or devices do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from layernorm import functional as LF
+        >>> output = LF.layer_norm(torch.tensor([[1.0, 2.0, 3.0]]), (3,))
+        >>> output.mean().abs() < 1e-6, output.square().mean()
+        (tensor(True), tensor(1.0000))
+    """
+    checks.norm_arguments("layer_norm", input, normalized_shape, weight, bias)
+    kernel = backends.choose("layer_norm", input.device, input.dtype).kernel
+    if kernel == "native":
+        output: Tensor = torch.ops.layernorm.layer_norm(
+            input, normalized_shape, weight, bias, eps
+        )[0]
+        return output
+    if kernel == "torch":
+        return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
+    return reference.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """RMS normalization (Zhang and Sennrich 2019): layer norm without the mean.
+
+    output = a·rstd·weight with rstd = 1/√(Σa²/H + eps), over the last dimensions.
+
+    Args:
+        input: (*, *normalized_shape), of a floating-point dtype.
+        normalized_shape: the sizes of the last dimensions; H is their product.
+        weight: the gain, of shape normalized_shape; None for 1.
+        eps: added to the mean square; None for the machine epsilon of the dtype computed in.
+
+    Returns:
+        Tensor of the input's shape and dtype.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        RuntimeError: shapes, dtypes or devices do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from layernorm import functional as LF
+        >>> LF.rms_norm(torch.tensor([[3.0, -3.0]]), (2,))
+        tensor([[ 1., -1.]])
+    """
+    checks.norm_arguments("rms_norm", input, normalized_shape, weight)
+    kernel = backends.choose("rms_norm", input.device, input.dtype).kernel
+    if kernel == "torch":
+        return F.rms_norm(input, list(normalized_shape), weight, eps)
+    return reference.rms_norm(input, normalized_shape, weight, eps)
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Layer norm of ``input + residual``, which is returned too: the step of a residual stream.
+
+    Args:
+        input: (*, *normalized_shape), of a floating-point dtype.
+        residual: of the input's shape and dtype.
+        normalized_shape: the sizes of the last dimensions.
+        weight: the gain, of shape normalized_shape; None for 1.
+        bias: of shape normalized_shape; None for 0.
+        eps: added to the variance.
+
+    Returns:
+        ``(output, sum)``: output = layer_norm(sum), and sum = input + residual rounded to its dtype;
+        both of the input's shape and dtype.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        RuntimeError: shapes, dtypes or devices do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from layernorm import functional as LF
+        >>> x, residual = torch.randn(2, 8), torch.randn(2, 8)
+        >>> output, residual = LF.add_layer_norm(x, residual, (8,))
+    """
+    checks.norm_arguments("add_layer_norm", input, normalized_shape, weight, bias, residual)
+    if backends.choose("add_layer_norm", input.device, input.dtype).kernel == "torch":
+        total = input + residual
+        return F.layer_norm(total, list(normalized_shape), weight, bias, eps), total
+    return reference.add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RMS norm of ``input + residual``, which is returned too.
+
+    Arguments, results and errors as those of :func:`add_layer_norm` and :func:`rms_norm`.
+
+    Example:
+        >>> import torch
+        >>> from layernorm import functional as LF
+        >>> x, residual = torch.randn(2, 8), torch.randn(2, 8)
+        >>> output, residual = LF.add_rms_norm(x, residual, (8,))
+    """
+    checks.norm_arguments("add_rms_norm", input, normalized_shape, weight, None, residual)
+    if backends.choose("add_rms_norm", input.device, input.dtype).kernel == "torch":
+        total = input + residual
+        return F.rms_norm(total, list(normalized_shape), weight, eps), total
+    return reference.add_rms_norm(input, residual, normalized_shape, weight, eps)
+
+
+def lstm(
+    input: Tensor,
+    state: tuple[Tensor, Tensor],
+    weights: Mapping[str, Tensor],
+    *,
+    variant: str | Variant = "paper",
+    reverse: bool = False,
+    batch_sizes: Sequence[int] | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One layer and direction of a normalized LSTM over a whole sequence (paper eq. 20-22).
+
+    Args:
+        input: (T, N, F): time, batch, features; or the (ΣN_t, F) data of a packed sequence together
+            with its ``batch_sizes``.
+        state: h (N, proj_size or H) and c (N, H).
+        weights: by the names and shapes of :func:`layernorm.variants.parameter_shapes`; any bias may
+            be left out.
+        variant: a preset's name or a :class:`layernorm.Variant`.
+        reverse: run from the last step to the first; the outputs stay in the input's order.
+        batch_sizes: the rows of each step, not increasing.
+
+    Returns:
+        ``(output, (h, c))``: output (T, N, proj_size or H) or (ΣN_t, ·), and the final state.
+
+    Raises:
+        ValueError: an unknown variant, weights that are not the variant's, bad ``batch_sizes``.
+        RuntimeError: a tensor of the wrong shape.
+
+    Example:
+        >>> import torch
+        >>> from layernorm import functional as LF
+        >>> from layernorm.variants import parameter_shapes, resolve
+        >>> shapes = parameter_shapes("lstm", resolve("paper", "lstm"), 3, 5)
+        >>> weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+        >>> state = torch.zeros(2, 5), torch.zeros(2, 5)
+        >>> output, (h, c) = LF.lstm(torch.randn(7, 2, 3), state, weights)
+        >>> output.shape
+        torch.Size([7, 2, 5])
+    """
+    kernels, spec = _sequence("lstm", input, tuple(state), weights, variant, batch_sizes)
+    result: tuple[Tensor, tuple[Tensor, Tensor]] = kernels.lstm(
+        input, state, weights, spec, reverse=reverse, batch_sizes=batch_sizes
+    )
+    return result
+
+
+def gru(
+    input: Tensor,
+    state: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    variant: str | Variant = "paper",
+    reverse: bool = False,
+    batch_sizes: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One layer and direction of a normalized GRU over a whole sequence (paper eq. 26-28).
+
+    h' = (1 - z)·n + z·h, which is PyTorch's convention; the paper's has z and 1 - z the other way round.
+    Arguments, results and errors as those of :func:`lstm`, with the state h (N, H) and the final h.
+
+    Example:
+        >>> import torch
+        >>> from layernorm import functional as LF
+        >>> from layernorm.variants import parameter_shapes, resolve
+        >>> shapes = parameter_shapes("gru", resolve("paper", "gru"), 3, 5)
+        >>> weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+        >>> output, h = LF.gru(torch.randn(7, 2, 3), torch.zeros(2, 5), weights)
+    """
+    kernels, spec = _sequence("gru", input, (state,), weights, variant, batch_sizes)
+    result: tuple[Tensor, Tensor] = kernels.gru(
+        input, state, weights, spec, reverse=reverse, batch_sizes=batch_sizes
+    )
+    return result
+
+
+def rnn(
+    input: Tensor,
+    state: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    variant: str | Variant = "paper",
+    nonlinearity: str = "tanh",
+    reverse: bool = False,
+    batch_sizes: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One layer and direction of a normalized RNN over a whole sequence (paper eq. 4).
+
+    ``nonlinearity`` is "tanh" or "relu". Other arguments, results and errors as those of :func:`lstm`,
+    with the state h (N, H) and the final h.
+
+    Example:
+        >>> import torch
+        >>> from layernorm import functional as LF
+        >>> from layernorm.variants import parameter_shapes, resolve
+        >>> shapes = parameter_shapes("rnn", resolve("paper", "rnn"), 3, 5)
+        >>> weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+        >>> output, h = LF.rnn(torch.randn(7, 2, 3), torch.zeros(2, 5), weights)
+    """
+    kernels, spec = _sequence("rnn", input, (state,), weights, variant, batch_sizes)
+    result: tuple[Tensor, Tensor] = kernels.rnn(
+        input,
+        state,
+        weights,
+        spec,
+        nonlinearity=checks.nonlinearity(nonlinearity),
+        reverse=reverse,
+        batch_sizes=batch_sizes,
+    )
+    return result
+
+
+def _sequence(
+    cell: Cell,
+    input: Tensor,
+    state: tuple[Tensor, ...],
+    weights: Mapping[str, Tensor],
+    variant: str | Variant,
+    batch_sizes: Sequence[int] | None,
+) -> tuple[ModuleType, Variant]:
+    """Checks a sequence call; returns the module whose function serves it, and the spec."""
+    spec = resolve(variant, cell)
+    checks.sequence_arguments(cell, input, state, weights, _shapes(cell, weights, spec), batch_sizes)
+    backends.choose(cell, input.device, input.dtype)
+    return reference, spec
+
+
+def _shapes(cell: Cell, weights: Mapping[str, Any], spec: Variant) -> dict[str, tuple[int, ...]]:
+    """The shapes that this variant's parameters must have, given the two weight matrices."""
+    for name in ("weight_ih", "weight_hh"):
+        if name not in weights or weights[name].dim() != 2:
+            raise ValueError(f"{cell}: weights must hold the matrix {name}")
+    rows, input_size = weights["weight_ih"].shape
+    proj_size = weights["weight_hr"].size(0) if cell == "lstm" and "weight_hr" in weights else 0
+    if rows % GATES[cell]:
+        raise RuntimeError(f"{cell}: weight_ih must have {GATES[cell]}·H rows, got {rows}")
+    return parameter_shapes(cell, spec, input_size, rows // GATES[cell], proj_size=proj_size)

@@ -1,0 +1,222 @@
+"""Recurrent sequences for every variant: one time loop that takes a small cell function.
+
+Shapes: T time, N batch, F input, H hidden, G gates, P the size of h (``proj_size`` or H). A cell takes
+what the input contributes to the gates at one step, ``x`` (N, G·H), which :func:`_project` has computed
+for all steps at once, and the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from layernorm.reference.norms import layer_norm, rms_norm
+from layernorm.variants import Variant
+
+Weights = Mapping[str, Tensor]
+State = tuple[Tensor, ...]
+
+
+def lstm(
+    input: Tensor,
+    state: tuple[Tensor, Tensor],
+    weights: Weights,
+    variant: Variant,
+    *,
+    reverse: bool = False,
+    batch_sizes: Sequence[int] | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One layer and direction of an LSTM (paper eq. 20-22 for the variant "paper").
+
+    Args:
+        input: (T, N, F), or the (ΣN_t, F) data of a packed sequence with its ``batch_sizes``.
+        state: h (N, P) and c (N, H).
+        weights: by the names of :func:`layernorm.variants.parameter_shapes`; a bias may be absent.
+        variant: the spec.
+        reverse: run from the last step to the first; outputs stay in the input's order.
+        batch_sizes: rows at each step, not increasing; None when all steps have N.
+
+    Returns:
+        output (T, N, P), or (ΣN_t, P); and the final (h, c).
+    """
+    cell = partial(_lstm_step, weights=weights, variant=variant)
+    x = _project(input, weights, variant, _groups("lstm", variant, state[1].size(-1)))
+    output, (h, c) = _scan(cell, x, state, reverse, batch_sizes)
+    return output, (h, c)
+
+
+def gru(
+    input: Tensor,
+    state: Tensor,
+    weights: Weights,
+    variant: Variant,
+    *,
+    reverse: bool = False,
+    batch_sizes: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One layer and direction of a GRU (paper eq. 26-28); h' = (1 - z)·n + z·h as in PyTorch.
+
+    Arguments and results as those of :func:`lstm`, with the state h (N, H).
+    """
+    cell = partial(_gru_step, weights=weights, variant=variant)
+    x = _project(input, weights, variant, _groups("gru", variant, state.size(-1)))
+    output, (h,) = _scan(cell, x, (state,), reverse, batch_sizes)
+    return output, h
+
+
+def rnn(
+    input: Tensor,
+    state: Tensor,
+    weights: Weights,
+    variant: Variant,
+    *,
+    nonlinearity: str = "tanh",
+    reverse: bool = False,
+    batch_sizes: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One layer and direction of an RNN (paper eq. 4); ``nonlinearity`` is "tanh" or "relu".
+
+    Other arguments and results as those of :func:`lstm`, with the state h (N, H).
+    """
+    cell = partial(_rnn_step, weights=weights, variant=variant, nonlinearity=nonlinearity)
+    x = _project(input, weights, variant, _groups("rnn", variant, state.size(-1)))
+    output, (h,) = _scan(cell, x, (state,), reverse, batch_sizes)
+    return output, h
+
+
+def _lstm_step(x: Tensor, state: State, weights: Weights, variant: Variant) -> State:
+    h, c = state
+    gates = _gates(x, h, weights, variant, _groups("lstm", variant, c.size(-1)))
+    i, f, g, o = gates.chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    if variant.cell == "carried":
+        c = _normalized_cell(c, weights, variant)
+    seen = _normalized_cell(c, weights, variant) if variant.cell == "output" else c
+    h = torch.sigmoid(o) * torch.tanh(seen)
+    if "weight_hr" in weights:
+        h = linear(h, weights["weight_hr"])
+    return h, c
+
+
+def _gru_step(x: Tensor, state: State, weights: Weights, variant: Variant) -> State:
+    (h,) = state
+    size = h.size(-1)
+    groups = _groups("gru", variant, size)
+    if variant.inputs == "separate":
+        hidden = linear(h, weights["weight_hh"], weights.get("bias_hh"))
+        hidden = _normalized(hidden, groups, weights.get("gain_hh"), None, variant)
+        x = _plus(x, weights.get("bias"))
+        r, z = torch.sigmoid(x[..., : 2 * size] + hidden[..., : 2 * size]).chunk(2, -1)
+        reset = r * _plus(hidden[..., 2 * size :], weights.get("bias_hn"))
+        n = torch.tanh(x[..., 2 * size :] + reset)
+    elif variant.scope == "all":
+        gates = _gates(x, h, weights, variant, groups)
+        r, z = torch.sigmoid(gates[..., : 2 * size]).chunk(2, -1)
+        n = torch.tanh(r * gates[..., 2 * size :])
+    else:
+        hidden = linear(h, weights["weight_hh"], weights.get("bias_hh"))
+        (x_rz, x_n), (h_rz, h_n) = (a.split([2 * size, size], -1) for a in (x, hidden))
+        gain_rz, gain_n = weights["gain"].split([2 * size, size])
+        bias_rz, bias_n = (
+            weights["bias"].split([2 * size, size]) if "bias" in weights else (None, None)
+        )
+        rz = _normalized(x_rz + h_rz, groups[:-1], gain_rz, bias_rz, variant)
+        r, z = torch.sigmoid(rz).chunk(2, -1)
+        n = torch.tanh(_normalized(x_n + r * h_n, groups[-1:], gain_n, bias_n, variant))
+    return ((1 - z) * n + z * h,)
+
+
+def _rnn_step(
+    x: Tensor, state: State, weights: Weights, variant: Variant, nonlinearity: str
+) -> State:
+    (h,) = state
+    gates = _gates(x, h, weights, variant, _groups("rnn", variant, h.size(-1)))
+    return (torch.tanh(gates) if nonlinearity == "tanh" else torch.relu(gates),)
+
+
+def _scan(
+    cell: Callable[[Tensor, State], State],
+    x: Tensor,
+    state: State,
+    reverse: bool,
+    batch_sizes: Sequence[int] | None,
+) -> tuple[Tensor, State]:
+    """The one time loop. ``cell(x_t, state)`` gives the next state, whose first tensor is h.
+
+    With ``batch_sizes`` rows end (forward) or begin (reverse) on the way: the first ``batch_sizes[t]``
+    rows take part in step t. A row that has ended keeps its state as final, one that has not begun
+    keeps its initial state.
+    """
+    steps = list(x.unbind(0) if batch_sizes is None else x.split(list(batch_sizes)))
+    outputs: list[Tensor] = []
+    resting: State = tuple(s[:0] for s in state)  # the rows after those that take part
+    for x_t in reversed(steps) if reverse else steps:
+        rows, live = x_t.size(0), state[0].size(0)
+        if rows != live:
+            whole = tuple(torch.cat(pair) for pair in zip(state, resting, strict=True))
+            state = tuple(s[:rows] for s in whole)
+            resting = tuple(s[rows:] for s in whole)
+        state = cell(x_t, state)
+        outputs.append(state[0])
+    if resting[0].size(0):
+        state = tuple(torch.cat(pair) for pair in zip(state, resting, strict=True))
+    if reverse:
+        outputs.reverse()
+    return (torch.stack(outputs) if batch_sizes is None else torch.cat(outputs)), state
+
+
+def _project(x: Tensor, weights: Weights, variant: Variant, groups: list[int]) -> Tensor:
+    """What the input contributes to the gates: W_ih x, normalized where ``inputs`` is separate."""
+    a = linear(x, weights["weight_ih"], weights.get("bias_ih"))
+    if variant.inputs == "separate":
+        a = _normalized(a, groups, weights.get("gain_ih"), None, variant)
+    return a
+
+
+def _gates(
+    x: Tensor, h: Tensor, weights: Weights, variant: Variant, groups: list[int]
+) -> Tensor:
+    """All gates before their nonlinearity, for cells whose gates are made alike."""
+    b = linear(h, weights["weight_hh"], weights.get("bias_hh"))
+    bias = weights.get("bias")
+    if variant.inputs == "separate":
+        return _plus(x + _normalized(b, groups, weights.get("gain_hh"), None, variant), bias)
+    return _normalized(x + b, groups, weights.get("gain"), bias, variant)
+
+
+def _groups(cell: str, variant: Variant, size: int) -> list[int]:
+    """How many neighbouring features share statistics, group by group; size is H."""
+    gates = {"lstm": 4, "gru": 3, "rnn": 1}[cell]
+    if variant.scope == "gate":
+        return [size] * gates
+    if variant.scope == "matrix" and cell == "gru":
+        return [2 * size, size]
+    return [gates * size]
+
+
+def _normalized(
+    a: Tensor,
+    groups: list[int],
+    gain: Tensor | None,
+    bias: Tensor | None,
+    variant: Variant,
+) -> Tensor:
+    """N(a)·gain + bias, each group of features by itself; a is (..., sum(groups))."""
+    if variant.kind != "none":
+        norm = layer_norm if variant.kind == "layer" else rms_norm
+        parts = a.split(groups, -1)
+        a = torch.cat([norm(part, part.shape[-1:], eps=variant.eps) for part in parts], -1)
+    return _plus(a if gain is None else a * gain, bias)
+
+
+def _normalized_cell(c: Tensor, weights: Weights, variant: Variant) -> Tensor:
+    gain, bias = weights["gain_cell"], weights.get("bias_cell")
+    return _normalized(c, [c.size(-1)], gain, bias, variant)
+
+
+def _plus(a: Tensor, bias: Tensor | None) -> Tensor:
+    return a if bias is None else a + bias

@@ -1,0 +1,272 @@
+"""Which function "layer-normalized LSTM" means: the frozen spec and its named presets.
+
+Published layer-normalized cells differ in what is normalized together, in where biases enter, and in
+whether the normalized cell is carried on. :class:`Variant` says which; :data:`PRESETS` names the public
+ones. In the formulas below N is the normalizer without gain and bias, a = W_ih x and b = W_hh h.
+
+==========  ============================================================================================
+``inputs``  what the gates are made of
+==========  ============================================================================================
+separate    N(a)·gain_ih + N(b)·gain_hh + bias
+summed      N(a + b)·gain + bias
+==========  ============================================================================================
+
+==========  ============================================================================================
+``scope``   the features that share one mean and one rstd
+==========  ============================================================================================
+matrix      the outputs of one weight matrix: LSTM 4H; GRU 2H (r, z) and H (n), as in the paper; RNN H
+all         all gates together: LSTM 4H, GRU 3H, RNN H
+gate        each gate by itself: H
+==========  ============================================================================================
+
+==========  ============================================================================================
+``cell``    LSTM only; c' = σ(f)·c + σ(i)·tanh(g)
+==========  ============================================================================================
+output      h' = σ(o)·tanh(N(c')·gain_cell + bias_cell), and c' itself is carried on (the paper)
+carried     c' is replaced by N(c')·gain_cell + bias_cell, for the output and for the next step
+none        the cell is not normalized
+==========  ============================================================================================
+
+The candidate of a GRU, where the reset gate r meets the hidden state:
+
+===============================  =======================================================================
+separate                         n = tanh(N(a)_n·gain_ih_n + bias_n + r·(N(b)_n·gain_hh_n + bias_hn))
+summed, scope matrix or gate     n = tanh(N(a_n + r·b_n)·gain_n + bias_n)
+summed, scope all                n = tanh(r·(N(a + b)_n·gain_n + bias_n))
+===============================  =======================================================================
+
+With ``projection_bias`` a = W_ih x + bias_ih and b = W_hh h + bias_hh: biases inside the norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final, Literal, get_args
+
+Cell = Literal["lstm", "gru", "rnn"]
+Kind = Literal["layer", "rms", "none"]
+Inputs = Literal["separate", "summed"]
+Scope = Literal["matrix", "all", "gate"]
+CellNorm = Literal["output", "carried", "none"]
+
+#: Gates of each cell; their order in memory is PyTorch's: LSTM i, f, g, o; GRU r, z, n.
+GATES: Final[Mapping[Cell, int]] = MappingProxyType({"lstm": 4, "gru": 3, "rnn": 1})
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """The spec of a normalized recurrent cell; see the module's tables for the formulas.
+
+    Args:
+        kind: the normalizer: ``"layer"``, ``"rms"`` or ``"none"``. ``"none"`` is PyTorch's own
+            cell: nothing else applies then, and the other fields take their one value for it.
+        inputs: ``"separate"`` or ``"summed"``.
+        scope: ``"matrix"``, ``"all"`` or ``"gate"``.
+        cell: ``"output"``, ``"carried"`` or ``"none"``; of the LSTM only.
+        projection_bias: whether the two products have a bias of their own inside the norm.
+        eps: added to the variance (layer) or to the mean square (RMS); finite, not negative.
+
+    Raises:
+        ValueError: a field has a value it does not know.
+        TypeError: ``projection_bias`` is not a bool, or ``eps`` not a number.
+
+    Example:
+        >>> from layernorm import Variant
+        >>> Variant(inputs="summed", scope="gate").cell
+        'output'
+    """
+
+    kind: Kind = "layer"
+    inputs: Inputs = "separate"
+    scope: Scope = "matrix"
+    cell: CellNorm = "output"
+    projection_bias: bool = False
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for field, choices in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in choices:
+                raise ValueError(
+                    f"Variant: {field} must be one of {', '.join(map(repr, choices))}; got {value!r}"
+                )
+        if not isinstance(self.projection_bias, bool):
+            raise TypeError(
+                "Variant: projection_bias must be a bool, got "
+                f"{type(self.projection_bias).__name__}"
+            )
+        if isinstance(self.eps, bool) or not isinstance(self.eps, int | float):
+            raise TypeError(f"Variant: eps must be a float, got {type(self.eps).__name__}")
+        if not 0 <= self.eps < float("inf"):
+            raise ValueError(f"Variant: eps must be finite and not negative, got {self.eps}")
+        if self.kind == "none":
+            for field, value in _UNNORMALIZED.items():
+                object.__setattr__(self, field, value)
+
+
+_CHOICES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "kind": get_args(Kind),
+        "inputs": get_args(Inputs),
+        "scope": get_args(Scope),
+        "cell": get_args(CellNorm),
+    }
+)
+
+# PyTorch's cells in the words of the spec: equal specs compare equal, whatever was asked beside.
+_UNNORMALIZED: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        "inputs": "separate",
+        "scope": "matrix",
+        "cell": "none",
+        "projection_bias": True,
+        "eps": 1e-5,
+    }
+)
+
+_PAPER = Variant()
+_PAPER_RNN = Variant(inputs="summed")
+_CARRIED = Variant(cell="carried")
+
+
+def _presets(
+    table: Mapping[str, Mapping[Cell, Variant]],
+) -> Mapping[str, Mapping[Cell, Variant]]:
+    return MappingProxyType({name: MappingProxyType(dict(cells)) for name, cells in table.items()})
+
+
+#: Every named variant, by the cells that its source has. Where a source stores its gates in another
+#: order or folds a constant into a gate (a forget bias, Dreamer's update - 1), that is a matter of
+#: importing its weights, not of the function.
+PRESETS: Final[Mapping[str, Mapping[Cell, Variant]]] = _presets(
+    {
+        # Ba, Kiros and Hinton 2016: RNN eq. 4, LSTM eq. 20-22, GRU eq. 26-28.
+        "paper": {"lstm": _PAPER, "gru": _PAPER, "rnn": _PAPER_RNN},
+        # The paper's functions with the root mean square in place of mean and variance.
+        "rms": {
+            "lstm": Variant(kind="rms"),
+            "gru": Variant(kind="rms"),
+            "rnn": Variant(kind="rms", inputs="summed"),
+        },
+        # No norm: torch.nn.LSTM, GRU and RNN.
+        "none": dict.fromkeys(GATES, Variant(kind="none")),
+        # lmnt-com/haste.
+        "haste": {"lstm": _PAPER, "gru": Variant(scope="all")},
+        # ryankiros/layer-norm, the paper's own code.
+        "kiros": {
+            "lstm": Variant(projection_bias=True),
+            "gru": Variant(projection_bias=True),
+        },
+        # PyTorch's benchmarks/fastrnns, and NVIDIA NeMo after it.
+        "fastrnns": {"lstm": _CARRIED},
+        "nemo": {"lstm": _CARRIED},
+        # torchaudio's RNN-T predictor.
+        "torchaudio": {"lstm": Variant(inputs="summed", cell="carried")},
+        # k2-fsa/icefall.
+        "icefall": {
+            "lstm": Variant(inputs="summed", scope="gate", cell="carried", projection_bias=True),
+            "gru": Variant(inputs="summed", scope="gate", projection_bias=True),
+        },
+        # TensorFlow Addons; its two cells have different defaults of eps.
+        "tfa": {
+            "lstm": Variant(cell="carried", eps=1e-3),
+            "rnn": Variant(inputs="summed"),
+        },
+        # TensorFlow 1's LayerNormBasicLSTMCell.
+        "tf1": {"lstm": Variant(inputs="summed", scope="gate", cell="carried", eps=1e-12)},
+        # The GRU of Dreamer V3 in sheeprl. V2's is this with projection_bias=True and eps=1e-5.
+        "sheeprl": {"gru": Variant(inputs="summed", scope="all", eps=1e-3)},
+        # TensorFlow Lite's LSTM kernel with layer-norm coefficients.
+        "tflite": {"lstm": Variant(inputs="summed", scope="gate", cell="none", eps=1e-8)},
+    }
+)
+
+
+def resolve(variant: str | Variant, cell: Cell) -> Variant:
+    """The spec that ``variant`` means for ``cell``.
+
+    Args:
+        variant: a preset's name or a spec, which is returned as it is.
+        cell: ``"lstm"``, ``"gru"`` or ``"rnn"``.
+
+    Raises:
+        ValueError: no preset has that name, or the preset has no such cell.
+        TypeError: ``variant`` is neither a name nor a :class:`Variant`.
+
+    Example:
+        >>> from layernorm.variants import resolve
+        >>> resolve("paper", "rnn").inputs
+        'summed'
+    """
+    if isinstance(variant, Variant):
+        return variant
+    if not isinstance(variant, str):
+        raise TypeError(
+            f"variant must be a preset's name or a layernorm.Variant, got {type(variant).__name__}"
+        )
+    if variant not in PRESETS:
+        raise ValueError(f"unknown variant {variant!r}; expected one of {', '.join(PRESETS)}")
+    cells = PRESETS[variant]
+    if cell not in cells:
+        having = ", ".join(name for name, known in PRESETS.items() if cell in known)
+        raise ValueError(
+            f"variant {variant!r} has no {cell.upper()}; its cells: "
+            f"{', '.join(name.upper() for name in cells)}. Variants with a {cell.upper()}: {having}"
+        )
+    return cells[cell]
+
+
+def parameter_shapes(
+    cell: Cell,
+    variant: Variant,
+    input_size: int,
+    hidden_size: int,
+    *,
+    proj_size: int = 0,
+    bias: bool = True,
+) -> dict[str, tuple[int, ...]]:
+    """The parameters of one layer and direction, in order, by name without its suffix.
+
+    ``weight_*``, ``bias_ih`` and ``bias_hh`` are what :mod:`torch.nn` has under these names; every
+    ``gain*`` starts at 1, ``bias``, ``bias_hn`` and ``bias_cell`` at 0. ``bias=False`` leaves every
+    bias out. G is the number of gates, H the hidden size.
+
+    =======================  =============  ==================================================
+    ``weight_ih``            (G·H, input)
+    ``weight_hh``            (G·H, H)       (G·H, proj_size) with a projection
+    ``bias_ih, bias_hh``     (G·H)          inside the norm: ``projection_bias``, and no norm
+    ``weight_hr``            (proj, H)      with a projection
+    ``gain_ih, gain_hh``     (G·H)          ``inputs="separate"``
+    ``gain``                 (G·H)          ``inputs="summed"``
+    ``bias``                 (G·H)          after the norm
+    ``bias_hn``              (H)            GRU, ``inputs="separate"``: inside the reset product
+    ``gain_cell, bias_cell`` (H)            LSTM, unless ``cell="none"``
+    =======================  =============  ==================================================
+
+    Example:
+        >>> from layernorm.variants import Variant, parameter_shapes
+        >>> list(parameter_shapes("rnn", Variant(inputs="summed"), 3, 5))
+        ['weight_ih', 'weight_hh', 'gain', 'bias']
+    """
+    width = GATES[cell] * hidden_size
+    names: dict[str, tuple[int, ...]] = {
+        "weight_ih": (width, input_size),
+        "weight_hh": (width, proj_size or hidden_size),
+    }
+    if variant.projection_bias:
+        names |= {"bias_ih": (width,), "bias_hh": (width,)}
+    if proj_size:
+        names["weight_hr"] = (proj_size, hidden_size)
+    if variant.kind != "none":
+        gains = ("gain_ih", "gain_hh") if variant.inputs == "separate" else ("gain",)
+        names |= dict.fromkeys((*gains, "bias"), (width,))
+        if cell == "gru" and variant.inputs == "separate":
+            names["bias_hn"] = (hidden_size,)
+        if cell == "lstm" and variant.cell != "none":
+            names |= {"gain_cell": (hidden_size,), "bias_cell": (hidden_size,)}
+    return {name: shape for name, shape in names.items() if bias or not name.startswith("bias")}
+
+
+__all__ = ["GATES", "PRESETS", "Variant", "parameter_shapes", "resolve"]
