@@ -9,8 +9,8 @@
 
 namespace layernorm {
 
-// Partial sums that run side by side; enough to fill the widest vector unit four times over.
-inline constexpr int kLanes = 64;
+// Partial sums that run side by side: four vectors of 8 floats, two of 16.
+inline constexpr int kLanes = 32;
 
 struct RowStats {
   float mean;
@@ -24,28 +24,32 @@ struct RowStats {
   return lanes[0];
 }
 
-// Sum of term(x[i]) over a row x[width].
-template <class Term>
-[[gnu::always_inline]] inline float sum_row(const float* __restrict x, int64_t width, Term term) {
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += term(x[i + lane]);
-  for (int lane = 0; i + lane < width; ++lane) lanes[lane] += term(x[i + lane]);
-  return add_lanes(lanes);
-}
-
 // mean = sum(x) / width, var = sum((x - mean)^2) / width. x[width], width >= 1.
-// The residual sum(x - mean) of the rounded mean is measured and taken out of the variance, so a
-// large offset costs no more than the rounding of the input itself.
+// The second pass measures what the rounded mean missed and takes it out of both, so a large offset
+// costs no more than the rounding of the input itself.
 [[gnu::always_inline]] inline RowStats row_statistics(const float* __restrict x, int64_t width,
                                                       float eps) {
   const auto n = static_cast<float>(width);
-  const float rounded = sum_row(x, width, [](float a) { return a; }) / n;
-  const float residual = sum_row(x, width, [rounded](float a) { return a - rounded; }) / n;
-  const float mean = rounded + residual;
-  const float square = sum_row(x, width, [mean](float a) { return (a - mean) * (a - mean); });
-  return {mean, 1.0F / std::sqrt(square / n + eps)};
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += x[i + lane];
+  for (int lane = 0; i + lane < width; ++lane) lanes[lane] += x[i + lane];
+  const float rounded = add_lanes(lanes) / n;
+
+  float rests[kLanes] = {};
+  float squares[kLanes] = {};
+  const auto add = [&](int lane, float a) {
+    const float rest = a - rounded;
+    rests[lane] += rest;
+    squares[lane] += rest * rest;
+  };
+  for (i = 0; i + kLanes <= width; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) add(lane, x[i + lane]);
+  for (int lane = 0; i + lane < width; ++lane) add(lane, x[i + lane]);
+  const float rest = add_lanes(rests) / n;
+  const float var = add_lanes(squares) / n - rest * rest;
+  return {rounded + rest, 1.0F / std::sqrt(var + eps)};
 }
 
 // y = (x - mean) * rstd * gain + bias. x, y, gain, bias: [width]; gain and bias may be null.

@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Final, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ NORMS: Final = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 RECURRENT: Final = ("lstm", "gru", "rnn")
 VARIABLE: Final = "LAYERNORM_BACKEND"
 
-_override: ContextVar[str | None] = ContextVar("layernorm_backend", default=None)
+_override: str | None = os.environ.get(VARIABLE) or None
 
 
 class Choice(NamedTuple):
@@ -54,9 +53,8 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
         >>> backends.choose("lstm", torch.device("cpu"), torch.float32).kernel
         'reference'
     """
-    forced = _override.get() or _from_environment()
-    if forced is not None:
-        return _forced(forced, operator, device, dtype)
+    if _override is not None:
+        return _forced(_checked(_override, VARIABLE), operator, device, dtype)
     if operator in RECURRENT:
         return Choice("reference", "no compiled recurrent kernel in this version")
     if operator != "layer_norm":
@@ -75,7 +73,7 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
 
 @contextmanager
 def use(kernel: str) -> Iterator[None]:
-    """Within the ``with`` block every call is served by ``kernel``, in this thread.
+    """Within the ``with`` block every call in this process is served by ``kernel``.
 
     Args:
         kernel: ``"native"``, ``"torch"`` or ``"reference"``. An operator that has no kernel of that
@@ -90,11 +88,12 @@ def use(kernel: str) -> Iterator[None]:
         >>> with layernorm.backends.use("reference"):
         ...     output = layernorm.LayerNorm(4)(torch.zeros(2, 4))
     """
-    token = _override.set(_checked(kernel, "kernel"))
+    global _override
+    before, _override = _override, _checked(kernel, "kernel")
     try:
         yield
     finally:
-        _override.reset(token)
+        _override = before
 
 
 def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
@@ -107,19 +106,12 @@ def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype
                 f"{dtype} on {device.type}"
             )
         if ops.NATIVE_PROBLEM is not None:
-            raise RuntimeError(
-                f"the override asks for the native kernel, but {ops.NATIVE_PROBLEM}"
-            )
+            raise RuntimeError(f"the override asks for the native kernel, but {ops.NATIVE_PROBLEM}")
     return Choice(kernel, "the override asks for it")
 
 
 def _has_native(operator: str, device: torch.device, dtype: torch.dtype) -> bool:
     return operator == "layer_norm" and device.type == "cpu" and dtype == torch.float32
-
-
-def _from_environment() -> str | None:
-    kernel = os.environ.get(VARIABLE)
-    return _checked(kernel, VARIABLE) if kernel else None
 
 
 def _checked(kernel: str, name: str) -> str:

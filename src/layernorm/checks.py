@@ -19,7 +19,6 @@ def norm_arguments(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    residual: Tensor | None = None,
 ) -> None:
     """Raises what PyTorch would for arguments that do not fit together."""
     if not isinstance(input, Tensor):
@@ -50,8 +49,6 @@ def norm_arguments(
         _affine(operator, "weight", weight, input, shape)
     if bias is not None:
         _affine(operator, "bias", bias, input, shape)
-    if residual is not None:
-        _residual(operator, residual, input)
 
 
 def _affine(operator: str, name: str, tensor: Tensor, input: Tensor, shape: list[int]) -> None:
@@ -74,7 +71,8 @@ def _affine(operator: str, name: str, tensor: Tensor, input: Tensor, shape: list
         )
 
 
-def _residual(operator: str, residual: Tensor, input: Tensor) -> None:
+def residual_argument(operator: str, residual: Tensor, input: Tensor) -> None:
+    """Raises unless ``residual`` is like ``input``."""
     if not isinstance(residual, Tensor):
         raise TypeError(f"{operator}: residual must be a Tensor, got {type(residual).__name__}")
     for what in ("shape", "dtype", "device"):
@@ -106,8 +104,7 @@ def sequence_arguments(
     for name, tensor in weights.items():
         if tuple(tensor.shape) != shapes[name]:
             raise RuntimeError(
-                f"{operator}: Expected {name} of shape {_plain(shapes[name])}, but got "
-                f"{_plain(tensor.shape)}"
+                f"{operator}: Expected {name} of shape {_plain(shapes[name])}, but got {_plain(tensor.shape)}"
             )
     dims = 3 if batch_sizes is None else 2
     if input.dim() != dims:
@@ -152,11 +149,7 @@ def recurrent_sizes(
     proj_size: int = 0,
 ) -> None:
     """Raises what :class:`torch.nn.RNNBase` would for its constructor's arguments."""
-    if (
-        isinstance(dropout, bool)
-        or not isinstance(dropout, int | float)
-        or not 0 <= dropout <= 1
-    ):
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         raise ValueError(
             "dropout should be a number in range [0, 1] representing the probability of an element "
             f"being zeroed, got {dropout!r}"
@@ -176,13 +169,10 @@ def recurrent_sizes(
             raise ValueError(f"{name} must be greater than zero, got {size}")
     if proj_size < 0:
         raise ValueError(
-            "proj_size should be a positive integer or zero to disable projections, got "
-            f"{proj_size}"
+            f"proj_size should be a positive integer or zero to disable projections, got {proj_size}"
         )
     if proj_size >= hidden_size:
-        raise ValueError(
-            f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}"
-        )
+        raise ValueError(f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}")
 
 
 def nonlinearity(name: str) -> str:

@@ -56,9 +56,7 @@ def layer_norm(
     checks.norm_arguments("layer_norm", input, normalized_shape, weight, bias)
     kernel = backends.choose("layer_norm", input.device, input.dtype).kernel
     if kernel == "native":
-        output: Tensor = torch.ops.layernorm.layer_norm(
-            input, normalized_shape, weight, bias, eps
-        )[0]
+        output: Tensor = torch.ops.layernorm.layer_norm(input, normalized_shape, weight, bias, eps)[0]
         return output
     if kernel == "torch":
         return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
@@ -96,9 +94,7 @@ def rms_norm(
     """
     checks.norm_arguments("rms_norm", input, normalized_shape, weight)
     kernel = backends.choose("rms_norm", input.device, input.dtype).kernel
-    if kernel == "torch":
-        return F.rms_norm(input, list(normalized_shape), weight, eps)
-    return reference.rms_norm(input, normalized_shape, weight, eps)
+    return _rms_norm(kernel, input, normalized_shape, weight, eps)
 
 
 def add_layer_norm(
@@ -133,7 +129,8 @@ def add_layer_norm(
         >>> x, residual = torch.randn(2, 8), torch.randn(2, 8)
         >>> output, residual = LF.add_layer_norm(x, residual, (8,))
     """
-    checks.norm_arguments("add_layer_norm", input, normalized_shape, weight, bias, residual)
+    checks.norm_arguments("add_layer_norm", input, normalized_shape, weight, bias)
+    checks.residual_argument("add_layer_norm", residual, input)
     if backends.choose("add_layer_norm", input.device, input.dtype).kernel == "torch":
         total = input + residual
         return F.layer_norm(total, list(normalized_shape), weight, bias, eps), total
@@ -157,11 +154,20 @@ def add_rms_norm(
         >>> x, residual = torch.randn(2, 8), torch.randn(2, 8)
         >>> output, residual = LF.add_rms_norm(x, residual, (8,))
     """
-    checks.norm_arguments("add_rms_norm", input, normalized_shape, weight, None, residual)
-    if backends.choose("add_rms_norm", input.device, input.dtype).kernel == "torch":
-        total = input + residual
-        return F.rms_norm(total, list(normalized_shape), weight, eps), total
-    return reference.add_rms_norm(input, residual, normalized_shape, weight, eps)
+    checks.norm_arguments("add_rms_norm", input, normalized_shape, weight)
+    checks.residual_argument("add_rms_norm", residual, input)
+    kernel = backends.choose("add_rms_norm", input.device, input.dtype).kernel
+    total = input + residual
+    return _rms_norm(kernel, total, normalized_shape, weight, eps), total
+
+
+def _rms_norm(
+    kernel: str, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None
+) -> Tensor:
+    # PyTorch's operator promotes a half input to the dtype of a float32 gain, and warns.
+    if kernel == "torch" and (weight is None or weight.dtype == input.dtype):
+        return F.rms_norm(input, list(normalized_shape), weight, eps)
+    return reference.rms_norm(input, normalized_shape, weight, eps)
 
 
 def lstm(

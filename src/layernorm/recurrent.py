@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
@@ -32,29 +32,24 @@ class _Parametrized(torch.nn.Module):
 
     input_size: int
     hidden_size: int
-    bias: bool
     variant: Variant
 
-    def __init__(
-        self, input_size: int, hidden_size: int, bias: bool, variant: str | Variant
-    ) -> None:
+    def __init__(self, input_size: int, hidden_size: int, bias: bool, variant: str | Variant) -> None:
         super().__init__()
         self.input_size = input_size
         self.hidden_size = hidden_size
-        self.bias = bias
+        self._has_bias = bias
         self.variant = resolve(variant, self._cell)
         self._variant_as_given = variant
 
-    def _register(
-        self, suffix: str, input_size: int, proj_size: int, device: Any, dtype: Any
-    ) -> None:
+    def _register(self, suffix: str, input_size: int, proj_size: int, device: Any, dtype: Any) -> None:
         shapes = parameter_shapes(
             self._cell,
             self.variant,
             input_size,
             self.hidden_size,
             proj_size=proj_size,
-            bias=self.bias,
+            bias=self._has_bias,
         )
         for name, shape in shapes.items():
             parameter = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -79,7 +74,7 @@ class _Parametrized(torch.nn.Module):
             1,
             self.hidden_size,
             proj_size=getattr(self, "proj_size", 0),
-            bias=self.bias,
+            bias=self._has_bias,
         )
         return {name: getattr(self, name + suffix) for name in names}
 
@@ -110,16 +105,12 @@ class _Parametrized(torch.nn.Module):
         return output, (h,)
 
     def _check_dtype(self, input: Tensor) -> None:
-        weight = self.get_parameter_dtype()
+        weight = next(self.parameters()).dtype
         if input.dtype != weight and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight}). "
                 f"Convert input: input.to({weight}), or convert model: model.to({input.dtype})"
             )
-
-    def get_parameter_dtype(self) -> torch.dtype:
-        """The dtype of the parameters."""
-        return next(self.parameters()).dtype
 
     def _as_tuple(self, hx: State) -> tuple[Tensor, ...]:
         """The state as a tuple of as many tensors as this cell has."""
@@ -127,11 +118,7 @@ class _Parametrized(torch.nn.Module):
             if not isinstance(hx, Tensor):
                 raise TypeError(f"hx must be a Tensor h_0, got {type(hx).__name__}")
             return (hx,)
-        if (
-            not isinstance(hx, tuple | list)
-            or len(hx) != 2
-            or not all(isinstance(s, Tensor) for s in hx)
-        ):
+        if not isinstance(hx, tuple | list) or len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
             got = f"{type(hx).__name__} of {len(hx)}" if hasattr(hx, "__len__") else type(hx).__name__
             raise TypeError(f"hx must be a tuple (h_0, c_0) of two Tensors, got {got}")
         return tuple(hx)
@@ -158,10 +145,9 @@ class _Sequence(_Parametrized):
         *,
         variant: str | Variant = "paper",
     ) -> None:
-        checks.recurrent_sizes(
-            input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size
-        )
+        checks.recurrent_sizes(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
         super().__init__(input_size, hidden_size, bias, variant)
+        self.bias = bias
         self.num_layers = num_layers
         self.batch_first = batch_first
         self.dropout = float(dropout)
@@ -207,8 +193,7 @@ class _Sequence(_Parametrized):
             raise TypeError(f"input must be a Tensor or PackedSequence, got {type(input).__name__}")
         if input.dim() not in (2, 3):
             raise ValueError(
-                f"{self._cell.upper()}: Expected input to be 2D or 3D, got {input.dim()}D tensor "
-                "instead"
+                f"{self._cell.upper()}: Expected input to be 2D or 3D, got {input.dim()}D tensor instead"
             )
         batched = input.dim() == 3
         state = None if hx is None else self._as_tuple(hx)
@@ -231,9 +216,7 @@ class _Sequence(_Parametrized):
             return data.squeeze(1), self._as_state(tuple(s.squeeze(1) for s in state))
         return data.transpose(0, 1) if self.batch_first else data, self._as_state(state)
 
-    def _forward_packed(
-        self, input: PackedSequence, hx: State | None
-    ) -> tuple[PackedSequence, State]:
+    def _forward_packed(self, input: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         state = None if hx is None else self._as_tuple(hx)
         if state is not None and sorted_indices is not None:
@@ -256,9 +239,7 @@ class _Sequence(_Parametrized):
             for direction in self._directions:
                 initial = tuple(s[len(finals)] for s in state)
                 suffix = f"_l{layer}{direction}"
-                output, final = self._sequence(
-                    data, initial, suffix, direction == "_reverse", batch_sizes
-                )
+                output, final = self._sequence(data, initial, suffix, direction == "_reverse", batch_sizes)
                 outputs.append(output)
                 finals.append(final)
             data = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
@@ -270,15 +251,12 @@ class _Sequence(_Parametrized):
         self._check_dtype(data)
         if data.size(-1) != self.input_size:
             raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got "
-                f"{data.size(-1)}"
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {data.size(-1)}"
             )
         if data.dim() == 3 and data.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
-    def _checked_state(
-        self, state: tuple[Tensor, ...] | None, data: Tensor, rows: int
-    ) -> tuple[Tensor, ...]:
+    def _checked_state(self, state: tuple[Tensor, ...] | None, data: Tensor, rows: int) -> tuple[Tensor, ...]:
         """The initial state, zeros where none is given; each tensor (L·D, N, size)."""
         sizes = [self.proj_size or self.hidden_size]
         if self._cell == "lstm":
@@ -363,35 +341,6 @@ class LayerNormLSTM(_Sequence):
     """
 
     _cell = "lstm"
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        variant: str | Variant = "paper",
-    ) -> None:
-        super().__init__(
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            device,
-            dtype,
-            variant=variant,
-        )
 
 
 class LayerNormGRU(_Sequence):
@@ -516,6 +465,9 @@ class _SingleStep(_Parametrized):
         checks.recurrent_sizes(input_size, hidden_size, bias=bool(bias))
         super().__init__(input_size, hidden_size, bool(bias), variant)
         self._register("", input_size, 0, device, dtype)
+        if "bias" not in self._parameters:
+            # torch.nn's cells have the flag under this name, torch.nn.Linear None for no parameter.
+            self.bias = self._has_bias if self.variant.kind == "none" else None
         self.reset_parameters()
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
@@ -530,9 +482,7 @@ class _SingleStep(_Parametrized):
         for index, tensor in enumerate(state or ()):
             if tensor.dim() not in (1, 2):
                 which = f"hx[{index}]" if count > 1 else "hidden"
-                raise ValueError(
-                    f"{name}: Expected {which} to be 1D or 2D, got {tensor.dim()}D instead"
-                )
+                raise ValueError(f"{name}: Expected {which} to be 1D or 2D, got {tensor.dim()}D instead")
         batched = input.dim() == 2
         rows = input if batched else input.unsqueeze(0)
         if state is None:
@@ -557,8 +507,7 @@ class _SingleStep(_Parametrized):
                 )
             if tensor.size(0) != rows.size(0):
                 raise RuntimeError(
-                    f"Input batch size {rows.size(0)} doesn't match hidden{index} batch size "
-                    f"{tensor.size(0)}"
+                    f"Input batch size {rows.size(0)} doesn't match hidden{index} batch size {tensor.size(0)}"
                 )
             if tensor.size(1) != self.hidden_size:
                 raise RuntimeError(
@@ -568,7 +517,7 @@ class _SingleStep(_Parametrized):
 
     def extra_repr(self) -> str:
         """The sizes, what differs from the defaults, and the variant."""
-        bias = "" if self.bias else ", bias=False"
+        bias = "" if self._has_bias else ", bias=False"
         return f"{self.input_size}, {self.hidden_size}{bias}, variant={self._variant_as_given!r}"
 
 
@@ -587,6 +536,9 @@ class LayerNormLSTMCell(_SingleStep):
         - input: (N, F), or (F) for one row;
         - ``(h, c)``: each (N, H), or (H); zeros when left out;
         - result: the next ``(h, c)``.
+
+    The parameters are those of the sequence without suffix; so ``bias`` is the parameter after the norms, or
+    None without biases.
 
     Raises:
         ValueError: a size or the variant is not one there is; a wrong rank or dtype.

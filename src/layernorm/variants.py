@@ -94,8 +94,7 @@ class Variant:
                 )
         if not isinstance(self.projection_bias, bool):
             raise TypeError(
-                "Variant: projection_bias must be a bool, got "
-                f"{type(self.projection_bias).__name__}"
+                f"Variant: projection_bias must be a bool, got {type(self.projection_bias).__name__}"
             )
         if isinstance(self.eps, bool) or not isinstance(self.eps, int | float):
             raise TypeError(f"Variant: eps must be a float, got {type(self.eps).__name__}")

@@ -121,18 +121,14 @@ def _gru_step(x: Tensor, state: State, weights: Weights, variant: Variant) -> St
         hidden = linear(h, weights["weight_hh"], weights.get("bias_hh"))
         (x_rz, x_n), (h_rz, h_n) = (a.split([2 * size, size], -1) for a in (x, hidden))
         gain_rz, gain_n = weights["gain"].split([2 * size, size])
-        bias_rz, bias_n = (
-            weights["bias"].split([2 * size, size]) if "bias" in weights else (None, None)
-        )
+        bias_rz, bias_n = weights["bias"].split([2 * size, size]) if "bias" in weights else (None, None)
         rz = _normalized(x_rz + h_rz, groups[:-1], gain_rz, bias_rz, variant)
         r, z = torch.sigmoid(rz).chunk(2, -1)
         n = torch.tanh(_normalized(x_n + r * h_n, groups[-1:], gain_n, bias_n, variant))
     return ((1 - z) * n + z * h,)
 
 
-def _rnn_step(
-    x: Tensor, state: State, weights: Weights, variant: Variant, nonlinearity: str
-) -> State:
+def _rnn_step(x: Tensor, state: State, weights: Weights, variant: Variant, nonlinearity: str) -> State:
     (h,) = state
     gates = _gates(x, h, weights, variant, _groups("rnn", variant, h.size(-1)))
     return (torch.tanh(gates) if nonlinearity == "tanh" else torch.relu(gates),)
@@ -177,9 +173,7 @@ def _project(x: Tensor, weights: Weights, variant: Variant, groups: list[int]) -
     return a
 
 
-def _gates(
-    x: Tensor, h: Tensor, weights: Weights, variant: Variant, groups: list[int]
-) -> Tensor:
+def _gates(x: Tensor, h: Tensor, weights: Weights, variant: Variant, groups: list[int]) -> Tensor:
     """All gates before their nonlinearity, for cells whose gates are made alike."""
     b = linear(h, weights["weight_hh"], weights.get("bias_hh"))
     bias = weights.get("bias")

@@ -1,0 +1,30 @@
+"""Runs every documented example: docstrings of the package, README.md and docs/*.md."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+from sybil.parsers.rest import DocTestParser
+
+# Data and results of whoever runs the tests are neither read nor written.
+os.environ.pop("LAYERNORM_BACKEND", None)
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+pytest_collect_file = (
+    Sybil(parsers=[DocTestParser()], patterns=["src/**/*.py"])
+    + Sybil(
+        parsers=[PythonCodeBlockParser()],
+        patterns=["README.md", "docs/*.md"],
+        fixtures=["in_empty_folder"],
+    )
+).pytest()

@@ -1,0 +1,170 @@
+"""The ``layernorm`` command."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NoReturn
+
+import torch
+
+import layernorm
+from layernorm import backends, ops
+
+_TASKS_HELP: Final = """\
+tasks:
+  digits       scikit-learn's handwritten digits by a feed-forward network
+               norms: none, batch, layer, rms, weight
+  digits-rows  the same read row by row by an LSTM
+               norms: none (torch.nn.LSTM), layer (LayerNormLSTM), or a variant by name
+  mnist        permutation-invariant MNIST, 784-1000-1000-10 (section 6.6 of the paper)
+               norms: none, batch, layer, rms, weight
+
+Data is looked for in the folder that LAYERNORM_DATA names, then in a cache folder, then
+downloaded. The same command goes on where an earlier one was stopped.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code.
+
+    Example:
+        >>> from layernorm.cli import main
+        >>> main(["info"])  # doctest: +ELLIPSIS
+        layernorm ...
+        0
+    """
+    options = _parser().parse_args(arguments)
+    if options.command == "info":
+        print(info())  # noqa: T201
+        return 0
+    return _compare(options)
+
+
+def info() -> str:
+    """Versions, instruction sets, and which kernel serves which operator here and why."""
+    problem = ops.NATIVE_PROBLEM
+    lines = [
+        f"layernorm {layernorm.__version__}",
+        f"python    {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"torch     {torch.__version__}, {torch.get_num_threads()} threads",
+        f"CPU       {torch.backends.cpu.get_cpu_capability()}",
+        f"CUDA      {_cuda()}",
+        f"compiled  {'loaded' if problem is None else f'none: {problem}'}",
+        "",
+        f"{'operator':<16}{'device':<8}{'dtype':<10}{'kernel':<11}why",
+    ]
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for operator in (*backends.NORMS, *backends.RECURRENT):
+        for device in devices:
+            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+                choice = backends.choose(operator, torch.device(device), dtype)
+                name = str(dtype).removeprefix("torch.")
+                lines.append(f"{operator:<16}{device:<8}{name:<10}{choice.kernel:<11}{choice.reason}")
+    return "\n".join(lines)
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return "not available"
+    return f"{torch.version.cuda}, {torch.cuda.get_device_name()}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="layernorm", description="Layer normalization for PyTorch.")
+    parser.add_argument("--version", action="version", version=layernorm.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    compare = commands.add_parser(
+        "compare",
+        help="train the same network with different norms; tables, curves, a report",
+        description="Trains the same network once per norm, batch size and seed.",
+        epilog=_TASKS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = compare.add_argument
+    add(
+        "task",
+        nargs="?",
+        default="digits",
+        metavar="TASK",
+        help="digits (default), digits-rows or mnist",
+    )
+    add("--norms", type=_names, metavar="A,B,…", help="norms to compare (default: the task's)")
+    add("--batch-sizes", type=_sizes, metavar="N,M,…", help="cases per update (default: 128,4)")
+    add("--epochs", type=_positive, metavar="N", help="passes over the data (default: the task's)")
+    add("--seeds", type=_positive, metavar="K", help="repetitions (default: the task's)")
+    add("--out", type=Path, metavar="DIR", help="folder for the results (default: runs/TASK)")
+    add("--device", default="cpu", metavar="DEVICE", help="where to train (default: cpu)")
+    commands.add_parser("info", help="versions, and which kernel serves which operator here and why")
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
+    return names
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _compare(options: argparse.Namespace) -> int:
+    try:
+        from rich.console import Console
+
+        from layernorm.experiments import task as tasks
+        from layernorm.experiments.compare import Comparison, Interrupted, compare
+    except ModuleNotFoundError as error:
+        return _fail(f"this command needs {error.name}: pip install 'layernorm[experiments]'", code=2)
+    console = Console()
+    try:
+        task = tasks.find(options.task)
+        comparison = Comparison(
+            task=task.name,
+            norms=options.norms or task.default_norms,
+            batch_sizes=options.batch_sizes or task.default_batch_sizes,
+            epochs=options.epochs or task.default_epochs,
+            seeds=options.seeds or task.default_seeds,
+            out=options.out or Path("runs") / task.name,
+            device=options.device,
+        )
+        compare(comparison, console)
+    except tasks.ExperimentError as error:
+        return _fail(str(error), code=2)
+    except (Interrupted, KeyboardInterrupt):
+        return _fail(
+            "interrupted; what is finished is kept, and the same command goes on from there",
+            code=130,
+        )
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"layernorm: {message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

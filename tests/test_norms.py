@@ -1,0 +1,323 @@
+"""The norm operators against their definitions, against PyTorch's own, and against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+from torch.testing._internal.common_methods_invocations import op_db
+
+import layernorm
+from layernorm import backends, ops, reference
+from layernorm import functional as LF
+
+EPS32 = torch.finfo(torch.float32).eps
+WIDTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 1000, 4097)
+OP_INFOS = {
+    "layer_norm": next(op for op in op_db if op.name == "nn.functional.layer_norm"),
+    "rms_norm": next(op for op in op_db if op.name == "nn.functional.rms_norm"),
+    # The operator behind layer_norm, which has the error inputs.
+    "native_layer_norm": next(op for op in op_db if op.name == "native_layer_norm"),
+}
+KERNELS = pytest.mark.parametrize("kernel", ["default", "torch", "reference"])
+
+
+def run(kernel: str, function, *args, **kwargs):
+    if kernel == "default":
+        return function(*args, **kwargs)
+    with backends.use(kernel):
+        return function(*args, **kwargs)
+
+
+def definition(x: torch.Tensor, weight, bias, eps: float) -> torch.Tensor:
+    """Layer norm over the last dimension in float64, independent of the package."""
+    x = x.double()
+    mean = x.sum(-1, keepdim=True) / x.size(-1)
+    var = ((x - mean) ** 2).sum(-1, keepdim=True) / x.size(-1)
+    y = (x - mean) / (var + eps).sqrt()
+    y = y if weight is None else y * weight.double()
+    return y if bias is None else y + bias.double()
+
+
+@KERNELS
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_agrees_with_torch_on_its_own_samples(name, dtype, kernel):
+    info = OP_INFOS[name]
+    count = 0
+    for sample in info.sample_inputs("cpu", dtype):
+        eps = sample.kwargs.get("eps")
+        if eps is not None and eps < 0:
+            continue  # below
+        expected = getattr(F, name)(sample.input, *sample.args, **sample.kwargs)
+        actual = run(kernel, getattr(LF, name), sample.input, *sample.args, **sample.kwargs)
+        # Rows of at most 6 elements: each of about 10 roundings is worth one eps of the normalized
+        # value (at most √6), of the gain (at most 9) and of the bias.
+        tol = 1e-12 if dtype == torch.float64 else 10 * 9 * 6**0.5 * EPS32
+        torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
+        count += 1
+    assert count >= 5
+
+
+@KERNELS
+def test_negative_eps_is_taken_as_torch_takes_it(kernel):
+    x = torch.tensor([[1.0, 3.0, 5.0]])
+    expected = F.layer_norm(x, (3,), eps=-0.5)
+    actual = run(kernel, LF.layer_norm, x, (3,), eps=-0.5)
+    torch.testing.assert_close(actual, expected)
+    x = torch.tensor([[0.1, 0.2, 0.3]])  # var + eps is negative
+    assert run(kernel, LF.layer_norm, x, (3,), eps=-0.5).isnan().all()
+    assert F.layer_norm(x, (3,), eps=-0.5).isnan().all()
+
+
+@pytest.mark.parametrize(("name", "info"), [("layer_norm", "native_layer_norm"), ("rms_norm", "rms_norm")])
+def test_raises_for_torchs_error_inputs(name, info):
+    count = 0
+    for error in OP_INFOS[info].error_inputs("cpu"):
+        sample = error.sample_input
+        with pytest.raises(error.error_type, match=error.error_regex):
+            getattr(LF, name)(sample.input, *sample.args, **sample.kwargs)
+        count += 1
+    assert count >= 3
+
+
+@KERNELS
+@pytest.mark.parametrize("affine", ["both", "gain", "bias", "neither"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.usefixtures("poisoned")
+def test_layer_norm_is_its_definition(width, affine, kernel):
+    x = torch.randn(5, width) * 3 + 1
+    weight = torch.randn(width) if affine in ("both", "gain") else None
+    bias = torch.randn(width) if affine in ("both", "bias") else None
+    actual = run(kernel, LF.layer_norm, x, (width,), weight, bias)
+    expected = definition(x, weight, bias, 1e-5)
+    # The mean is off by a few eps of the largest |x|, its effect on y grows by rstd; the product with
+    # the gain and the sum with the bias round once each.
+    std = (x.double().var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    gain = 1 if weight is None else weight.abs()
+    bound = 8 * EPS32 * ((1 + x.abs().amax(-1, keepdim=True) / std) * gain + expected.abs())
+    assert ((actual - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@KERNELS
+def test_half_precision_keeps_its_statistics_in_float32(name, dtype, kernel):
+    x = (torch.randn(7, 300) + 2).to(dtype)
+    weight = torch.randn(300).to(dtype)
+    actual = run(kernel, getattr(LF, name), x, (300,), weight, eps=1e-5)
+    assert actual.dtype == dtype
+    exact = getattr(reference, name)(x.double(), (300,), weight.double(), eps=1e-5)
+    # One rounding to the dtype, half an ulp; before it the float32 error bounded above.
+    close = {"rtol": 0.5 * torch.finfo(dtype).eps + 16 * EPS32, "atol": 64 * EPS32}
+    torch.testing.assert_close(actual.double(), exact, **close)
+
+
+def test_float32_gain_beside_a_half_input():
+    x, weight = torch.randn(4, 32).bfloat16(), torch.randn(32)
+    for function in (LF.layer_norm, LF.rms_norm):
+        assert function(x, (32,), weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e4])
+def test_native_error_is_no_larger_than_torchs(offset):
+    x = torch.randn(64, 1000, generator=torch.Generator().manual_seed(1)) * (1e-3 if offset else 1) + offset
+    exact = definition(x, None, None, 1e-12)
+    ours = (LF.layer_norm(x, (1000,), eps=1e-12) - exact).abs().max()
+    torchs = (F.layer_norm(x, (1000,), eps=1e-12) - exact).abs().max()
+    assert ours <= torchs * 1.01
+
+
+@KERNELS
+@pytest.mark.parametrize("name", ["add_layer_norm", "add_rms_norm"])
+def test_add_forms_are_the_sum_and_its_norm(name, kernel):
+    x, residual, weight = torch.randn(3, 5, 17), torch.randn(3, 5, 17), torch.randn(17)
+    output, total = run(kernel, getattr(LF, name), x, residual, (17,), weight)
+    assert torch.equal(total, x + residual)
+    expected = getattr(F, name.removeprefix("add_"))(x + residual, (17,), weight)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=64 * EPS32)
+
+
+@KERNELS
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
+def test_several_normalized_dimensions(shape, kernel):
+    x = torch.randn(5, 2, 3, 4, dtype=torch.float32)
+    weight, bias = torch.randn(shape), torch.randn(shape)
+    expected = F.layer_norm(x.double(), shape, weight.double(), bias.double())
+    actual = run(kernel, LF.layer_norm, x, shape, weight, bias)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=64 * EPS32)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.transpose(0, 1),
+        lambda x: x[::2],
+        lambda x: x[:, ::3],
+        lambda x: x.t().contiguous().t(),
+        lambda x: x[:1].expand(6, -1),
+        lambda x: x[3:3],
+    ],
+    ids=["transposed", "every second row", "every third column", "column-major", "expanded", "empty"],
+)
+@pytest.mark.usefixtures("poisoned")
+def test_any_strides(view):
+    x = view(torch.randn(12, 12))
+    expected = F.layer_norm(x.contiguous(), x.shape[-1:])
+    actual = LF.layer_norm(x, x.shape[-1:])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=16 * EPS32)
+    assert actual.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 0, 4)])
+def test_empty_inputs(shape):
+    x = torch.empty(shape, requires_grad=True)
+    output = LF.layer_norm(x, shape[-1:], torch.ones(shape[-1:]))
+    assert output.shape == shape
+    output.sum().backward()
+    assert x.grad.shape == shape
+
+
+def test_rows_have_the_same_bits_in_any_batch_and_with_any_threads():
+    x = torch.randn(300, 777)
+    before = torch.get_num_threads()
+    try:
+        whole = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            whole.append(LF.layer_norm(x, (777,)))
+        alone = torch.cat([LF.layer_norm(row.unsqueeze(0), (777,)) for row in x])
+    finally:
+        torch.set_num_threads(before)
+    for other in (*whole[1:], alone):
+        assert torch.equal(whole[0], other)
+
+
+def test_a_bad_row_harms_no_other():
+    x = torch.randn(8, 65)
+    clean = LF.layer_norm(x, (65,))
+    x[2, 3], x[5, 64] = float("nan"), float("inf")
+    output = LF.layer_norm(x, (65,))
+    assert output[[2, 5]].isnan().all()
+    others = [0, 1, 3, 4, 6, 7]
+    assert torch.equal(output[others], clean[others])
+
+
+@KERNELS
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+def test_derivatives_of_both_orders_in_float64(name, kernel):
+    def tensor(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    inputs = [tensor(3, 5)] + [tensor(3, 5)] * name.startswith("add") + [tensor(5)]
+    if "layer" in name:
+        inputs.append(tensor(5))
+
+    def function(*tensors):
+        count = 2 if name.startswith("add") else 1
+        return run(kernel, getattr(LF, name), *tensors[:count], (5,), *tensors[count:], eps=0.1)
+
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("wanted", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_native_derivatives_of_both_orders(wanted, affine):
+    tensors = [torch.randn(4, 33), torch.randn(33), torch.randn(33)]
+    if not affine:
+        tensors, wanted = tensors[:1], (1,)
+    direction, second = torch.randn(4, 33), torch.randn(4, 33)
+
+    def gradients(function, dtype):
+        args = [t.to(dtype).detach().requires_grad_(bool(w)) for t, w in zip(tensors, wanted, strict=True)]
+        leaves = [a for a in args if a.requires_grad]
+        output = function(args[0], (33,), *args[1:])
+        first = torch.autograd.grad(output, leaves, direction.to(dtype), create_graph=True)
+        plain = torch.autograd.grad(function(args[0], (33,), *args[1:]), leaves, direction.to(dtype))
+        found = [*first, *plain]
+        if first[0].requires_grad and wanted[0]:
+            found += torch.autograd.grad(first[0], leaves[:1], second.to(dtype))
+        return found
+
+    assert backends.choose("layer_norm", torch.device("cpu"), torch.float32).kernel == "native"
+    actual = gradients(LF.layer_norm, torch.float32)
+    expected = gradients(reference.layer_norm, torch.float64)
+    for a, e in zip(actual, expected, strict=True):
+        # Sums over 33 features and 4 rows of values of order 1 to 10.
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=33 * 4 * 10 * EPS32)
+
+
+def test_operator_passes_opcheck():
+    for needs_grad in (False, True):
+        x, w, b = (torch.randn(s, requires_grad=needs_grad) for s in ((3, 2, 8), (2, 8), (2, 8)))
+        for args in ((x, [2, 8], w, b, 1e-5), (x, [2, 8], None, None, 1e-5), (x, [2, 8], None, b, 0.1)):
+            torch.library.opcheck(torch.ops.layernorm.layer_norm.default, args)
+
+
+def test_operator_raises_in_place_of_crashing():
+    operator = torch.ops.layernorm.layer_norm
+    x = torch.randn(2, 3)
+    for args in (
+        (x, [4], None, None, 1e-5),
+        (x, [], None, None, 1e-5),
+        (x, [1, 2, 3], None, None, 1e-5),
+        (x, [3], torch.ones(2), None, 1e-5),
+        (x, [3], None, torch.ones(3).double(), 1e-5),
+        (x.double(), [3], None, None, 1e-5),
+    ):
+        with pytest.raises(RuntimeError, match=r"layernorm::layer_norm|normalized_shape"):
+            operator(*args)
+
+
+def test_works_under_the_transforms_of_torch():
+    x, w = torch.randn(4, 5, 8), torch.randn(8)
+    expected = F.layer_norm(x, (8,), w)
+
+    def ours(t):
+        return LF.layer_norm(t, (8,), w)
+
+    close = {"rtol": 1e-5, "atol": 64 * EPS32}
+    torch.testing.assert_close(torch.func.vmap(ours)(x), expected, **close)
+    torch.testing.assert_close(torch.func.jacrev(ours)(x[0, 0]), torch.func.jacfwd(ours)(x[0, 0]), **close)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, **close)
+    exported = torch.export.export(layernorm.LayerNorm(8), (x,))
+    torch.testing.assert_close(exported.module()(x), F.layer_norm(x, (8,)), **close)
+    assert LF.layer_norm(x.to("meta"), (8,)).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: LF.layer_norm([1.0], (1,)), TypeError, "input must be a Tensor, got list"),
+        (lambda x: LF.layer_norm(x, 3), TypeError, r"normalized_shape must be a sequence .*\(3,\)"),
+        (lambda x: LF.layer_norm(x.long(), (3,)), RuntimeError, r"torch\.int64.*input\.float\(\)"),
+        (lambda x: LF.layer_norm(x, (3,), 1.0), TypeError, "weight must be a Tensor or None, got float"),
+        (lambda x: LF.layer_norm(x, (3,), torch.ones(3).double()), RuntimeError, "float64; convert one"),
+        (lambda x: LF.rms_norm(x, (3,), torch.ones(3).half()), RuntimeError, "float16; convert one"),
+        (
+            lambda x: LF.layer_norm(x, (3,), torch.ones(3, device="meta")),
+            RuntimeError,
+            "weight on meta",
+        ),
+        (
+            lambda x: LF.add_layer_norm(x, x[:1], (3,)),
+            RuntimeError,
+            r"shape \[2, 3\], but got \[1, 3\]",
+        ),
+        (lambda x: LF.add_rms_norm(x, x.double(), (3,)), RuntimeError, "residual .* dtype torch.float32"),
+        (lambda x: LF.add_rms_norm(x, None, (3,)), TypeError, "residual must be a Tensor, got NoneType"),
+    ],
+)
+def test_errors_name_the_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call(torch.randn(2, 3))
+
+
+def test_the_compiled_kernel_serves_float32():
+    if ops.NATIVE_PROBLEM is not None:
+        pytest.skip(f"no compiled kernels: {ops.NATIVE_PROBLEM}")
+    x = torch.randn(3, 8, requires_grad=True)
+    assert "layernorm" in type(LF.layer_norm(x, (8,)).grad_fn).__name__

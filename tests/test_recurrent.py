@@ -1,0 +1,439 @@
+"""The recurrent modules against torch.nn's, against each other, and under autograd."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+
+import layernorm
+from layernorm import Variant
+from layernorm import functional as LF
+from layernorm.variants import PRESETS, parameter_shapes, resolve
+
+TWINS = {
+    nn.LSTM: layernorm.LayerNormLSTM,
+    nn.GRU: layernorm.LayerNormGRU,
+    nn.RNN: layernorm.LayerNormRNN,
+    nn.LSTMCell: layernorm.LayerNormLSTMCell,
+    nn.GRUCell: layernorm.LayerNormGRUCell,
+    nn.RNNCell: layernorm.LayerNormRNNCell,
+}
+SEQUENCES = (layernorm.LayerNormLSTM, layernorm.LayerNormGRU, layernorm.LayerNormRNN)
+CELLS = {"lstm": layernorm.LayerNormLSTM, "gru": layernorm.LayerNormGRU, "rnn": layernorm.LayerNormRNN}
+SINGLE = {
+    "lstm": layernorm.LayerNormLSTMCell,
+    "gru": layernorm.LayerNormGRUCell,
+    "rnn": layernorm.LayerNormRNNCell,
+}
+INFOS = {info.module_cls: info for info in module_db if info.module_cls in TWINS}
+EPS32 = torch.finfo(torch.float32).eps
+
+# Every distinct function of the spec, by cell.
+SPECS = [
+    Variant(kind=kind, inputs=inputs, scope=scope, cell=cell, projection_bias=bias)
+    for kind in ("layer", "rms")
+    for inputs in ("separate", "summed")
+    for scope in ("matrix", "all", "gate")
+    for cell in ("output", "carried", "none")
+    for bias in (False, True)
+]
+SPECS_OF = {
+    "lstm": [*(s for s in SPECS if s.scope != "all"), Variant(kind="none")],
+    "gru": [*(s for s in SPECS if s.cell == "output"), Variant(kind="none")],
+    "rnn": [*(s for s in SPECS if s.cell == "output" and s.scope == "all"), Variant(kind="none")],
+}
+EVERY_SPEC = [
+    pytest.param(cell, spec, id=f"{cell}-{i}")
+    for cell, specs in SPECS_OF.items()
+    for i, spec in enumerate(specs)
+]
+
+
+def flat(result):
+    """All tensors of a module's result, in order."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if isinstance(result, PackedSequence):
+        return [result.data, result.batch_sizes]
+    return [tensor for part in result for tensor in flat(part)]
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    """The module with gains and biases away from their initial 1 and 0."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return module
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("twin", TWINS, ids=lambda c: c.__name__)
+def test_without_norm_it_agrees_with_torch_on_torchs_samples(twin, dtype, training):
+    info = INFOS[twin]
+    packed = {"with_packed_sequence": True} if twin in (nn.GRU, nn.RNN) else {}
+    samples = info.module_inputs_func(
+        info, device="cpu", dtype=dtype, requires_grad=True, training=training, **packed
+    )
+    for sample in samples:
+        args, kwargs = sample.constructor_input.args, sample.constructor_input.kwargs
+        theirs = twin(*args, **kwargs, dtype=dtype).train(training)
+        ours = TWINS[twin](*args, **kwargs, dtype=dtype, variant="none").train(training)
+        assert list(theirs.state_dict()) == list(ours.state_dict())
+        ours.load_state_dict(theirs.state_dict())
+        inputs, options = sample.forward_input.args, sample.forward_input.kwargs
+        expected, actual = flat(theirs(*inputs, **options)), flat(ours(*inputs, **options))
+        # Values stay under 20 (relu, inputs under 9, weights under 0.71); at most 2 layers of 5 steps,
+        # each a sum of at most 15 products, round at most (15 + 8)·10 times.
+        tol = 1e-12 if dtype == torch.float64 else 230 * 20 * EPS32
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=tol, atol=tol)
+        seeds = [torch.randn_like(e) for e in expected if e.requires_grad]
+        for result in (expected, actual):
+            torch.autograd.backward([r for r in result if r.requires_grad], seeds)
+        for t, p in zip(theirs.parameters(), ours.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, t.grad, rtol=100 * tol, atol=100 * tol)
+
+
+@pytest.mark.parametrize("variant", ["none", None], ids=["no norm", "paper"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("twin", TWINS, ids=lambda c: c.__name__)
+def test_raises_for_torchs_error_inputs(twin, dtype, variant):
+    info = INFOS[twin]
+    options = {} if variant is None else {"variant": variant}
+    samples = info.module_error_inputs_func(
+        info, device="cpu", dtype=dtype, requires_grad=False, training=False
+    )
+    for sample in samples:
+        constructor, forward = (
+            sample.module_error_input.constructor_input,
+            sample.module_error_input.forward_input,
+        )
+        kwargs = constructor.kwargs | options
+        if sample.error_on == ModuleErrorEnum.CONSTRUCTION_ERROR:
+            with pytest.raises(sample.error_type, match=sample.error_regex):
+                TWINS[twin](*constructor.args, **kwargs)
+        else:
+            module = TWINS[twin](*constructor.args, **{"dtype": dtype} | kwargs)
+            with pytest.raises(sample.error_type, match=sample.error_regex):
+                module(*forward.args, **forward.kwargs)
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=lambda c: c.__name__)
+def test_signature_and_initial_weights_are_torchs(twin):
+    if twin in (nn.LSTMCell, nn.GRUCell, nn.RNNCell, nn.LSTM):
+        names = [n for n in inspect.signature(TWINS[twin].__init__).parameters if n != "variant"]
+        wanted = {nn.LSTM: ["proj_size", "device", "dtype"], nn.RNNCell: ["nonlinearity", "device", "dtype"]}
+        assert names[-3:] == wanted.get(twin, ["bias", "device", "dtype"])
+    torch.manual_seed(3)
+    theirs = twin(5, 7)
+    torch.manual_seed(3)
+    ours = TWINS[twin](5, 7, variant="none")
+    for (name, a), (other, b) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+    normalized = TWINS[twin](5, 7)
+    for name, parameter in normalized.named_parameters():
+        if name.startswith("gain"):
+            assert (parameter == 1).all()
+        elif name.startswith("bias"):
+            assert (parameter == 0).all()
+        else:
+            assert parameter.abs().max() <= 7**-0.5
+            assert parameter.std() > 0.1
+
+
+def test_parameter_names():
+    lstm = layernorm.LayerNormLSTM(3, 4, 2, bidirectional=True, proj_size=2)
+    names = [n for n, _ in lstm.named_parameters()]
+    layer = ["weight_ih", "weight_hh", "weight_hr", "gain_ih", "gain_hh", "bias", "gain_cell", "bias_cell"]
+    suffixes = ["_l0", "_l0_reverse", "_l1", "_l1_reverse"]
+    assert names == [name + suffix for suffix in suffixes for name in layer]
+    assert [len(w) for w in lstm.all_weights] == [8] * 4
+    gru = layernorm.LayerNormGRU(3, 4, bias=False)
+    assert [n for n, _ in gru.named_parameters()] == [
+        "weight_ih_l0",
+        "weight_hh_l0",
+        "gain_ih_l0",
+        "gain_hh_l0",
+    ]
+    icefall = layernorm.LayerNormLSTMCell(3, 4, variant="icefall")
+    expected = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "gain", "bias", "gain_cell", "bias_cell"]
+    assert [n for n, _ in icefall.named_parameters()] == expected
+
+
+@pytest.mark.parametrize(("cell", "spec"), EVERY_SPEC)
+def test_derivatives_of_both_orders(cell, spec):
+    shapes = parameter_shapes(cell, spec, 2, 3)
+    names = list(shapes)
+    weights = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes.values()]
+    x = torch.randn(2, 2, 2, dtype=torch.float64, requires_grad=True)
+    state = [torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(1 + (cell == "lstm"))]
+
+    def function(x, *tensors):
+        states, rest = tensors[: len(state)], tensors[len(state) :]
+        hx = states if cell == "lstm" else states[0]
+        # A large eps keeps curvature within what finite differences of two orders can resolve.
+        variant = spec if spec.kind == "none" else Variant(**{**vars(spec), "eps": 0.5})
+        return tuple(flat(getattr(LF, cell)(x, hx, dict(zip(names, rest, strict=True)), variant=variant)))
+
+    assert gradcheck(function, (x, *state, *weights))
+    assert gradgradcheck(function, (x, *state, *weights), fast_mode=True)
+
+
+@pytest.mark.parametrize(("cell", "spec"), EVERY_SPEC)
+def test_a_sequence_is_its_cell_step_by_step(cell, spec):
+    sequence = randomized(CELLS[cell](3, 4, dtype=torch.float64, variant=spec))
+    single = SINGLE[cell](3, 4, dtype=torch.float64, variant=spec)
+    single.load_state_dict({n.removesuffix("_l0"): p for n, p in sequence.state_dict().items()})
+    x, hx = torch.randn(5, 2, 3, dtype=torch.float64), None
+    output, final = sequence(x)
+    for t in range(5):
+        hx = single(x[t], hx)
+        h = hx[0] if cell == "lstm" else hx
+        torch.testing.assert_close(h, output[t], rtol=0, atol=1e-12)
+    for a, b in zip(flat(final), flat(hx), strict=True):
+        torch.testing.assert_close(a[0], b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("cell", "spec"), EVERY_SPEC)
+def test_float32_is_close_to_float64(cell, spec):
+    exact = randomized(CELLS[cell](7, 13, 2, dtype=torch.float64, variant=spec))
+    rounded = copy.deepcopy(exact).float()
+    exact.load_state_dict({n: p.double() for n, p in rounded.state_dict().items()})
+    x = torch.randn(4, 3, 7)
+    for a, e in zip(flat(rounded(x)), flat(exact(x.double())), strict=True):
+        # 2 layers of 4 steps; a step's gates are sums of 20 products and its norms may amplify by
+        # gain/std, here under 10; tanh and sigmoid do not amplify.
+        assert (a.double() - e).abs().max() <= 2 * 4 * 20 * 10 * EPS32
+
+
+@pytest.mark.parametrize("module", SEQUENCES)
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_a_packed_sequence_is_its_rows_alone(module, enforce_sorted, bidirectional):
+    rnn = randomized(module(3, 4, 2, bidirectional=bidirectional, dtype=torch.float64))
+    lengths = [6, 4, 4, 1] if enforce_sorted else [4, 1, 6, 4]
+    x = torch.randn(6, 4, 3, dtype=torch.float64)
+    count = 2 if module is layernorm.LayerNormLSTM else 1
+    hx = [torch.randn(2 * (1 + bidirectional), 4, 4, dtype=torch.float64) for _ in range(count)]
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted)
+    output, final = rnn(packed, tuple(hx) if count == 2 else hx[0])
+    padded, got_lengths = pad_packed_sequence(output)
+    assert got_lengths.tolist() == lengths
+    for row, length in enumerate(lengths):
+        state = tuple(s[:, row : row + 1].contiguous() for s in hx)
+        alone, last = rnn(x[:length, row : row + 1], state if count == 2 else state[0])
+        torch.testing.assert_close(padded[:length, row], alone[:, 0], rtol=0, atol=1e-12)
+        for f, a in zip(flat(final), flat(last), strict=True):
+            torch.testing.assert_close(f[:, row], a[:, 0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@pytest.mark.parametrize("twin", [nn.LSTM, nn.GRU, nn.RNN])
+def test_packed_sequences_agree_with_torch(twin, enforce_sorted):
+    theirs = twin(3, 4, 2, bidirectional=True, dtype=torch.float64)
+    ours = TWINS[twin](3, 4, 2, bidirectional=True, dtype=torch.float64, variant="none")
+    ours.load_state_dict(theirs.state_dict())
+    lengths = [5, 4, 4, 1] if enforce_sorted else [4, 5, 1, 4]
+    packed = pack_padded_sequence(
+        torch.randn(5, 4, 3, dtype=torch.float64), lengths, enforce_sorted=enforce_sorted
+    )
+    for a, e in zip(flat(ours(packed)), flat(theirs(packed)), strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("module", SEQUENCES)
+def test_layouts_of_the_input(module):
+    rnn = randomized(module(3, 4, 2, bidirectional=True, dtype=torch.float64))
+    first = copy.deepcopy(rnn)
+    first.batch_first = True
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    output, final = rnn(x)
+    turned, same = first(x.transpose(0, 1))
+    torch.testing.assert_close(turned.transpose(0, 1), output, rtol=0, atol=0)
+    one, last = rnn(x[:, 0])
+    torch.testing.assert_close(one, output[:, 0], rtol=0, atol=1e-12)
+    for f, s, a in zip(flat(final), flat(same), flat(last), strict=True):
+        assert torch.equal(f, s)
+        torch.testing.assert_close(f[:, 0], a, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("module", SEQUENCES)
+def test_layers_and_directions_are_single_ones_put_together(module):
+    rnn = randomized(module(3, 4, 2, bidirectional=True, dtype=torch.float64))
+    data = x = torch.randn(5, 2, 3, dtype=torch.float64)
+    finals = []
+    for layer in range(2):
+        outputs = []
+        for suffix in ("", "_reverse"):
+            single = module(data.size(-1), 4, dtype=torch.float64)
+            ending = f"_l{layer}{suffix}"
+            state = {
+                n.removesuffix(ending) + "_l0": p for n, p in rnn.state_dict().items() if n.endswith(ending)
+            }
+            single.load_state_dict(state)
+            output, final = single(data.flip(0) if suffix else data)
+            outputs.append(output.flip(0) if suffix else output)
+            finals.append(flat(final)[0])
+        data = torch.cat(outputs, -1)
+    output, final = rnn(x)
+    torch.testing.assert_close(output, data, rtol=0, atol=1e-12)
+    torch.testing.assert_close(flat(final)[0], torch.cat(finals), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("module", SEQUENCES)
+def test_dropout_is_between_layers_and_in_training_only(module):
+    with pytest.warns(UserWarning, match="num_layers greater than 1"):
+        module(3, 4, dropout=0.5)
+    rnn = module(3, 4, 2, dropout=1.0)
+    x = torch.randn(5, 2, 3)
+    output, _ = rnn(x)
+    # With everything dropped the second layer sees zeros, whatever the input.
+    torch.testing.assert_close(output, rnn(x * 2 + 1)[0], rtol=0, atol=0)
+    rnn.eval()
+    assert not torch.equal(rnn(x)[0], rnn(x * 2 + 1)[0])
+
+
+@pytest.mark.parametrize("module", SEQUENCES)
+def test_a_row_does_not_see_its_batch(module):
+    rnn = module(3, 4)
+    x = torch.randn(5, 6, 3)
+    clean, _ = rnn(x)
+    x[2, 1, 0] = float("nan")
+    output, _ = rnn(x)
+    others = [0, 2, 3, 4, 5]
+    assert torch.equal(output[:, others], clean[:, others])
+    assert output[2:, 1].isnan().all()
+    assert torch.equal(output[:2, 1], clean[:2, 1])
+
+
+@pytest.mark.parametrize("module", TWINS.values(), ids=lambda c: c.__name__)
+def test_copies_pickles_and_prints(module):
+    rnn = randomized(module(3, 4, variant="rms"))
+    x = torch.randn(2, 3) if "Cell" in module.__name__ else torch.randn(5, 2, 3)
+    for twin in (copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn))):
+        assert all(torch.equal(a, b) for a, b in zip(flat(twin(x)), flat(rnn(x)), strict=True))
+    assert repr(rnn) == f"{module.__name__}(3, 4, variant='rms')"
+    changed = {n: p + 1 for n, p in rnn.named_parameters()}
+    swapped = torch.func.functional_call(rnn, changed, (x,))
+    assert not torch.equal(flat(swapped)[0], flat(rnn(x))[0])
+
+
+def test_repr_tells_what_differs_from_the_defaults():
+    lstm = layernorm.LayerNormLSTM(
+        3, 4, 2, bias=False, batch_first=True, dropout=0.5, bidirectional=True, proj_size=2
+    )
+    assert repr(lstm) == (
+        "LayerNormLSTM(3, 4, proj_size=2, num_layers=2, bias=False, batch_first=True, dropout=0.5, "
+        "bidirectional=True, variant='paper')"
+    )
+    assert "nonlinearity='relu'" in repr(layernorm.LayerNormRNN(3, 4, nonlinearity="relu"))
+
+
+def test_empty_batch_is_taken_and_empty_time_refused_as_in_torch():
+    lstm = layernorm.LayerNormLSTM(3, 4)
+    output, (h, c) = lstm(torch.randn(5, 0, 3))
+    assert (output.shape, h.shape, c.shape) == ((5, 0, 4), (1, 0, 4), (1, 0, 4))
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0"):
+        lstm(torch.randn(0, 2, 3))
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_preset_makes_a_module_that_trains(name):
+    for cell in PRESETS[name]:
+        rnn = CELLS[cell](3, 4, 2, variant=name)
+        output, _ = rnn(torch.randn(5, 2, 3))
+        (output**2).sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in rnn.parameters())
+
+
+LSTM = layernorm.LayerNormLSTM
+X = torch.zeros(5, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: LSTM(3, -4), ValueError, "hidden_size must be greater than zero, got -4"),
+        (lambda: LSTM(3, 4, -1), ValueError, "num_layers must be greater than zero, got -1"),
+        (lambda: LSTM(3, 4, proj_size=-1), ValueError, "proj_size should be a positive integer.*got -1"),
+        (lambda: LSTM(3, 4, proj_size=4), ValueError, "proj_size has to be smaller than hidden_size"),
+        (lambda: LSTM(3, 4, dropout=1.5), ValueError, r"dropout should be a number in range \[0, 1\].*1.5"),
+        (lambda: layernorm.LayerNormRNN(3, 4, nonlinearity="sin"), ValueError, "Unknown nonlinearity 'sin'"),
+        (lambda: layernorm.LayerNormGRUCell(3, 0), ValueError, "hidden_size must be greater than zero"),
+        (lambda: LSTM(3, 4)(torch.zeros(3)), ValueError, "LSTM: Expected input to be 2D or 3D, got 1D"),
+        (lambda: LSTM(3, 4)([X]), TypeError, "input must be a Tensor or PackedSequence, got list"),
+        (lambda: LSTM(3, 4)(X[..., :2]), RuntimeError, "Expected 3, got 2"),
+        (lambda: LSTM(3, 4)(X, X), TypeError, r"hx must be a tuple \(h_0, c_0\) of two Tensors, got Tensor"),
+        (lambda: LSTM(3, 4)(X, (X,)), TypeError, "two Tensors, got tuple of 1"),
+        (lambda: layernorm.LayerNormGRU(3, 4)(X, (X,)), TypeError, "hx must be a Tensor h_0, got tuple"),
+        (
+            lambda: LSTM(3, 4)(X, (torch.zeros(1, 2, 5), torch.zeros(1, 2, 4))),
+            RuntimeError,
+            r"Expected hidden\[0\] size \(1, 2, 4\), got \[1, 2, 5\]",
+        ),
+        (
+            lambda: LSTM(3, 4)(X, (torch.zeros(1, 2, 4), torch.zeros(1, 3, 4))),
+            RuntimeError,
+            r"Expected hidden\[1\] size \(1, 2, 4\), got \[1, 3, 4\]",
+        ),
+        (
+            lambda: layernorm.LayerNormGRU(3, 4)(X, torch.zeros(1, 2, 4, 1)),
+            RuntimeError,
+            "For batched 3-D input, hx should also be 3-D but got 4-D",
+        ),
+        (
+            lambda: layernorm.LayerNormGRU(3, 4)(X, torch.zeros(1, 2, 4).double()),
+            RuntimeError,
+            "hx must have the input's dtype torch.float32, got torch.float64",
+        ),
+        (lambda: layernorm.LayerNormLSTMCell(3, 4)(X), ValueError, "Expected input to be 1D or 2D, got 3D"),
+        (
+            lambda: layernorm.LayerNormGRUCell(3, 4)(X[0], torch.zeros(4)),
+            RuntimeError,
+            "hidden0 must have as many dimensions as input, 2",
+        ),
+    ],
+)
+def test_errors_name_the_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def weights_of(cell="gru", **changes):
+    shapes = parameter_shapes(cell, resolve("paper", cell), 3, 4)
+    return {n: torch.zeros(s) for n, s in shapes.items()} | changes
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "error", "message"),
+    [
+        (weights_of(gain=torch.zeros(12)), {}, ValueError, "unknown: gain"),
+        ({k: v for k, v in weights_of().items() if k != "gain_ih"}, {}, ValueError, "missing: gain_ih"),
+        (weights_of(gain_ih=torch.zeros(3)), {}, RuntimeError, r"gain_ih of shape \[12\], but got \[3\]"),
+        (weights_of(), {"variant": "nope"}, ValueError, "unknown variant"),
+        (weights_of(), {"batch_sizes": [2]}, RuntimeError, "input must have 2 dimensions, got 3"),
+        ({}, {}, ValueError, "weights must hold the matrix weight_ih"),
+    ],
+)
+def test_errors_of_the_sequence_functions(weights, options, error, message):
+    with pytest.raises(error, match=message):
+        LF.gru(X, torch.zeros(2, 4), weights, **options)
+
+
+def test_errors_of_batch_sizes_and_state():
+    with pytest.raises(ValueError, match=r"batch_sizes must be positive, not increasing.*got \[1, 2\]"):
+        LF.gru(torch.zeros(3, 3), torch.zeros(2, 4), weights_of(), batch_sizes=[1, 2])
+    with pytest.raises(RuntimeError, match=r"Expected h of the state to have size \[2, 4\], got \[3, 4\]"):
+        LF.gru(X, torch.zeros(3, 4), weights_of())
+    with pytest.raises(ValueError, match="Unknown nonlinearity"):
+        LF.rnn(X, torch.zeros(2, 4), weights_of("rnn"), nonlinearity="sin")
