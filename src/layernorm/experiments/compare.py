@@ -164,7 +164,7 @@ def _collect(comparison: Comparison, folder: Path) -> pd.DataFrame:
         if not path.is_file():
             continue
         try:
-            tables.append(pd.read_csv(path, keep_default_na=False, na_values=[""]))
+            tables.append(pd.read_csv(path))
         except (OSError, ValueError) as error:
             raise ExperimentError(f"{path} is damaged: {error}; delete it and try again") from error
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -1,0 +1,34 @@
+"""The command itself; `compare` is tested in test_compare.py."""
+
+from __future__ import annotations
+
+import pytest
+
+import layernorm
+from layernorm import backends
+from layernorm.cli import main
+
+
+def test_info_names_every_operator_its_kernel_and_why(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert f"layernorm {layernorm.__version__}" in text
+    for operator in (*backends.NORMS, *backends.RECURRENT):
+        assert sum(line.startswith(operator + " ") for line in text.splitlines()) >= 4
+    assert "the compiled kernel is for float32 on the CPU" in text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["info", "--help"], ["--version"]])
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["compair"]])
+def test_an_unknown_command_is_refused_in_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

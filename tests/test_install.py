@@ -1,0 +1,80 @@
+"""Wheels with and without compiled kernels. No network: the build runs in the present environment."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from layernorm import ops
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("scikit_build_core", reason="the build backend is of the extra dev")
+
+
+def build(folder: Path, **environment: str) -> tuple[int, str, list[str]]:
+    """Builds a wheel into ``folder``; the exit code, what was printed, and the wheel's files."""
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
+    command += ["-w", str(folder), "-C", f"build-dir={folder / 'build'}", str(ROOT)]
+    env = {k: v for k, v in os.environ.items() if k != "LAYERNORM_NATIVE"} | environment
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    names = [name for wheel in folder.glob("*.whl") for name in zipfile.ZipFile(wheel).namelist()]
+    return result.returncode, " ".join((result.stdout + result.stderr).split()), names
+
+
+def test_a_wheel_without_a_compiler(tmp_path):
+    code, printed, names = build(tmp_path, CXX="/nonexistent/c++")
+    assert code == 0, printed
+    assert "layernorm: installing without compiled kernels: no C++ compiler was found" in printed
+    assert "layernorm/__init__.py" in names
+    assert "layernorm/py.typed" in names
+    assert "layernorm/experiments/report.html.j2" in names
+    assert "layernorm/_native.so" not in names
+
+
+def test_a_pure_wheel_on_request(tmp_path):
+    code, printed, names = build(tmp_path, LAYERNORM_NATIVE="0")
+    assert code == 0, printed
+    assert [path.name.split("-", 2)[2] for path in tmp_path.glob("*.whl")] == ["py3-none-any.whl"]
+    assert "layernorm/_native.so" not in names
+
+
+def test_required_kernels_that_cannot_be_built_are_an_error(tmp_path):
+    code, printed, names = build(tmp_path, LAYERNORM_NATIVE="1", CXX="/nonexistent/c++")
+    assert code != 0
+    assert "LAYERNORM_NATIVE=1, but no C++ compiler was found" in printed
+    assert names == []
+
+
+def test_a_wheel_with_compiled_kernels_works_elsewhere(tmp_path):
+    if ops.NATIVE_PROBLEM is not None:
+        pytest.skip(f"no compiled kernels: {ops.NATIVE_PROBLEM}")
+    code, printed, names = build(tmp_path, LAYERNORM_NATIVE="1")
+    assert code == 0, printed
+    assert "layernorm/_native.so" in names
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    script = """
+import layernorm, torch
+print(layernorm.__file__, layernorm.ops.NATIVE_PROBLEM, layernorm.LayerNorm(2)(torch.ones(2)).sum().item())
+"""
+    # -S and the path alone: the editable installation of this checkout must not be found.
+    site = next(p for p in sys.path if p.endswith("site-packages"))
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", script],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{site}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split() == [str(tmp_path / "site/layernorm/__init__.py"), "None", "0.0"]
+
+
+def test_this_installation_has_what_it_was_asked_for():
+    if os.environ.get("LAYERNORM_NATIVE") != "1":
+        pytest.skip("LAYERNORM_NATIVE=1 is not set")
+    assert ops.NATIVE_PROBLEM is None
