@@ -40,7 +40,7 @@ format: install
 	$(BIN)/clang-format -i csrc/*
 
 docs: install
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv build site

@@ -14,7 +14,7 @@ def test_info_names_every_operator_its_kernel_and_why(capsys):
     text = capsys.readouterr().out
     assert f"layernorm {layernorm.__version__}" in text
     for operator in (*backends.NORMS, *backends.RECURRENT):
-        assert sum(line.startswith(operator + " ") for line in text.splitlines()) >= 4
+        assert sum(line.startswith(operator + " ") for line in text.splitlines()) >= 1
     assert "the compiled kernel is for float32 on the CPU" in text
 
 

@@ -14,6 +14,7 @@ import torch
 import layernorm
 from layernorm import backends, ops
 
+_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TASKS_HELP: Final = """\
 tasks:
   digits       scikit-learn's handwritten digits by a feed-forward network
@@ -58,19 +59,22 @@ def info() -> str:
         f"layernorm {layernorm.__version__}",
         f"python    {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"torch     {torch.__version__}, {torch.get_num_threads()} threads",
-        f"CPU       {torch.backends.cpu.get_cpu_capability()}",
+        f"CPU       {torch.backends.cpu.get_cpu_capability()} instructions",
         f"CUDA      {_cuda()}",
         f"compiled  {'loaded' if problem is None else f'none: {problem}'}",
         "",
-        f"{'operator':<16}{'device':<8}{'dtype':<10}{'kernel':<11}why",
+        f"{'operator':<16}{'device':<8}{'dtype':<28}{'kernel':<11}why",
     ]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for operator in (*backends.NORMS, *backends.RECURRENT):
         for device in devices:
-            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            served: dict[backends.Choice, list[str]] = {}
+            for dtype in _DTYPES:
                 choice = backends.choose(operator, torch.device(device), dtype)
-                name = str(dtype).removeprefix("torch.")
-                lines.append(f"{operator:<16}{device:<8}{name:<10}{choice.kernel:<11}{choice.reason}")
+                served.setdefault(choice, []).append(str(dtype).removeprefix("torch."))
+            for (kernel, reason), dtypes in served.items():
+                names = "every" if len(served) == 1 else ", ".join(dtypes)
+                lines.append(f"{operator:<16}{device:<8}{names:<28}{kernel:<11}{reason}")
     return "\n".join(lines)
 
 
