@@ -10,23 +10,16 @@
 
 #include "row_norm.hpp"
 
-// Where the compiler can, each loop is compiled for several instruction sets and the loader picks.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define LAYERNORM_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define LAYERNORM_CLONES
-#endif
-
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Rows [begin, end) of x[rows, width].
+// Rows [begin, end) of x[rows, width]. LAYERNORM_CLONES comes from CMakeLists.txt: versions of this
+// loop for several instruction sets, where the compiler can make them.
 LAYERNORM_CLONES void norm_rows(const float* x, const float* gain, const float* bias, float* y,
-                                float* mean, float* rstd, int64_t begin, int64_t end,
-                                int64_t width, float eps) {
+                                float* mean, float* rstd, int64_t begin, int64_t end, int64_t width,
+                                float eps) {
   for (int64_t row = begin; row < end; ++row) {
     const auto stats = layernorm::row_statistics(x + row * width, width, eps);
     layernorm::row_forward(x + row * width, gain, bias, y + row * width, width, stats);

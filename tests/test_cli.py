@@ -32,3 +32,21 @@ def test_an_unknown_command_is_refused_in_one_line(arguments, capsys):
         main(arguments)
     assert end.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("kernel", "text"), [("native", "layer_norm      cpu     float32 "), ("reference", "asks for it")]
+)
+def test_info_shows_the_override(kernel, text, capsys):
+    with backends.use(kernel):
+        assert main(["info"]) == 0
+    assert text in capsys.readouterr().out
+
+
+def test_an_override_that_names_no_kernel_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(backends, "_override", "fast")
+    assert main(["compare"]) == 2
+    captured = capsys.readouterr()
+    assert (
+        captured.err == "layernorm: LAYERNORM_BACKEND must be one of native, torch, reference; got 'fast'\n"
+    )

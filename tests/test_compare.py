@@ -140,7 +140,7 @@ def test_an_interrupted_command_goes_on_when_given_again(tmp_path, signum):
         )
         assert (out / "runs/layer-batch4-seed0.checkpoint").is_file()
         assert set(pd.read_csv(out / "results.csv").norm) == {"none"}
-    assert not list(out.rglob("*.new"))
+        assert not list(out.rglob("*.new"))
     again = subprocess.run(command(out), env=environment, capture_output=True, text=True, check=True)
     assert "none, batch 4, seed 0: finished before" in again.stdout
     assert ("layer, batch 4, seed 0: goes on from update" in again.stdout) == (signum != signal.SIGKILL)

@@ -1,10 +1,10 @@
 """Which kernel serves which operator, why, and how to choose another.
 
 There are three kernels: ``native``, this package's compiled one; ``torch``, PyTorch's own operators;
-``reference``, the plain definitions of :mod:`layernorm.reference`. The choice depends on the operator,
+``reference``, the plain definitions of ``layernorm.reference``. The choice depends on the operator,
 the device and the dtype, never on the number of rows: a row's bits do not depend on its batch.
 
-The environment variable ``LAYERNORM_BACKEND`` or :func:`use` overrides it.
+The environment variable ``LAYERNORM_BACKEND`` or ``use`` overrides it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """The kernel for ``operator`` on tensors of this device and dtype, here and now.
 
     Args:
-        operator: one of :data:`NORMS` or :data:`RECURRENT`.
+        operator: one of ``NORMS`` or ``RECURRENT``.
         device: where the input lies.
         dtype: the input's dtype.
 
@@ -47,7 +47,7 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
         ValueError: ``LAYERNORM_BACKEND`` names no kernel.
         RuntimeError: the override asks for a compiled kernel that does not exist.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from layernorm import backends
         >>> backends.choose("lstm", torch.device("cpu"), torch.float32).kernel
@@ -83,7 +83,7 @@ def use(kernel: str) -> Iterator[None]:
     Raises:
         ValueError: ``kernel`` is none of these.
 
-    Example:
+    Examples:
         >>> import torch, layernorm
         >>> with layernorm.backends.use("reference"):
         ...     output = layernorm.LayerNorm(4)(torch.zeros(2, 4))
@@ -102,8 +102,8 @@ def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype
     if kernel == "native":
         if not _has_native(operator, device, dtype):
             raise RuntimeError(
-                f"the override asks for the native kernel, but there is none for {operator} of "
-                f"{dtype} on {device.type}"
+                f"the override asks for the native kernel, and {operator} has none for {dtype} on "
+                f"{device.type}"
             )
         if ops.NATIVE_PROBLEM is not None:
             raise RuntimeError(f"the override asks for the native kernel, but {ops.NATIVE_PROBLEM}")

@@ -148,7 +148,7 @@ def recurrent_sizes(
     dropout: float = 0.0,
     proj_size: int = 0,
 ) -> None:
-    """Raises what :class:`torch.nn.RNNBase` would for its constructor's arguments."""
+    """Raises what ``torch.nn.RNNBase`` would for its constructor's arguments."""
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         raise ValueError(
             "dropout should be a number in range [0, 1] representing the probability of an element "

@@ -39,13 +39,19 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code.
 
-    Example:
+    Examples:
         >>> from layernorm.cli import main
         >>> main(["info"])  # doctest: +ELLIPSIS
         layernorm ...
         0
     """
     options = _parser().parse_args(arguments)
+    try:
+        backends.choose("lstm", torch.device("cpu"), torch.float32)
+    except ValueError as error:  # LAYERNORM_BACKEND names no kernel
+        return _fail(str(error), code=2)
+    except RuntimeError:
+        pass  # it names one that not every operator has; `info` says so
     if options.command == "info":
         print(info())  # noqa: T201
         return 0
@@ -70,7 +76,10 @@ def info() -> str:
         for device in devices:
             served: dict[backends.Choice, list[str]] = {}
             for dtype in _DTYPES:
-                choice = backends.choose(operator, torch.device(device), dtype)
+                try:
+                    choice = backends.choose(operator, torch.device(device), dtype)
+                except RuntimeError as error:
+                    choice = backends.Choice("none", str(error))
                 served.setdefault(choice, []).append(str(dtype).removeprefix("torch."))
             for (kernel, reason), dtypes in served.items():
                 names = "every" if len(served) == 1 else ", ".join(dtypes)

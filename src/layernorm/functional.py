@@ -1,8 +1,8 @@
-"""The operators as functions, with the signatures of their twins in :mod:`torch.nn.functional`.
+"""The operators as functions, with the signatures of their twins in ``torch.nn.functional``.
 
 Shapes: the normalized features are the last dimensions, ``normalized_shape``; every other dimension
 holds rows. Each function checks its arguments and hands the call to the kernel that
-:func:`layernorm.backends.choose` names.
+``layernorm.backends.choose`` names.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def layer_norm(
         TypeError: an argument is of the wrong type.
         RuntimeError: shapes, dtypes or devices do not fit together.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from layernorm import functional as LF
         >>> output = LF.layer_norm(torch.tensor([[1.0, 2.0, 3.0]]), (3,))
@@ -86,7 +86,7 @@ def rms_norm(
         TypeError: an argument is of the wrong type.
         RuntimeError: shapes, dtypes or devices do not fit together.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from layernorm import functional as LF
         >>> LF.rms_norm(torch.tensor([[3.0, -3.0]]), (2,))
@@ -123,7 +123,7 @@ def add_layer_norm(
         TypeError: an argument is of the wrong type.
         RuntimeError: shapes, dtypes or devices do not fit together.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from layernorm import functional as LF
         >>> x, residual = torch.randn(2, 8), torch.randn(2, 8)
@@ -146,9 +146,9 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """RMS norm of ``input + residual``, which is returned too.
 
-    Arguments, results and errors as those of :func:`add_layer_norm` and :func:`rms_norm`.
+    Arguments, results and errors as those of ``add_layer_norm`` and ``rms_norm``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from layernorm import functional as LF
         >>> x, residual = torch.randn(2, 8), torch.randn(2, 8)
@@ -185,9 +185,9 @@ def lstm(
         input: (T, N, F): time, batch, features; or the (ΣN_t, F) data of a packed sequence together
             with its ``batch_sizes``.
         state: h (N, proj_size or H) and c (N, H).
-        weights: by the names and shapes of :func:`layernorm.variants.parameter_shapes`; any bias may
+        weights: by the names and shapes of ``layernorm.variants.parameter_shapes``; any bias may
             be left out.
-        variant: a preset's name or a :class:`layernorm.Variant`.
+        variant: a preset's name or a ``layernorm.Variant``.
         reverse: run from the last step to the first; the outputs stay in the input's order.
         batch_sizes: the rows of each step, not increasing.
 
@@ -198,7 +198,7 @@ def lstm(
         ValueError: an unknown variant, weights that are not the variant's, bad ``batch_sizes``.
         RuntimeError: a tensor of the wrong shape.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from layernorm import functional as LF
         >>> from layernorm.variants import parameter_shapes, resolve
@@ -228,9 +228,9 @@ def gru(
     """One layer and direction of a normalized GRU over a whole sequence (paper eq. 26-28).
 
     h' = (1 - z)·n + z·h, which is PyTorch's convention; the paper's has z and 1 - z the other way round.
-    Arguments, results and errors as those of :func:`lstm`, with the state h (N, H) and the final h.
+    Arguments, results and errors as those of ``lstm``, with the state h (N, H) and the final h.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from layernorm import functional as LF
         >>> from layernorm.variants import parameter_shapes, resolve
@@ -257,10 +257,10 @@ def rnn(
 ) -> tuple[Tensor, Tensor]:
     """One layer and direction of a normalized RNN over a whole sequence (paper eq. 4).
 
-    ``nonlinearity`` is "tanh" or "relu". Other arguments, results and errors as those of :func:`lstm`,
+    ``nonlinearity`` is "tanh" or "relu". Other arguments, results and errors as those of ``lstm``,
     with the state h (N, H) and the final h.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from layernorm import functional as LF
         >>> from layernorm.variants import parameter_shapes, resolve

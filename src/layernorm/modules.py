@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: :mod:`torch.nn`'s modules, served by this package's operators."""
+"""LayerNorm and RMSNorm: ``torch.nn``'s modules, served by this package's operators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class LayerNorm(torch.nn.LayerNorm):
     """Layer normalization over the last dimensions (Ba, Kiros, Hinton 2016, eq. 3 and 4).
 
     Constructor, parameters (``weight`` is the gain, ``bias``), state dict and repr are those of
-    :class:`torch.nn.LayerNorm`, of which this is a subclass.
+    ``torch.nn.LayerNorm``, of which this is a subclass.
 
     Args:
         normalized_shape: the sizes of the last dimensions, or an int for one dimension.
@@ -27,9 +27,9 @@ class LayerNorm(torch.nn.LayerNorm):
 
     Raises:
         RuntimeError: in the call, for an input that does not fit; see
-            :func:`layernorm.functional.layer_norm`.
+            ``layernorm.functional.layer_norm``.
 
-    Example:
+    Examples:
         >>> import torch, layernorm
         >>> layernorm.LayerNorm(4)(torch.randn(2, 3, 4)).shape
         torch.Size([2, 3, 4])
@@ -44,7 +44,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """RMS normalization over the last dimensions (Zhang and Sennrich 2019).
 
     Constructor, parameters (``weight`` is the gain), state dict and repr are those of
-    :class:`torch.nn.RMSNorm`, of which this is a subclass.
+    ``torch.nn.RMSNorm``, of which this is a subclass.
 
     Args:
         normalized_shape: the sizes of the last dimensions, or an int for one dimension.
@@ -58,9 +58,9 @@ class RMSNorm(torch.nn.RMSNorm):
 
     Raises:
         RuntimeError: in the call, for an input that does not fit; see
-            :func:`layernorm.functional.rms_norm`.
+            ``layernorm.functional.rms_norm``.
 
-    Example:
+    Examples:
         >>> import torch, layernorm
         >>> layernorm.RMSNorm(4)(torch.randn(2, 3, 4)).shape
         torch.Size([2, 3, 4])

@@ -1,9 +1,9 @@
-"""Layer-normalized LSTM, GRU and RNN: drop-in for :mod:`torch.nn`'s, and their cells.
+"""Layer-normalized LSTM, GRU and RNN: drop-in for ``torch.nn``'s, and their cells.
 
 Arguments, shapes, initial states, ``PackedSequence``, layers, directions and dropout are those of
-:class:`torch.nn.LSTM`, :class:`torch.nn.GRU` and :class:`torch.nn.RNN`. ``variant`` says which
+``torch.nn.LSTM``, ``torch.nn.GRU`` and ``torch.nn.RNN``. ``variant`` says which
 normalized function is meant; the parameters of each are listed in
-:func:`layernorm.variants.parameter_shapes` and carry PyTorch's suffixes, ``weight_ih_l0``,
+``layernorm.variants.parameter_shapes`` and carry PyTorch's suffixes, ``weight_ih_l0``,
 ``gain_ih_l0_reverse``. Weights start as PyTorch's do, gains at 1 and biases at 0.
 """
 
@@ -181,7 +181,7 @@ class _Sequence(_Parametrized):
         ]
 
     def flatten_parameters(self) -> None:
-        """Does nothing, as in :mod:`torch.nn` where cuDNN does not serve: no copy is kept."""
+        """Does nothing, as in ``torch.nn`` where cuDNN does not serve: no copy is kept."""
 
     def forward(
         self, input: Tensor | PackedSequence, hx: State | None = None
@@ -301,11 +301,11 @@ class _Sequence(_Parametrized):
 
 
 class LayerNormLSTM(_Sequence):
-    """A layer-normalized LSTM, drop-in for :class:`torch.nn.LSTM` (paper eq. 20-22).
+    """A layer-normalized LSTM, drop-in for ``torch.nn.LSTM`` (paper eq. 20-22).
 
     (i, f, g, o) = LN(W_hh h) + LN(W_ih x) + bias, each LN over all 4·hidden_size features;
     c' = σ(f)·c + σ(i)·tanh(g) is carried on; h' = σ(o)·tanh(LN(c')). Other ``variant`` values give the
-    functions of other implementations; ``"none"`` is :class:`torch.nn.LSTM` with its parameter names.
+    functions of other implementations; ``"none"`` is ``torch.nn.LSTM`` with its parameter names.
 
     Args:
         input_size: features of the input, F.
@@ -318,7 +318,7 @@ class LayerNormLSTM(_Sequence):
         proj_size: when positive, h is projected to this size, P; otherwise P = H.
         device: where the parameters are made.
         dtype: of the parameters.
-        variant: a name of :data:`layernorm.variants.PRESETS`, or a :class:`layernorm.Variant`.
+        variant: a name of ``layernorm.variants.PRESETS``, or a ``layernorm.Variant``.
 
     Shape:
         - input: (T, N, F), (N, T, F) with ``batch_first``, (T, F) for one sequence, or a
@@ -332,7 +332,7 @@ class LayerNormLSTM(_Sequence):
         TypeError: an argument is of the wrong type.
         RuntimeError: input or state has the wrong shape.
 
-    Example:
+    Examples:
         >>> import torch, layernorm
         >>> lstm = layernorm.LayerNormLSTM(10, 20, num_layers=2)
         >>> output, (h, c) = lstm(torch.randn(5, 3, 10))
@@ -344,17 +344,17 @@ class LayerNormLSTM(_Sequence):
 
 
 class LayerNormGRU(_Sequence):
-    """A layer-normalized GRU, drop-in for :class:`torch.nn.GRU` (paper eq. 26-28).
+    """A layer-normalized GRU, drop-in for ``torch.nn.GRU`` (paper eq. 26-28).
 
     (r, z) = LN(W_hh h) + LN(W_ih x) + bias over 2·hidden_size features,
     n = tanh(LN(W_ih x) + bias_n + σ(r)·(LN(W_hh h) + bias_hn)) over hidden_size features, and
     h' = (1 - z)·n + z·h: PyTorch's convention, where the paper's z is 1 - z. Other ``variant`` values
-    give the functions of other implementations; ``"none"`` is :class:`torch.nn.GRU`.
+    give the functions of other implementations; ``"none"`` is ``torch.nn.GRU``.
 
-    Arguments, shapes and errors are those of :class:`LayerNormLSTM` without ``proj_size``; the state is
+    Arguments, shapes and errors are those of ``LayerNormLSTM`` without ``proj_size``; the state is
     one tensor h (num_layers·D, N, hidden_size).
 
-    Example:
+    Examples:
         >>> import torch, layernorm
         >>> gru = layernorm.LayerNormGRU(10, 20, batch_first=True)
         >>> output, h = gru(torch.randn(3, 5, 10))
@@ -394,15 +394,15 @@ class LayerNormGRU(_Sequence):
 
 
 class LayerNormRNN(_Sequence):
-    """A layer-normalized RNN, drop-in for :class:`torch.nn.RNN` (paper eq. 4).
+    """A layer-normalized RNN, drop-in for ``torch.nn.RNN`` (paper eq. 4).
 
-    h' = f(LN(W_hh h + W_ih x) + bias), f tanh or relu. ``variant="none"`` is :class:`torch.nn.RNN`.
+    h' = f(LN(W_hh h + W_ih x) + bias), f tanh or relu. ``variant="none"`` is ``torch.nn.RNN``.
 
-    Arguments, shapes and errors are those of :class:`LayerNormLSTM` without ``proj_size`` and with
-    ``nonlinearity``, ``"tanh"`` or ``"relu"``, in :class:`torch.nn.RNN`'s place; the state is one
+    Arguments, shapes and errors are those of ``LayerNormLSTM`` without ``proj_size`` and with
+    ``nonlinearity``, ``"tanh"`` or ``"relu"``, in ``torch.nn.RNN``'s place; the state is one
     tensor h (num_layers·D, N, hidden_size).
 
-    Example:
+    Examples:
         >>> import torch, layernorm
         >>> rnn = layernorm.LayerNormRNN(10, 20, nonlinearity="relu")
         >>> output, h = rnn(torch.randn(5, 3, 10))
@@ -522,7 +522,7 @@ class _SingleStep(_Parametrized):
 
 
 class LayerNormLSTMCell(_SingleStep):
-    """One step of :class:`LayerNormLSTM`, drop-in for :class:`torch.nn.LSTMCell`.
+    """One step of ``LayerNormLSTM``, drop-in for ``torch.nn.LSTMCell``.
 
     Args:
         input_size: features of the input, F.
@@ -530,7 +530,7 @@ class LayerNormLSTMCell(_SingleStep):
         bias: whether there are biases.
         device: where the parameters are made.
         dtype: of the parameters.
-        variant: a name of :data:`layernorm.variants.PRESETS`, or a :class:`layernorm.Variant`.
+        variant: a name of ``layernorm.variants.PRESETS``, or a ``layernorm.Variant``.
 
     Shape:
         - input: (N, F), or (F) for one row;
@@ -544,7 +544,7 @@ class LayerNormLSTMCell(_SingleStep):
         ValueError: a size or the variant is not one there is; a wrong rank or dtype.
         RuntimeError: input or state has the wrong shape.
 
-    Example:
+    Examples:
         >>> import torch, layernorm
         >>> cell = layernorm.LayerNormLSTMCell(10, 20)
         >>> h, c = cell(torch.randn(3, 10))
@@ -557,11 +557,11 @@ class LayerNormLSTMCell(_SingleStep):
 
 
 class LayerNormGRUCell(_SingleStep):
-    """One step of :class:`LayerNormGRU`, drop-in for :class:`torch.nn.GRUCell`.
+    """One step of ``LayerNormGRU``, drop-in for ``torch.nn.GRUCell``.
 
-    Arguments and errors are those of :class:`LayerNormLSTMCell`; the state is one tensor h (N, H).
+    Arguments and errors are those of ``LayerNormLSTMCell``; the state is one tensor h (N, H).
 
-    Example:
+    Examples:
         >>> import torch, layernorm
         >>> cell = layernorm.LayerNormGRUCell(10, 20)
         >>> cell(torch.randn(3, 10)).shape
@@ -572,12 +572,12 @@ class LayerNormGRUCell(_SingleStep):
 
 
 class LayerNormRNNCell(_SingleStep):
-    """One step of :class:`LayerNormRNN`, drop-in for :class:`torch.nn.RNNCell`.
+    """One step of ``LayerNormRNN``, drop-in for ``torch.nn.RNNCell``.
 
-    Arguments and errors are those of :class:`LayerNormLSTMCell` with ``nonlinearity``, ``"tanh"`` or
-    ``"relu"``, in :class:`torch.nn.RNNCell`'s place; the state is one tensor h (N, H).
+    Arguments and errors are those of ``LayerNormLSTMCell`` with ``nonlinearity``, ``"tanh"`` or
+    ``"relu"``, in ``torch.nn.RNNCell``'s place; the state is one tensor h (N, H).
 
-    Example:
+    Examples:
         >>> import torch, layernorm
         >>> cell = layernorm.LayerNormRNNCell(10, 20)
         >>> cell(torch.randn(3, 10)).shape

@@ -1,7 +1,7 @@
 """Which function "layer-normalized LSTM" means: the frozen spec and its named presets.
 
 Published layer-normalized cells differ in what is normalized together, in where biases enter, and in
-whether the normalized cell is carried on. :class:`Variant` says which; :data:`PRESETS` names the public
+whether the normalized cell is carried on. ``Variant`` says which; ``PRESETS`` names the public
 ones. In the formulas below N is the normalizer without gain and bias, a = W_ih x and b = W_hh h.
 
 ==========  ============================================================================================
@@ -72,7 +72,7 @@ class Variant:
         ValueError: a field has a value it does not know.
         TypeError: ``projection_bias`` is not a bool, or ``eps`` not a number.
 
-    Example:
+    Examples:
         >>> from layernorm import Variant
         >>> Variant(inputs="summed", scope="gate").cell
         'output'
@@ -192,9 +192,9 @@ def resolve(variant: str | Variant, cell: Cell) -> Variant:
 
     Raises:
         ValueError: no preset has that name, or the preset has no such cell.
-        TypeError: ``variant`` is neither a name nor a :class:`Variant`.
+        TypeError: ``variant`` is neither a name nor a ``Variant``.
 
-    Example:
+    Examples:
         >>> from layernorm.variants import resolve
         >>> resolve("paper", "rnn").inputs
         'summed'
@@ -228,7 +228,7 @@ def parameter_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """The parameters of one layer and direction, in order, by name without its suffix.
 
-    ``weight_*``, ``bias_ih`` and ``bias_hh`` are what :mod:`torch.nn` has under these names; every
+    ``weight_*``, ``bias_ih`` and ``bias_hh`` are what ``torch.nn`` has under these names; every
     ``gain*`` starts at 1, ``bias``, ``bias_hn`` and ``bias_cell`` at 0. ``bias=False`` leaves every
     bias out. G is the number of gates, H the hidden size.
 
@@ -244,7 +244,7 @@ def parameter_shapes(
     ``gain_cell, bias_cell`` (H)            LSTM, unless ``cell="none"``
     =======================  =============  ==================================================
 
-    Example:
+    Examples:
         >>> from layernorm.variants import Variant, parameter_shapes
         >>> list(parameter_shapes("rnn", Variant(inputs="summed"), 3, 5))
         ['weight_ih', 'weight_hh', 'gain', 'bias']

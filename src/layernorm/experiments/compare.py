@@ -43,7 +43,7 @@ class Comparison:
         epochs: passes over the training cases.
         seeds: repetitions, with seeds 0, 1, ...
         out: the folder for everything.
-        device: where to train, as :class:`torch.device` takes it.
+        device: where to train, as ``torch.device`` takes it.
     """
 
     task: str
@@ -92,10 +92,11 @@ def compare(comparison: Comparison, console: Console) -> Path:
         with _stop_flag() as stop, Display(console, updates, comparison.epochs) as display:
             for run in comparison.runs:
                 finished = runs_folder / f"{run.name}.csv"
+                checkpoint = finished.with_suffix(".checkpoint")
                 if finished.is_file():
+                    checkpoint.unlink(missing_ok=True)
                     display.skip(run)
                     continue
-                checkpoint = finished.with_suffix(".checkpoint")
                 trainer = Trainer(task, data, run, comparison.epochs, checkpoint)
                 display.start(trainer)
                 trainer.train(display.advance, stop)

@@ -23,9 +23,9 @@ def network(sizes: tuple[int, ...], norm: str) -> nn.Sequential:
 
     Args:
         sizes: features of the input, of each hidden layer, and of the output.
-        norm: one of :data:`NORMS`.
+        norm: one of ``NORMS``.
 
-    Example:
+    Examples:
         >>> from layernorm.experiments.feedforward import network
         >>> network((64, 32, 10), "layer")
         Sequential(

@@ -12,7 +12,7 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """A fresh path to write to; it takes the place of ``path`` when the ``with`` block ends well.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile
         >>> from layernorm.experiments.files import replacing
         >>> with tempfile.TemporaryDirectory() as folder:

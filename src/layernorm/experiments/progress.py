@@ -115,7 +115,7 @@ class Display:
 def duration(seconds: float) -> str:
     """Minutes and seconds, with hours where there are any.
 
-    Example:
+    Examples:
         >>> from layernorm.experiments.progress import duration
         >>> duration(75), duration(3675)
         ('1:15', '1:01:15')

@@ -44,7 +44,7 @@ def summarize(results: pd.DataFrame, norms: Sequence[str]) -> pd.DataFrame:
         norms: the norms in the order of the table.
 
     Returns:
-        A table with the columns of :data:`COLUMNS`, for each figure also one with ``_std``, and ``reached``
+        A table with the columns of ``COLUMNS``, for each figure also one with ``_std``, and ``reached``
         and ``seeds``.
     """
     baseline = "none" if "none" in norms else norms[0]
@@ -73,7 +73,7 @@ def summarize(results: pd.DataFrame, norms: Sequence[str]) -> pd.DataFrame:
 
 
 def cells(summary: pd.DataFrame) -> list[dict[str, str]]:
-    """The summary as text, one dict for each row by the keys of :data:`COLUMNS`."""
+    """The summary as text, one dict for each row by the keys of ``COLUMNS``."""
     formats = {
         "best_test_error": ("{:.2f}", "{:.2f}"),
         "epochs_to_baseline": ("{:.2f}", "{:.2f}"),

@@ -2,7 +2,7 @@
 
 Any dtype that PyTorch computes in, float64 included; float16 and bfloat16 are computed in float32 and
 rounded once. Differentiable to any order by autograd. Arguments are not checked here: the public
-functions of :mod:`layernorm.functional` do that.
+functions of ``layernorm.functional`` do that.
 """
 
 from layernorm.reference.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm

@@ -27,7 +27,7 @@ def layer_norm(
     Returns:
         Tensor of the input's shape and dtype.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from layernorm import reference
         >>> reference.layer_norm(torch.tensor([1.0, 3.0]), (2,), eps=0.0)
@@ -62,7 +62,7 @@ def rms_norm(
     Returns:
         Tensor of the input's shape and dtype.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from layernorm import reference
         >>> reference.rms_norm(torch.tensor([3.0, 4.0]), (2,), eps=0.0).square().mean()
@@ -87,7 +87,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """``(layer_norm(sum), sum)`` with sum = input + residual, rounded to its dtype first.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from layernorm import reference
         >>> reference.add_layer_norm(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0]), (2,), eps=0.0)
@@ -106,7 +106,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """``(rms_norm(sum), sum)`` with sum = input + residual, rounded to its dtype first.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from layernorm import reference
         >>> reference.add_rms_norm(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]), (2,), eps=0.0)

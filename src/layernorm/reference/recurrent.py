@@ -1,7 +1,7 @@
 """Recurrent sequences for every variant: one time loop that takes a small cell function.
 
 Shapes: T time, N batch, F input, H hidden, G gates, P the size of h (``proj_size`` or H). A cell takes
-what the input contributes to the gates at one step, ``x`` (N, G·H), which :func:`_project` has computed
+what the input contributes to the gates at one step, ``x`` (N, G·H), which ``_project`` has computed
 for all steps at once, and the state.
 """
 
@@ -35,7 +35,7 @@ def lstm(
     Args:
         input: (T, N, F), or the (ΣN_t, F) data of a packed sequence with its ``batch_sizes``.
         state: h (N, P) and c (N, H).
-        weights: by the names of :func:`layernorm.variants.parameter_shapes`; a bias may be absent.
+        weights: by the names of ``layernorm.variants.parameter_shapes``; a bias may be absent.
         variant: the spec.
         reverse: run from the last step to the first; outputs stay in the input's order.
         batch_sizes: rows at each step, not increasing; None when all steps have N.
@@ -60,7 +60,7 @@ def gru(
 ) -> tuple[Tensor, Tensor]:
     """One layer and direction of a GRU (paper eq. 26-28); h' = (1 - z)·n + z·h as in PyTorch.
 
-    Arguments and results as those of :func:`lstm`, with the state h (N, H).
+    Arguments and results as those of ``lstm``, with the state h (N, H).
     """
     cell = partial(_gru_step, weights=weights, variant=variant)
     x = _project(input, weights, variant, _groups("gru", variant, state.size(-1)))
@@ -80,7 +80,7 @@ def rnn(
 ) -> tuple[Tensor, Tensor]:
     """One layer and direction of an RNN (paper eq. 4); ``nonlinearity`` is "tanh" or "relu".
 
-    Other arguments and results as those of :func:`lstm`, with the state h (N, H).
+    Other arguments and results as those of ``lstm``, with the state h (N, H).
     """
     cell = partial(_rnn_step, weights=weights, variant=variant, nonlinearity=nonlinearity)
     x = _project(input, weights, variant, _groups("rnn", variant, state.size(-1)))
