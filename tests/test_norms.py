@@ -249,6 +249,33 @@ def test_native_derivatives_of_both_orders(wanted, affine):
         torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=33 * 4 * 10 * EPS32)
 
 
+@pytest.mark.parametrize("affine", ["both", "gain", "bias", "neither"])
+def test_native_derivatives_of_the_third_order(affine):
+    # PyTorch's own operator goes wrong here: the third order (pytorch#175754), and the second with a bias
+    # and no gain (pytorch#79705).
+    x, weight, bias = torch.randn(2, 5), torch.randn(5), torch.randn(5)
+    weights = (weight if affine in ("both", "gain") else None, bias if affine in ("both", "bias") else None)
+    directions = torch.randn(3, 2, 5)
+
+    def third(function, dtype):
+        tensors = [None if t is None else t.to(dtype).requires_grad_() for t in (x.clone(), *weights)]
+        leaves = [t for t in tensors if t is not None]
+        value, found = function(tensors[0], (5,), *tensors[1:], eps=0.1), []
+        for direction in directions.to(dtype):
+            total = (value * direction).sum() + sum((leaf**2).sum() for leaf in leaves[1:])
+            grads = torch.autograd.grad(total, leaves, create_graph=True)
+            found += grads
+            value = grads[0]
+        return found
+
+    for a, e in zip(
+        third(LF.layer_norm, torch.float32), third(reference.layer_norm, torch.float64), strict=True
+    ):
+        # Each order multiplies by up to 1/std, here under 1/√0.1 = 3.2, and adds roundings of about 30 terms.
+        scale = max(1.0, e.abs().max().item())
+        assert (a - e).abs().max() <= 3 * 30 * 3.2**3 * EPS32 * scale
+
+
 def test_operator_passes_opcheck():
     for needs_grad in (False, True):
         x, w, b = (torch.randn(s, requires_grad=needs_grad) for s in ((3, 2, 8), (2, 8), (2, 8)))
