@@ -6,15 +6,9 @@ Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
 __version__ = "0.1.0"
 
 from layernorm import backends, functional, reference, variants
+from layernorm.cells import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCell
 from layernorm.modules import LayerNorm, RMSNorm
-from layernorm.recurrent import (
-    LayerNormGRU,
-    LayerNormGRUCell,
-    LayerNormLSTM,
-    LayerNormLSTMCell,
-    LayerNormRNN,
-    LayerNormRNNCell,
-)
+from layernorm.recurrent import LayerNormGRU, LayerNormLSTM, LayerNormRNN
 from layernorm.variants import Variant
 
 __all__ = [
