@@ -20,6 +20,7 @@ install: $(INSTALLED)
 $(INSTALLED): .venv/bin/python pyproject.toml $(NATIVE_SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/layernorm info | grep '^compiled'
 	@touch $@
 
 demo: install

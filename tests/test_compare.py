@@ -30,6 +30,7 @@ FILES = {"config.json", "results.csv", "curves.png", "curves.svg", "report.html"
 
 def small(out: Path, **changes) -> Comparison:
     fields = {"task": "digits", "norms": ("none", "layer"), "batch_sizes": (128, 64), "epochs": 2, "seeds": 2}
+    fields["learning_rate"] = 1e-3
     return Comparison(**fields | changes, out=out)
 
 
@@ -251,6 +252,7 @@ def refused(capsys, *arguments: str) -> str:
         (["--epochs", "0"], "argument --epochs: expected a whole number of at least 1, got '0'"),
         (["--seeds", "1.5"], "argument --seeds: expected a whole number of at least 1, got '1.5'"),
         (["--device", "nonsense"], "--device: cannot use 'nonsense'"),
+        (["--learning-rate", "0"], "argument --learning-rate: expected a number greater than 0, got '0'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["digits-rows", "--norms", "sheeprl"], "unknown norm 'sheeprl' for digits-rows"),
     ],
@@ -269,6 +271,8 @@ def test_a_folder_of_another_comparison_is_refused(capsys, tmp_path):
     compare(small(tmp_path, seeds=1), silent())
     message = refused(capsys, "--epochs", "3", "--out", str(tmp_path))
     assert "holds a comparison with epochs 2, and 3 is asked for; choose another --out" in message
+    message = refused(capsys, "--epochs", "2", "--learning-rate", "0.01", "--out", str(tmp_path))
+    assert "holds a comparison with learning rate 0.001, and 0.01 is asked for" in message
     (tmp_path / "config.json").write_text("{")
     assert "config.json is damaged" in refused(capsys, "--out", str(tmp_path))
 
@@ -306,5 +310,5 @@ def test_a_live_display_shows_what_runs_and_the_time_left(tmp_path):
     console = Console(file=io.StringIO(), width=160, force_terminal=True)
     compare(small(tmp_path, seeds=1, batch_sizes=(16,), epochs=8), console)
     text = console.file.getvalue()
-    for part in ("whole comparison", "layer, batch 16, seed 0", "test error", "1/2 runs", "left"):
+    for part in ("whole comparison", "layer, batch 16, seed 0", "test error", "1/2 runs", "left", "2/2 runs"):
         assert part in text

@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-sizes", type=_sizes, metavar="N,M,…", help="cases per update (default: 128,4)")
     add("--epochs", type=_positive, metavar="N", help="passes over the data (default: the task's)")
     add("--seeds", type=_positive, metavar="K", help="repetitions (default: the task's)")
+    add("--learning-rate", type=_rate, metavar="R", help="of Adam (default: the task's)")
     add("--out", type=Path, metavar="DIR", help="folder for the results (default: runs/TASK)")
     add("--device", default="cpu", metavar="DEVICE", help="where to train (default: cpu)")
     commands.add_parser("info", help="versions, and which kernel serves which operator here and why")
@@ -143,6 +144,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number greater than 0, got {text!r}")
+    return value
+
+
 def _compare(options: argparse.Namespace) -> int:
     try:
         from rich.console import Console
@@ -160,6 +171,7 @@ def _compare(options: argparse.Namespace) -> int:
             batch_sizes=options.batch_sizes or task.default_batch_sizes,
             epochs=options.epochs or task.default_epochs,
             seeds=options.seeds or task.default_seeds,
+            learning_rate=options.learning_rate or task.learning_rate,
             out=options.out or Path("runs") / task.name,
             device=options.device,
         )

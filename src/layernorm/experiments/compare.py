@@ -43,6 +43,7 @@ class Comparison:
         epochs: passes over the training cases.
         seeds: repetitions, with seeds 0, 1, ...
         out: the folder for everything.
+        learning_rate: of Adam.
         device: where to train, as ``torch.device`` takes it.
     """
 
@@ -52,6 +53,7 @@ class Comparison:
     epochs: int
     seeds: int
     out: Path
+    learning_rate: float
     device: str = "cpu"
 
     @property
@@ -97,7 +99,7 @@ def compare(comparison: Comparison, console: Console) -> Path:
                     checkpoint.unlink(missing_ok=True)
                     display.skip(run)
                     continue
-                trainer = Trainer(task, data, run, comparison.epochs, checkpoint)
+                trainer = Trainer(task, data, run, comparison.epochs, checkpoint, comparison.learning_rate)
                 display.start(trainer)
                 trainer.train(display.advance, stop)
                 _write(finished, pd.DataFrame(trainer.records).to_csv(index=False))
@@ -147,11 +149,12 @@ def _prepare(comparison: Comparison) -> Path:
             before = json.loads(path.read_text())
         except ValueError as error:
             raise ExperimentError(f"{path} is damaged: {error}; choose another --out") from error
-        for name in ("task", "epochs", "device"):
+        for name in ("task", "epochs", "learning_rate", "device"):
             asked = getattr(comparison, name)
             if before.get(name) != asked:
+                what = name.replace("_", " ")
                 raise ExperimentError(
-                    f"--out: {comparison.out} holds a comparison with {name} {before.get(name)}, and "
+                    f"--out: {comparison.out} holds a comparison with {what} {before.get(name)}, and "
                     f"{asked} is asked for; choose another --out"
                 )
     return folder
@@ -176,7 +179,6 @@ def _config(comparison: Comparison, task: Task) -> dict[str, Any]:
         **{k: v for k, v in asdict(comparison).items() if k != "out"},
         "summary": task.summary,
         "optimizer": "Adam",
-        "learning_rate": task.learning_rate,
         "versions": {
             "layernorm": layernorm.__version__,
             "python": platform.python_version(),

@@ -87,6 +87,7 @@ class Display:
         if self._line is not None:
             self._progress.remove_task(self._line)
             self._line = None
+        self._progress.update(self._whole, text=f"{self._done}/{len(self._updates)} runs")
         best = min(record["test_error"] for record in trainer.records)
         spent = duration(trainer.records[-1]["seconds"])
         self._say(trainer.run, f"best test error {best:.2f} %, {spent} of training")
