@@ -29,7 +29,7 @@ from layernorm.experiments import task as tasks
 from layernorm.experiments.files import replacing
 from layernorm.experiments.progress import Display
 from layernorm.experiments.task import Data, ExperimentError, Task
-from layernorm.experiments.training import Interrupted, Run, Trainer
+from layernorm.experiments.training import Interrupted, Record, Run, Trainer
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _check(comparison: Comparison, task: Task) -> None:
         if norm == "batch" and 1 in comparison.batch_sizes:
             raise ExperimentError("--batch-sizes: batch norm needs at least 2 cases, got 1")
     try:
-        torch.empty(0, device=comparison.device)
+        torch.zeros(1, device=comparison.device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ExperimentError(f"--device: cannot use {comparison.device!r}: {reason}") from error
@@ -168,9 +168,14 @@ def _collect(comparison: Comparison, folder: Path) -> pd.DataFrame:
         if not path.is_file():
             continue
         try:
-            tables.append(pd.read_csv(path))
+            table = pd.read_csv(path)
+            if tuple(table.columns) != Record._fields:
+                raise ValueError("wrong columns")
         except (OSError, ValueError) as error:
-            raise ExperimentError(f"{path} is damaged: {error}; delete it and try again") from error
+            raise ExperimentError(
+                f"{path} is damaged ({error}); delete it, and the same command trains this run again"
+            ) from error
+        tables.append(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 

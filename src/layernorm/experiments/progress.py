@@ -72,9 +72,9 @@ class Display:
         spent = time.monotonic() - self._began
         self._seconds[trainer.run] = spent / (trainer.update - self._first)
         last = trainer.records[-1]
-        loss = "" if last["train_loss"] is None else f"loss {last['train_loss']:.4f}, "
+        loss = "" if last.train_loss is None else f"loss {last.train_loss:.4f}, "
         epoch = trainer.update / trainer.updates * self._epochs
-        text = f"epoch {epoch:.1f}/{self._epochs}, {loss}test error {last['test_error']:.2f} %"
+        text = f"epoch {epoch:.1f}/{self._epochs}, {loss}test error {last.test_error:.2f} %"
         self._progress.update(self._line, completed=trainer.update, text=text)
         self._progress.advance(self._whole, trainer.update - self._shown)
         self._shown = trainer.update
@@ -88,8 +88,8 @@ class Display:
             self._progress.remove_task(self._line)
             self._line = None
         self._progress.update(self._whole, text=f"{self._done}/{len(self._updates)} runs")
-        best = min(record["test_error"] for record in trainer.records)
-        spent = duration(trainer.records[-1]["seconds"])
+        best = min(record.test_error for record in trainer.records)
+        spent = duration(trainer.records[-1].seconds)
         self._say(trainer.run, f"best test error {best:.2f} %, {spent} of training")
 
     def _say(self, run: Run, text: str) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,31 @@ EVALUATIONS_PER_EPOCH: Final = 4
 CHECKPOINT_SECONDS: Final = 10.0
 _TEST_CASES_AT_ONCE: Final = 1000
 
-Record = dict[str, Any]
+
+class Record(NamedTuple):
+    """One logged step; the fields are the columns of ``results.csv``.
+
+    Attributes:
+        norm: of the run.
+        batch_size: of the run.
+        seed: of the run.
+        update: updates made.
+        epoch: passes over the training cases made.
+        seconds: spent on updates.
+        train_loss: mean over the updates since the last record; None before the first update.
+        test_loss: mean over the test cases.
+        test_error: percentage of the test cases.
+    """
+
+    norm: str
+    batch_size: int
+    seed: int
+    update: int
+    epoch: float
+    seconds: float
+    train_loss: float | None
+    test_loss: float
+    test_error: float
 
 
 class Interrupted(Exception):
@@ -123,7 +147,7 @@ class Trainer:
             "network": self.network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "random": torch.get_rng_state(),
-            "records": self.records,
+            "records": [record._asdict() for record in self.records],
             "seconds": self._seconds,
             "loss": (self._loss_sum, self._loss_count),
         }
@@ -138,7 +162,8 @@ class Trainer:
             self.network.load_state_dict(state["network"])
             self._optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["random"])
-            self.update, self.records = state["update"], state["records"]
+            self.update = state["update"]
+            self.records = [Record(**record) for record in state["records"]]
             self._seconds = state["seconds"]
             self._loss_sum, self._loss_count = state["loss"]
         except Exception as error:  # whatever a damaged file makes of the reader
@@ -165,17 +190,17 @@ class Trainer:
         """Records the mean training loss since the last record, and loss and error on the test cases."""
         loss, error = self._test()
         self.records.append(
-            {
-                "norm": self.run.norm,
-                "batch_size": self.run.batch_size,
-                "seed": self.run.seed,
-                "update": self.update,
-                "epoch": self.update / self._per_epoch,
-                "seconds": self._seconds,
-                "train_loss": self._loss_sum / self._loss_count if self._loss_count else None,
-                "test_loss": loss,
-                "test_error": error,
-            }
+            Record(
+                norm=self.run.norm,
+                batch_size=self.run.batch_size,
+                seed=self.run.seed,
+                update=self.update,
+                epoch=self.update / self._per_epoch,
+                seconds=self._seconds,
+                train_loss=self._loss_sum / self._loss_count if self._loss_count else None,
+                test_loss=loss,
+                test_error=error,
+            )
         )
         self._loss_sum, self._loss_count = 0.0, 0
 
