@@ -40,6 +40,4 @@ TASK = Task(
     default_norms=("none", "batch", "layer"),
     default_epochs=60,
     default_seeds=1,
-    # The paper does not give its own. See docs/mnist.md for 0.001 and 0.003 too.
-    learning_rate=3e-4,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,8 @@ from layernorm.experiments.files import replacing
 
 # Okabe and Ito's palette, told apart in every kind of colour vision; line styles repeat the distinction.
 _COLOURS: Final = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# The same norm looks the same in every picture; others take the looks that are left.
+_PLACES: Final = {"none": 0, "batch": 1, "layer": 2, "rms": 3, "weight": 4}
 _STYLES: Final = ("--", "-.", "-", (0, (4, 1, 1, 1, 1, 1)), ":", (0, (6, 2)), (0, (1, 2)))
 
 #: The columns of the summary and their headings.
@@ -115,19 +118,22 @@ def curves(results: pd.DataFrame, norms: Sequence[str], title: str) -> Figure:
     Lines are means over the seeds, bands go from the least to the greatest.
     """
     batch_sizes = sorted(results.batch_size.unique(), reverse=True)
+    free = (place for place in itertools.count() if place not in {_PLACES.get(norm) for norm in norms})
+    places = {norm: _PLACES[norm] if norm in _PLACES else next(free) for norm in norms}
     panels = (("test_error", "test error (%)"), ("train_loss", "training loss"))
     figure = Figure(figsize=(4.6 * len(batch_sizes) + 0.6, 6.6), layout="constrained")
     axes = figure.subplots(len(panels), len(batch_sizes), squeeze=False, sharey="row", sharex="col")
     for column, batch_size in enumerate(batch_sizes):
         for row, (measure, label) in enumerate(panels):
             axis = axes[row, column]
-            for index, norm in enumerate(norms):
+            for norm, index in places.items():
                 chosen = results[(results.norm == norm) & (results.batch_size == batch_size)]
                 seeds = chosen.dropna(subset=measure).groupby("epoch")[measure]
                 middle, low, high = seeds.mean(), seeds.min(), seeds.max()
                 colour = _COLOURS[index % len(_COLOURS)]
-                style = _STYLES[index % len(_STYLES)]
-                axis.plot(middle.index, middle, color=colour, linestyle=style, label=norm)
+                axis.plot(
+                    middle.index, middle, color=colour, linestyle=_STYLES[index % len(_STYLES)], label=norm
+                )
                 axis.fill_between(middle.index, low, high, color=colour, alpha=0.12, linewidth=0)
             axis.set_yscale("log")
             axis.grid(alpha=0.25)
