@@ -52,9 +52,10 @@ class Parametrized(torch.nn.Module):
         """Weights uniform in ±1/√hidden_size, gains 1, biases 0; without a norm PyTorch's own."""
         bound = 1.0 / math.sqrt(self.hidden_size)
         for name, parameter in self.named_parameters():
-            if name.startswith("weight") or self.variant.kind == "none":
+            # A parametrized weight is called parametrizations.weight_hh_l0.original0.
+            if "weight" in name or self.variant.kind == "none":
                 torch.nn.init.uniform_(parameter, -bound, bound)
-            elif name.startswith("gain"):
+            elif "gain" in name:
                 torch.nn.init.ones_(parameter)
             else:
                 torch.nn.init.zeros_(parameter)
