@@ -8,10 +8,25 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from layernorm import ops
+
 # Several workers with several threads each would wait for one another; so would their subprocesses.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture
+def native() -> None:
+    """Skips where there are no compiled kernels."""
+    if ops.NATIVE_PROBLEM is not None:
+        pytest.skip(f"no compiled kernels: {ops.NATIVE_PROBLEM}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if ops.NATIVE_PROBLEM is not None:
+        # Said once in a process, in whichever test comes first; test_backends.py tests it.
+        config.addinivalue_line("filterwarnings", "ignore:layernorm. no compiled kernels:RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)

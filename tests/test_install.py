@@ -50,9 +50,8 @@ def test_required_kernels_that_cannot_be_built_are_an_error(tmp_path):
     assert names == []
 
 
+@pytest.mark.usefixtures("native")
 def test_a_wheel_with_compiled_kernels_works_elsewhere(tmp_path):
-    if ops.NATIVE_PROBLEM is not None:
-        pytest.skip(f"no compiled kernels: {ops.NATIVE_PROBLEM}")
     code, printed, names = build(tmp_path, LAYERNORM_NATIVE="1")
     assert code == 0, printed
     assert "layernorm/_native.so" in names

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from layernorm import ops
@@ -62,13 +63,27 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
     if not _has_native(operator, device, dtype):
         return Choice("torch", "the compiled kernel is for float32 on the CPU")
     if ops.NATIVE_PROBLEM is not None:
-        _say_once(f"no compiled kernels: {ops.NATIVE_PROBLEM}")
         return Choice("torch", f"no compiled kernels: {ops.NATIVE_PROBLEM}")
     if torch.compiler.is_compiling():
         return Choice("torch", "inside torch.compile PyTorch's norm fuses with its neighbours")
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return Choice("torch", "torch.func transforms and forward-mode derivatives")
     return Choice("native", "float32 on the CPU")
+
+
+def kernel_for(operator: str, input: Tensor) -> str:
+    """The kernel that ``choose`` names for this input.
+
+    Warns, once in a process, where a compiled kernel would have served and there are none.
+    """
+    kernel = choose(operator, input.device, input.dtype).kernel
+    if (
+        ops.NATIVE_PROBLEM is not None
+        and _override is None
+        and _has_native(operator, input.device, input.dtype)
+    ):
+        _say_once(f"no compiled kernels: {ops.NATIVE_PROBLEM}")
+    return kernel
 
 
 @contextmanager
@@ -127,8 +142,8 @@ def _say_once(problem: str) -> None:
     if problem not in _said:
         _said.add(problem)
         warnings.warn(
-            f"layernorm: {problem}. PyTorch's operators serve instead; see `layernorm info`, or set "
-            f"{VARIABLE}=torch to choose them and silence this.",
+            f"layernorm: {problem}. PyTorch's operators serve instead; `layernorm info` tells more, and "
+            f"{VARIABLE}=torch silences this.",
             RuntimeWarning,
             stacklevel=4,
         )

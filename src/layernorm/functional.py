@@ -54,7 +54,7 @@ def layer_norm(
         (tensor(True), tensor(1.0000))
     """
     checks.norm_arguments("layer_norm", input, normalized_shape, weight, bias)
-    kernel = backends.choose("layer_norm", input.device, input.dtype).kernel
+    kernel = backends.kernel_for("layer_norm", input)
     if kernel == "native":
         output: Tensor = torch.ops.layernorm.layer_norm(input, normalized_shape, weight, bias, eps)[0]
         return output
@@ -93,7 +93,7 @@ def rms_norm(
         tensor([[ 1., -1.]])
     """
     checks.norm_arguments("rms_norm", input, normalized_shape, weight)
-    kernel = backends.choose("rms_norm", input.device, input.dtype).kernel
+    kernel = backends.kernel_for("rms_norm", input)
     return _rms_norm(kernel, input, normalized_shape, weight, eps)
 
 
@@ -131,7 +131,7 @@ def add_layer_norm(
     """
     checks.norm_arguments("add_layer_norm", input, normalized_shape, weight, bias)
     checks.residual_argument("add_layer_norm", residual, input)
-    if backends.choose("add_layer_norm", input.device, input.dtype).kernel == "torch":
+    if backends.kernel_for("add_layer_norm", input) == "torch":
         total = input + residual
         return F.layer_norm(total, list(normalized_shape), weight, bias, eps), total
     return reference.add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
@@ -156,7 +156,7 @@ def add_rms_norm(
     """
     checks.norm_arguments("add_rms_norm", input, normalized_shape, weight)
     checks.residual_argument("add_rms_norm", residual, input)
-    kernel = backends.choose("add_rms_norm", input.device, input.dtype).kernel
+    kernel = backends.kernel_for("add_rms_norm", input)
     total = input + residual
     return _rms_norm(kernel, total, normalized_shape, weight, eps), total
 
@@ -292,7 +292,7 @@ def _sequence(
     """Checks a sequence call; returns the module whose function serves it, and the spec."""
     spec = resolve(variant, cell)
     checks.sequence_arguments(cell, input, state, weights, _shapes(cell, weights, spec), batch_sizes)
-    backends.choose(cell, input.device, input.dtype)
+    backends.kernel_for(cell, input)
     return reference, spec
 
 
