@@ -30,8 +30,7 @@ FILES = {"config.json", "results.csv", "curves.png", "curves.svg", "report.html"
 
 def small(out: Path, **changes) -> Comparison:
     fields = {"task": "digits", "norms": ("none", "layer"), "batch_sizes": (128, 64), "epochs": 2, "seeds": 2}
-    fields["learning_rate"] = 1e-3
-    return Comparison(**fields | changes, out=out)
+    return Comparison(**{"learning_rate": 1e-3} | fields | changes, out=out)
 
 
 def silent() -> Console:
@@ -154,6 +153,15 @@ def test_an_interrupted_command_goes_on_when_given_again(tmp_path, signum):
     undisturbed = tmp_path / "undisturbed"
     subprocess.run(command(undisturbed), env=environment, capture_output=True, check=True)
     pd.testing.assert_frame_equal(records(out), records(undisturbed))
+
+
+def test_the_learning_rate_is_the_one_asked_for(tmp_path):
+    options = {"norms": ("none",), "batch_sizes": (128,), "epochs": 1, "seeds": 1}
+    for rate in (1e-3, 1e-9):
+        compare(small(tmp_path / str(rate), learning_rate=rate, **options), silent())
+    learned, stood_still = (records(tmp_path / str(rate)).test_loss for rate in (1e-3, 1e-9))
+    assert learned.iloc[-1] < learned.iloc[0] - 0.01
+    assert abs(stood_still.iloc[-1] - stood_still.iloc[0]) < 1e-4
 
 
 def test_a_checkpoint_is_written_in_time(tmp_path, monkeypatch):

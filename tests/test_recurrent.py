@@ -151,6 +151,14 @@ def test_signature_and_initial_weights_are_torchs(twin):
             assert parameter.std() > 0.1
 
 
+def test_reset_parameters_knows_a_parametrized_weight():
+    lstm = torch.nn.utils.parametrizations.weight_norm(layernorm.LayerNormLSTM(3, 4), "weight_hh_l0")
+    lstm.reset_parameters()
+    assert lstm.parametrizations.weight_hh_l0.original1.std() > 0.1
+    assert (lstm.gain_hh_l0 == 1).all()
+    assert lstm(torch.randn(5, 2, 3))[0].isfinite().all()
+
+
 def test_parameter_names():
     lstm = layernorm.LayerNormLSTM(3, 4, 2, bidirectional=True, proj_size=2)
     names = [n for n, _ in lstm.named_parameters()]

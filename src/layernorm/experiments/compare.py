@@ -12,7 +12,7 @@ import platform
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -77,7 +77,7 @@ def compare(comparison: Comparison, console: Console) -> Path:
         ExperimentError: an argument or a file that the user can mend.
         Interrupted: by Ctrl-C or SIGTERM; what was reached is kept.
     """
-    task = tasks.find(comparison.task)
+    task = replace(tasks.find(comparison.task), learning_rate=comparison.learning_rate)
     _check(comparison, task)
     data = _to(task.data(), comparison.device)
     cases = len(data.train_inputs)
@@ -99,7 +99,7 @@ def compare(comparison: Comparison, console: Console) -> Path:
                     checkpoint.unlink(missing_ok=True)
                     display.skip(run)
                     continue
-                trainer = Trainer(task, data, run, comparison.epochs, checkpoint, comparison.learning_rate)
+                trainer = Trainer(task, data, run, comparison.epochs, checkpoint)
                 display.start(trainer)
                 trainer.train(display.advance, stop)
                 _write(finished, pd.DataFrame(trainer.records).to_csv(index=False))

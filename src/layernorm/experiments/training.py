@@ -78,29 +78,19 @@ class Trainer:
         run: norm, batch size and seed.
         epochs: passes over the training cases.
         checkpoint: the file that keeps an unfinished run; read if it exists.
-        learning_rate: in place of the task's.
 
     Raises:
         ExperimentError: the checkpoint is damaged or of another run.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        data: Data,
-        run: Run,
-        epochs: int,
-        checkpoint: Path,
-        learning_rate: float | None = None,
-    ) -> None:
+    def __init__(self, task: Task, data: Data, run: Run, epochs: int, checkpoint: Path) -> None:
         self.run = run
         self._task, self._data, self._checkpoint = task, data, checkpoint
         self._per_epoch = len(data.train_inputs) // run.batch_size
         self.updates = self._per_epoch * epochs
         torch.manual_seed(run.seed)
         self.network = task.network(run.norm).to(data.train_inputs.device)
-        rate = task.learning_rate if learning_rate is None else learning_rate
-        self._optimizer = torch.optim.Adam(self.network.parameters(), rate, fused=True)
+        self._optimizer = torch.optim.Adam(self.network.parameters(), task.learning_rate, fused=True)
         self.update = 0
         self.records: list[Record] = []
         self._seconds = 0.0

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from layernorm.reference.norms import layer_norm, rms_norm
-from layernorm.variants import Variant
+from layernorm.variants import GATES, Cell, Variant
 
 Weights = Mapping[str, Tensor]
 State = tuple[Tensor, ...]
@@ -182,14 +182,13 @@ def _gates(x: Tensor, h: Tensor, weights: Weights, variant: Variant, groups: lis
     return _normalized(x + b, groups, weights.get("gain"), bias, variant)
 
 
-def _groups(cell: str, variant: Variant, size: int) -> list[int]:
+def _groups(cell: Cell, variant: Variant, size: int) -> list[int]:
     """How many neighbouring features share statistics, group by group; size is H."""
-    gates = {"lstm": 4, "gru": 3, "rnn": 1}[cell]
     if variant.scope == "gate":
-        return [size] * gates
+        return [size] * GATES[cell]
     if variant.scope == "matrix" and cell == "gru":
         return [2 * size, size]
-    return [gates * size]
+    return [GATES[cell] * size]
 
 
 def _normalized(
