@@ -1,72 +1,297 @@
-// One row of a layer norm: statistics, then the affine output.
+// A few rows of a layer norm or RMS norm side by side: statistics, output, derivative.
 //
-// The order in which a row is summed depends on its width alone, so a row gives the same bits
-// whatever batch it is in and however many threads there are. No framework header: plain C++20.
+// The order in which a row is summed depends on its width alone, not on how many rows stand beside
+// it, so a row gives the same bits whatever batch it is in and however many threads there are.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
+#include <limits>
 
-namespace layernorm {
+#include "simd.hpp"
 
-// Partial sums that run side by side: four vectors of 8 floats, two of 16.
-inline constexpr int kLanes = 32;
+namespace layernorm::LAYERNORM_ISA {
 
-struct RowStats {
-  float mean;
-  float rstd;  // reciprocal standard deviation, 1 / sqrt(var + eps)
+// How many elements are summed in vectors, 32 in each lane of a pair, before the sums are put
+// together in double.
+template <typename T>
+inline constexpr int64_t kChunk = 2 * kLanes<Accumulate<T>> * 32;
+
+// Two sums side by side: the vectors of a pair go to one each, a whole vector to the first, the
+// first few elements of one to the second.
+template <typename A>
+struct Sums {
+  Vec<A> v[2] = {};
+  LAYERNORM_INLINE void add(const Part<A, 2>& a, Pair) { v[0] += a.v[0], v[1] += a.v[1]; }
+  LAYERNORM_INLINE void add(const Part<A, 1>& a, Whole) { v[0] += a.v[0]; }
+  LAYERNORM_INLINE void add(const Part<A, 1>& a, First) { v[1] += a.v[0]; }
+  LAYERNORM_INLINE void add_square(const Part<A, 2>& a, Pair) {
+    v[0] = fma(a.v[0], a.v[0], v[0]), v[1] = fma(a.v[1], a.v[1], v[1]);
+  }
+  LAYERNORM_INLINE void add_square(const Part<A, 1>& a, Whole) {
+    v[0] = fma(a.v[0], a.v[0], v[0]);
+  }
+  LAYERNORM_INLINE void add_square(const Part<A, 1>& a, First) {
+    v[1] = fma(a.v[0], a.v[0], v[1]);
+  }
+  [[nodiscard]] LAYERNORM_INLINE double total() const {
+    return static_cast<double>(add_lanes(v[0] + v[1]));
+  }
 };
 
-// Adds the lanes pairwise: 64 -> 32 -> ... -> 1.
-[[gnu::always_inline]] inline float add_lanes(float (&lanes)[kLanes]) {
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0];
+// mean + rest is the mean, more exactly than A can hold it.
+template <typename A>
+struct RowStats {
+  A mean;
+  A rest;
+  A rstd;
+};
+
+// The mean and the sum of the squares about it (about 0 where not centred), of part of a row.
+struct Moments {
+  int64_t count;
+  double mean;
+  double squares;
+};
+
+// Chan, Golub, LeVeque 1979.
+inline Moments together(const Moments& a, const Moments& b) {
+  const auto count = static_cast<double>(a.count + b.count);
+  const double delta = b.mean - a.mean;
+  const double part = static_cast<double>(b.count) / count;
+  return {a.count + b.count, a.mean + delta * part,
+          a.squares + b.squares + delta * delta * part * static_cast<double>(a.count)};
 }
 
-// mean = sum(x) / width, var = sum((x - mean)^2) / width. x[width], width >= 1.
-// The second pass measures what the rounded mean missed and takes it out of both, so a large offset
-// costs no more than the rounding of the input itself.
-[[gnu::always_inline]] inline RowStats row_statistics(const float* __restrict x, int64_t width,
-                                                      float eps) {
-  const auto n = static_cast<float>(width);
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += x[i + lane];
-  for (int lane = 0; i + lane < width; ++lane) lanes[lane] += x[i + lane];
-  const float rounded = add_lanes(lanes) / n;
-
-  float rests[kLanes] = {};
-  float squares[kLanes] = {};
-  const auto add = [&](int lane, float a) {
-    const float rest = a - rounded;
-    rests[lane] += rest;
-    squares[lane] += rest * rest;
-  };
-  for (i = 0; i + kLanes <= width; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) add(lane, x[i + lane]);
-  for (int lane = 0; i + lane < width; ++lane) add(lane, x[i + lane]);
-  const float rest = add_lanes(rests) / n;
-  const float var = add_lanes(squares) / n - rest * rest;
-  return {rounded + rest, 1.0F / std::sqrt(var + eps)};
-}
-
-// y = (x - mean) * rstd * gain + bias. x, y, gain, bias: [width]; gain and bias may be null.
-[[gnu::always_inline]] inline void row_forward(const float* __restrict x,
-                                               const float* __restrict gain,
-                                               const float* __restrict bias, float* __restrict y,
-                                               int64_t width, RowStats stats) {
-  const auto [mean, rstd] = stats;
-  if (gain != nullptr && bias != nullptr) {
-    for (int64_t i = 0; i < width; ++i) y[i] = (x[i] - mean) * rstd * gain[i] + bias[i];
-  } else if (gain != nullptr) {
-    for (int64_t i = 0; i < width; ++i) y[i] = (x[i] - mean) * rstd * gain[i];
-  } else if (bias != nullptr) {
-    for (int64_t i = 0; i < width; ++i) y[i] = (x[i] - mean) * rstd + bias[i];
-  } else {
-    for (int64_t i = 0; i < width; ++i) y[i] = (x[i] - mean) * rstd;
+// The sums of a - shift and of its square over [begin, end) of kRows rows, as moments.
+template <typename T, bool kCentred, int kRows>
+LAYERNORM_INLINE void moments_about(const T* const (&a)[kRows], int64_t begin, int64_t end,
+                                    const Accumulate<T> (&shift)[kRows],
+                                    Moments (&moments)[kRows]) {
+  using A = Accumulate<T>;
+  Sums<A> rests[kRows];
+  Sums<A> squares[kRows];
+  each_part<A>(begin, end, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      auto v = load(a[r] + i, part);
+      if constexpr (kCentred) {
+        v = keep(v - shift[r], part);
+        rests[r].add(v, part);
+      }
+      squares[r].add_square(v, part);
+    }
+  });
+  const int64_t count = end - begin;
+  const double inverse = 1.0 / static_cast<double>(count);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const double square = squares[r].total();
+    const double rest = kCentred ? rests[r].total() : 0.0;
+    moments[r] = {count, static_cast<double>(shift[r]) + rest * inverse,
+                  square - rest * rest * inverse};
   }
 }
 
-}  // namespace layernorm
+template <typename T>
+[[gnu::noinline, gnu::cold]] Moments moments_about(const T* a, int64_t begin, int64_t end,
+                                                   Accumulate<T> shift) {
+  const T* const rows[1] = {a};
+  const Accumulate<T> shifts[1] = {shift};
+  Moments moments[1];
+  moments_about<T, true, 1>(rows, begin, end, shifts, moments);
+  return moments[0];
+}
+
+// The moments of whole rows, chunk by chunk. The squares are about a shift near the mean, the mean
+// of the row's first vector. What the shift missed of a chunk's mean is measured and taken out of
+// both moments, and where that is more than the standard deviation, the chunk is summed again about
+// the mean just found. So a large offset costs no more than the rounding of the input itself.
+template <typename T, bool kCentred, int kRows>
+LAYERNORM_INLINE void row_moments(const T* const (&a)[kRows], int64_t width,
+                                  Moments (&moments)[kRows]) {
+  using A = Accumulate<T>;
+  constexpr int64_t kStep = kChunk<T>;
+  A shift[kRows] = {};
+  if constexpr (kCentred) {
+    const auto first = [&](auto part, A count) LAYERNORM_LAMBDA {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) shift[r] = add_lanes(load(a[r], part).v[0]) / count;
+    };
+    if (width >= kLanes<A>)
+      first(Whole{}, A{kLanes<A>});
+    else
+      first(First{width}, static_cast<A>(width));
+  }
+  for (int64_t begin = 0; begin < width; begin += kStep) {
+    const int64_t end = width - begin < kStep ? width : begin + kStep;
+    Moments found[kRows];
+    moments_about<T, kCentred, kRows>(a, begin, end, shift, found);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (kCentred) {
+        const double missed = found[r].mean - static_cast<double>(shift[r]);
+        const double squares = missed * missed * static_cast<double>(end - begin);
+        if (__builtin_expect(squares > found[r].squares, 0))
+          found[r] = moments_about<T>(a[r], begin, end, static_cast<A>(found[r].mean));
+      }
+      moments[r] = begin == 0 ? found[r] : together(moments[r], found[r]);
+    }
+  }
+}
+
+// False if there is a row whose squares A cannot hold: too large, too small, infinite or NaN.
+template <typename T, bool kCentred, int kRows>
+LAYERNORM_INLINE bool row_statistics(const T* const (&a)[kRows], int64_t width, double eps,
+                                     RowStats<Accumulate<T>> (&stats)[kRows]) {
+  using A = Accumulate<T>;
+  // Far enough from the ends of A that no square has lost anything. False for NaN too.
+  constexpr double kLeast = sizeof(A) == 4 ? 0x1p-100 : 0x1p-960;
+  constexpr double kMost = sizeof(A) == 4 ? 0x1p127 : 0x1p1022;
+  const double inverse = 1.0 / static_cast<double>(width);
+  Moments moments[kRows];
+  row_moments<T, kCentred, kRows>(a, width, moments);
+  bool ordinary = true;
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const double variance = moments[r].squares * inverse + eps;
+    ordinary = ordinary && variance > kLeast && moments[r].squares < kMost;
+    const auto mean = static_cast<A>(moments[r].mean);
+    stats[r] = {mean, static_cast<A>(moments[r].mean - static_cast<double>(mean)),
+                static_cast<A>(1.0 / std::sqrt(variance))};
+  }
+  return ordinary;
+}
+
+// output = (a - mean)·rstd·gain + bias; kStream writes past the caches.
+template <typename T, typename P, bool kCentred, bool kGain, bool kBias, bool kStream, int kRows>
+LAYERNORM_INLINE void row_output(const T* const (&a)[kRows], const P* gain, const P* bias,
+                                 T* const (&output)[kRows], int64_t width,
+                                 const RowStats<Accumulate<T>> (&stats)[kRows]) {
+  using A = Accumulate<T>;
+  each_part<A>(0, width, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    Part<A, part.kVectors> g;
+    Part<A, part.kVectors> b;
+    if constexpr (kGain) g = load_beside<T>(gain + i, part);
+    if constexpr (kBias) b = load_beside<T>(bias + i, part);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      // While this row is written, the next one may already be fetched.
+      if constexpr (kStream) __builtin_prefetch(a[r] + kRows * width + i, 0, 2);
+      const auto& s = stats[r];
+      auto v = load(a[r] + i, part);
+      v = kCentred ? fma(v - s.mean, s.rstd, -s.rest * s.rstd) : v * s.rstd;
+      if constexpr (kGain && kBias) {
+        v = fma(v, g, b);
+      } else if constexpr (kGain) {
+        v = v * g;
+      }
+      store<kStream>(output[r] + i, v, part);
+    }
+  });
+}
+
+template <typename T>
+LAYERNORM_INLINE void row_add(const T* a, const T* b, T* sum, int64_t width) {
+  each_part<Accumulate<T>>(0, width, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    store<false>(sum + i, load(a + i, part) + load(b + i, part), part);
+  });
+}
+
+// What the derivative of kRows rows reads and writes; gain and the sums for the block are shared.
+template <typename T, int kRows>
+struct RowGradients {
+  const T* grad[kRows];      // of the output
+  const T* grad_sum[kRows];  // of the sum, or null
+  const T* input[kRows];
+  T* grad_input[kRows];  // or null
+  Accumulate<T> mean[kRows];
+  Accumulate<T> rstd[kRows];
+};
+
+// With the normalized n = (a - mean)·rstd and t = grad·gain:
+//   grad_input = rstd·(t - Σt/H - n·Σ(t·n)/H) + grad_sum, without Σt/H where not centred;
+//   block_gain += grad·n, block_bias += grad, both in the order of the row's parts.
+// Each row's sums are formed in the same order whatever kRows is, and the rows are added to the
+// block's one after another.
+template <typename T, typename P, bool kCentred, bool kGain, bool kParameters, int kRows>
+LAYERNORM_INLINE void rows_backward(const RowGradients<T, kRows>& rows, const P* gain,
+                                    Accumulate<T>* block_gain, Accumulate<T>* block_bias,
+                                    int64_t width, bool stream) {
+  using A = Accumulate<T>;
+  const auto normalized = [&](int r, int64_t i, auto part) LAYERNORM_LAMBDA {
+    const auto a = load(rows.input[r] + i, part);
+    if constexpr (kCentred)
+      return (a - rows.mean[r]) * rows.rstd[r];
+    else
+      return a * rows.rstd[r];
+  };
+  const auto gain_at = [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    Part<A, part.kVectors> g;
+    if constexpr (kGain) g = load_beside<T>(gain + i, part);
+    return g;
+  };
+  double sum_t[kRows] = {};
+  double sum_tn[kRows] = {};
+  for (int64_t begin = 0; begin < width; begin += kChunk<T>) {
+    const int64_t end = begin + kChunk<T> < width ? begin + kChunk<T> : width;
+    Vec<A> t_sums[kRows] = {};
+    Vec<A> tn_sums[kRows] = {};
+    each_part<A>(begin, end, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+      constexpr int kVectors = part.kVectors;
+      const auto g = gain_at(i, part);
+      Part<A, kVectors> gains;
+      Part<A, kVectors> biases;
+      if constexpr (kParameters) gains = load(block_gain + i, part);
+      if constexpr (kParameters && kCentred) biases = load(block_bias + i, part);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const auto n = keep(normalized(r, i, part), part);
+        const auto grad = load(rows.grad[r] + i, part);
+        auto t = grad;
+        if constexpr (kGain) t = grad * g;
+#pragma GCC unroll 2
+        for (int k = 0; k < kVectors; ++k) {
+          if constexpr (kCentred) t_sums[r] += t.v[k];
+          tn_sums[r] = fma(t.v[k], n.v[k], tn_sums[r]);
+        }
+        if constexpr (kParameters) gains = fma(grad, n, gains);
+        if constexpr (kParameters && kCentred) biases = biases + grad;
+      }
+      if constexpr (kParameters) store<false>(block_gain + i, gains, part);
+      if constexpr (kParameters && kCentred) store<false>(block_bias + i, biases, part);
+    });
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      sum_t[r] += static_cast<double>(add_lanes(t_sums[r]));
+      sum_tn[r] += static_cast<double>(add_lanes(tn_sums[r]));
+    }
+  }
+  if (rows.grad_input[0] == nullptr) return;
+  const double inverse = 1.0 / static_cast<double>(width);
+  A along_one[kRows];
+  A along_n[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    along_one[r] = static_cast<A>(-sum_t[r] * inverse) * rows.rstd[r];
+    along_n[r] = static_cast<A>(-sum_tn[r] * inverse) * rows.rstd[r];
+  }
+  // Row by row: what is read and written side by side should not crowd the first cache.
+  const auto write = [&](auto add_grad_sum, auto past_caches) LAYERNORM_LAMBDA {
+#pragma GCC unroll 1
+    for (int r = 0; r < kRows; ++r) {
+      each_part<A>(0, width, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+        auto t = load(rows.grad[r] + i, part);
+        if constexpr (kGain) t = t * gain_at(i, part);
+        auto d = fma(t, rows.rstd[r], fma(normalized(r, i, part), along_n[r], along_one[r]));
+        if constexpr (add_grad_sum()) d = d + load(rows.grad_sum[r] + i, part);
+        store<past_caches()>(rows.grad_input[r] + i, d, part);
+      });
+    }
+  };
+  if (rows.grad_sum[0] != nullptr)
+    write(std::true_type{}, std::false_type{});
+  else if (stream)
+    write(std::false_type{}, std::true_type{});
+  else
+    write(std::false_type{}, std::false_type{});
+}
+
+}  // namespace layernorm::LAYERNORM_ISA

@@ -64,3 +64,14 @@ def test_layer_norm_without_bias():
 def test_wrong_shapes_are_refused_in_words(twin):
     with pytest.raises(RuntimeError, match=r"Given normalized_shape=\[5\].*got input of size\[2, 4\]"):
         TWINS[twin](5)(torch.ones(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_layer_norm_of_ragged_rows(layout):
+    rows = [torch.randn(2, 5), torch.randn(3, 5)]
+    output = layernorm.LayerNorm(5)(torch.nested.nested_tensor(rows, layout=layout))
+    for actual, row in zip(output.unbind(), rows, strict=True):
+        # Sums of 5 in two orders differ by at most 3 + 8 roundings of a value, which is at most √5.
+        tol = 11 * 5**0.5 * torch.finfo(torch.float32).eps
+        torch.testing.assert_close(actual, nn.LayerNorm(5)(row), rtol=0, atol=tol)

@@ -9,6 +9,7 @@ from layernorm import backends, functional, reference, variants
 from layernorm.cells import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCell
 from layernorm.modules import LayerNorm, RMSNorm
 from layernorm.recurrent import LayerNormGRU, LayerNormLSTM, LayerNormRNN
+from layernorm.replace import Replacement, replace_norms
 from layernorm.variants import Variant
 
 __all__ = [
@@ -20,10 +21,12 @@ __all__ = [
     "LayerNormRNN",
     "LayerNormRNNCell",
     "RMSNorm",
+    "Replacement",
     "Variant",
     "__version__",
     "backends",
     "functional",
     "reference",
+    "replace_norms",
     "variants",
 ]

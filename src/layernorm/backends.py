@@ -4,7 +4,8 @@ There are three kernels: ``native``, this package's compiled one; ``torch``, PyT
 ``reference``, the plain definitions of ``layernorm.reference``. The choice depends on the operator,
 the device and the dtype, never on the number of rows: a row's bits do not depend on its batch.
 
-The environment variable ``LAYERNORM_BACKEND`` or ``use`` overrides it.
+The environment variable ``LAYERNORM_BACKEND`` or ``use`` overrides it. ``LAYERNORM_CPU_CAPABILITY`` chooses
+the instruction set of the compiled kernels; ``capability`` tells which it is.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from layernorm import ops
 
 KERNELS: Final = ("native", "torch", "reference")
 NORMS: Final = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 RECURRENT: Final = ("lstm", "gru", "rnn")
+NATIVE_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 VARIABLE: Final = "LAYERNORM_BACKEND"
 
 _override: str | None = os.environ.get(VARIABLE) or None
@@ -58,17 +60,31 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
         return _forced(_checked(_override, VARIABLE), operator, device, dtype)
     if operator in RECURRENT:
         return Choice("reference", "no compiled recurrent kernel in this version")
-    if operator != "layer_norm":
-        return Choice("torch", "no compiled kernel for this operator in this version")
     if not _has_native(operator, device, dtype):
-        return Choice("torch", "the compiled kernel is for float32 on the CPU")
+        return Choice("torch", "the compiled kernels are for floating-point tensors on the CPU")
     if ops.NATIVE_PROBLEM is not None:
         return Choice("torch", f"no compiled kernels: {ops.NATIVE_PROBLEM}")
     if torch.compiler.is_compiling():
         return Choice("torch", "inside torch.compile PyTorch's norm fuses with its neighbours")
-    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
-        return Choice("torch", "torch.func transforms and forward-mode derivatives")
-    return Choice("native", "float32 on the CPU")
+    if torch._C._are_functorch_transforms_active():
+        return Choice("torch", "torch.func transforms")
+    return Choice("native", "compiled for the CPU")
+
+
+def capability() -> str | None:
+    """The instruction set of the compiled kernels in use; None without compiled kernels.
+
+    ``"baseline"``, ``"avx2"``, ``"avx512"`` or ``"avx512_bf16"`` on x86-64, ``"neon"`` on ARM; the best that the
+    machine can execute, unless ``LAYERNORM_CPU_CAPABILITY`` names another.
+    """
+    return None if ops.native is None else str(ops.native.capability())
+
+
+def plain() -> ModuleType | None:
+    """The compiled module, where nothing outside a call's own arguments speaks against it."""
+    if _override is not None or torch.compiler.is_compiling():
+        return None
+    return ops.native
 
 
 def kernel_for(operator: str, input: Tensor) -> str:
@@ -77,6 +93,8 @@ def kernel_for(operator: str, input: Tensor) -> str:
     Warns, once in a process, where a compiled kernel would have served and there are none.
     """
     kernel = choose(operator, input.device, input.dtype).kernel
+    if kernel == "native" and _override is None and not _is_plain(input):
+        return "torch"
     if (
         ops.NATIVE_PROBLEM is not None
         and _override is None
@@ -126,7 +144,14 @@ def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype
 
 
 def _has_native(operator: str, device: torch.device, dtype: torch.dtype) -> bool:
-    return operator == "layer_norm" and device.type == "cpu" and dtype == torch.float32
+    return operator in NORMS and device.type == "cpu" and dtype in NATIVE_DTYPES
+
+
+def _is_plain(input: Tensor) -> bool:
+    """Whether the operators know this kind of tensor: no subclass but a parameter, no sparse one."""
+    return (
+        type(input) in (Tensor, torch.nn.Parameter) and input.layout == torch.strided and not input.is_nested
+    )
 
 
 def _checked(kernel: str, name: str) -> str:

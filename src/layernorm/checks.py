@@ -180,3 +180,17 @@ def nonlinearity(name: str) -> str:
     if name not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{name}'. Select from 'tanh' or 'relu'.")
     return name
+
+
+def module_argument(operator: str, model: object) -> None:
+    """Raises unless ``model`` is a module."""
+    if isinstance(model, type) and issubclass(model, torch.nn.Module):
+        raise TypeError(
+            f"{operator}: model must be a torch.nn.Module, got the class {model.__name__}; make an instance "
+            "of it first"
+        )
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"{operator}: model must be a torch.nn.Module, got {type(model).__name__}; give the module that "
+            "holds the norms"
+        )

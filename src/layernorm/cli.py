@@ -7,12 +7,14 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 import torch
 
 import layernorm
 from layernorm import backends, ops
+from layernorm.arguments import Parser, names, positive
+from layernorm.bench import command as bench
 
 _DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TASKS_HELP: Final = """\
@@ -27,13 +29,6 @@ tasks:
 Data is looked for in the folder that LAYERNORM_DATA names, then in a cache folder, then
 downloaded. The same command goes on where an earlier one was stopped.
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         print(info())  # noqa: T201
         return 0
+    if options.command == "bench":
+        return bench.run(options, bench.in_folder(options.out or bench.DEFAULT_OUT), "layernorm")
     return _compare(options)
 
 
@@ -94,7 +91,7 @@ def _cuda() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="layernorm", description="Layer normalization for PyTorch.")
+    parser = Parser(prog="layernorm", description="Layer normalization for PyTorch.")
     parser.add_argument("--version", action="version", version=layernorm.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     compare = commands.add_parser(
@@ -112,36 +109,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TASK",
         help="digits (default), digits-rows or mnist",
     )
-    add("--norms", type=_names, metavar="A,B,…", help="norms to compare (default: the task's)")
+    add("--norms", type=names, metavar="A,B,…", help="norms to compare (default: the task's)")
     add("--batch-sizes", type=_sizes, metavar="N,M,…", help="cases per update (default: 128,4)")
-    add("--epochs", type=_positive, metavar="N", help="passes over the data (default: the task's)")
-    add("--seeds", type=_positive, metavar="K", help="repetitions (default: the task's)")
+    add("--epochs", type=positive, metavar="N", help="passes over the data (default: the task's)")
+    add("--seeds", type=positive, metavar="K", help="repetitions (default: the task's)")
     add("--learning-rate", type=_rate, metavar="R", help="of Adam (default: the task's)")
     add("--out", type=Path, metavar="DIR", help="folder for the results (default: runs/TASK)")
     add("--device", default="cpu", metavar="DEVICE", help="where to train (default: cpu)")
+    bench.add_to(commands)
     commands.add_parser("info", help="versions, and which kernel serves which operator here and why")
     return parser
 
 
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
-    return names
-
-
 def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
+    return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
 
 
 def _rate(text: str) -> float:

@@ -53,10 +53,15 @@ def layer_norm(
         >>> output.mean().abs() < 1e-6, output.square().mean()
         (tensor(True), tensor(1.0000))
     """
+    output: Tensor
+    if (native := backends.plain()) is not None:
+        output = native.layer_norm(input, normalized_shape, weight, bias, eps)
+        if output is not NotImplemented:
+            return output
     checks.norm_arguments("layer_norm", input, normalized_shape, weight, bias)
     kernel = backends.kernel_for("layer_norm", input)
     if kernel == "native":
-        output: Tensor = torch.ops.layernorm.layer_norm(input, normalized_shape, weight, bias, eps)[0]
+        output = torch.ops.layernorm.layer_norm(input, normalized_shape, weight, bias, eps)
         return output
     if kernel == "torch":
         return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
@@ -92,8 +97,16 @@ def rms_norm(
         >>> LF.rms_norm(torch.tensor([[3.0, -3.0]]), (2,))
         tensor([[ 1., -1.]])
     """
+    output: Tensor
+    if (native := backends.plain()) is not None:
+        output = native.rms_norm(input, normalized_shape, weight, eps)
+        if output is not NotImplemented:
+            return output
     checks.norm_arguments("rms_norm", input, normalized_shape, weight)
     kernel = backends.kernel_for("rms_norm", input)
+    if kernel == "native":
+        output = torch.ops.layernorm.rms_norm(input, normalized_shape, weight, _eps(eps, input))
+        return output
     return _rms_norm(kernel, input, normalized_shape, weight, eps)
 
 
@@ -129,9 +142,18 @@ def add_layer_norm(
         >>> x, residual = torch.randn(2, 8), torch.randn(2, 8)
         >>> output, residual = LF.add_layer_norm(x, residual, (8,))
     """
+    outputs: tuple[Tensor, Tensor]
+    if (native := backends.plain()) is not None:
+        outputs = native.add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
+        if outputs is not NotImplemented:
+            return outputs
     checks.norm_arguments("add_layer_norm", input, normalized_shape, weight, bias)
     checks.residual_argument("add_layer_norm", residual, input)
-    if backends.kernel_for("add_layer_norm", input) == "torch":
+    kernel = backends.kernel_for("add_layer_norm", input)
+    if kernel == "native":
+        outputs = torch.ops.layernorm.add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
+        return outputs
+    if kernel == "torch":
         total = input + residual
         return F.layer_norm(total, list(normalized_shape), weight, bias, eps), total
     return reference.add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
@@ -154,11 +176,28 @@ def add_rms_norm(
         >>> x, residual = torch.randn(2, 8), torch.randn(2, 8)
         >>> output, residual = LF.add_rms_norm(x, residual, (8,))
     """
+    outputs: tuple[Tensor, Tensor]
+    if (native := backends.plain()) is not None:
+        outputs = native.add_rms_norm(input, residual, normalized_shape, weight, eps)
+        if outputs is not NotImplemented:
+            return outputs
     checks.norm_arguments("add_rms_norm", input, normalized_shape, weight)
     checks.residual_argument("add_rms_norm", residual, input)
     kernel = backends.kernel_for("add_rms_norm", input)
+    if kernel == "native":
+        outputs = torch.ops.layernorm.add_rms_norm(
+            input, residual, normalized_shape, weight, _eps(eps, input)
+        )
+        return outputs
     total = input + residual
     return _rms_norm(kernel, total, normalized_shape, weight, eps), total
+
+
+def _eps(eps: float | None, input: Tensor) -> float:
+    """``eps``, or the machine epsilon of the dtype computed in."""
+    if eps is not None:
+        return eps
+    return torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
 
 
 def _rms_norm(

@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 
 import layernorm
+from layernorm import machine
 from layernorm.experiments import report
 from layernorm.experiments import task as tasks
 from layernorm.experiments.files import replacing
@@ -193,21 +194,11 @@ def _config(comparison: Comparison, task: Task) -> dict[str, Any]:
         },
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
-            "processor": _processor(),
+            "processor": machine.processor(),
             "threads": torch.get_num_threads(),
         },
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-
-
-def _processor() -> str:
-    """The processor's name, or its architecture where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _to(data: Data, device: str) -> Data:

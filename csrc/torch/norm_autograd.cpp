@@ -1,0 +1,189 @@
+// The derivative of the norm operators: PyTorch's own kind of node, so that recording and running it
+// costs what it costs for PyTorch's norm.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/layer_norm.h>
+#include <ATen/ops/rms_norm.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include "operators.hpp"
+
+namespace layernorm {
+namespace {
+
+// The gradients as PyTorch operators, which can be differentiated again, to any order: mean and rstd
+// are functions of the input here.
+TensorTriple composite_backward(const Tensor& grad, const Tensor& input, size_t tail,
+                                const Tensor& weight, const Tensor& bias, double eps, bool centred) {
+  const auto type = statistics_type(input);
+  std::vector<int64_t> last;
+  std::vector<int64_t> leading;
+  for (int64_t dim = 0; dim < input.dim(); ++dim)
+    (dim < input.dim() - static_cast<int64_t>(tail) ? leading : last).push_back(dim);
+  const auto mean = [&](const Tensor& a) { return a.mean(last, true); };
+  const auto over_rows = [&](const Tensor& a) { return leading.empty() ? a : a.sum(leading); };
+  Tensor a = input.to(type);
+  if (centred) a = a - mean(a);
+  const Tensor rstd = (mean(a * a) + eps).rsqrt();
+  const Tensor normalized = a * rstd;
+  const Tensor g = grad.to(type);
+  const Tensor t = weight.defined() ? g * weight.to(type) : g;
+  Tensor along = normalized * mean(t * normalized);
+  if (centred) along = along + mean(t);
+  Tensor grad_weight;
+  Tensor grad_bias;
+  if (weight.defined()) grad_weight = over_rows(g * normalized).to(weight.scalar_type());
+  if (bias.defined()) grad_bias = over_rows(g).to(bias.scalar_type());
+  return {(rstd * (t - along)).to(input.scalar_type()), grad_weight, grad_bias};
+}
+
+// Keeps of forward what was normalized, mean and rstd, and the parameters. Inputs of the node are the
+// gradients of the output and, where there was a residual, of the sum.
+struct NormNode : torch::autograd::Node {
+  torch::autograd::SavedVariable input, stats, weight, bias;
+  std::vector<c10::SymInt> shape;
+  double eps = 0;
+  bool centred = true;
+  bool has_residual = false;
+  std::string kind;
+
+  [[nodiscard]] std::string name() const override { return kind; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* saved : {&input, &stats, &weight, &bias}) saved->reset_data();
+  }
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const size_t first = has_residual ? 2 : 1;  // edges: input, residual, weight, bias
+    torch::autograd::variable_list result(first + 2);
+    const Tensor grad_sum = has_residual ? grads[1] : Tensor();
+    Tensor grad_input = grad_sum;
+    if (grads[0].defined()) {
+      const auto node = getptr();
+      const Tensor a = input.unpack(has_residual ? node : nullptr);
+      const Tensor gain = weight.unpack();
+      const Tensor offset = bias.unpack();
+      const bool wanted_input =
+          task_should_compute_output(0) || (has_residual && task_should_compute_output(1));
+      if (at::GradMode::is_enabled()) {
+        std::tie(grad_input, result[first], result[first + 1]) =
+            composite_backward(grads[0], a, shape.size(), gain, offset, eps, centred);
+        if (grad_sum.defined()) grad_input = grad_input + grad_sum;
+      } else {
+        const std::array<bool, 3> wanted{wanted_input,
+                                         gain.defined() && task_should_compute_output(first),
+                                         offset.defined() && task_should_compute_output(first + 1)};
+        auto [found_input, found_weight, found_bias] =
+            norm_backward_op().call(grads[0], grad_sum.defined() ? OptionalTensor(grad_sum) : std::nullopt, a,
+                    stats.unpack(), shape, gain, offset, centred, wanted);
+        if (wanted[0]) grad_input = found_input;
+        if (wanted[1]) result[first] = found_weight;
+        if (wanted[2]) result[first + 1] = found_bias;
+      }
+    }
+    for (size_t i = 0; i < first; ++i)
+      if (task_should_compute_output(i)) result[i] = grad_input;
+    return result;
+  }
+};
+
+// (output, sum) with their derivative recorded.
+TensorPair recorded(const char* kind, const Tensor& input, const OptionalTensor& residual,
+                    c10::SymIntArrayRef shape, const OptionalTensor& weight,
+                    const OptionalTensor& bias, double eps, bool centred) {
+  const auto node = c10::make_intrusive<NormNode>();
+  const bool has_residual = residual.has_value();
+  const Tensor gain = weight.value_or(Tensor());
+  const Tensor offset = bias.value_or(Tensor());
+  node->set_next_edges(
+      has_residual ? torch::autograd::collect_next_edges(input, *residual, gain, offset)
+                   : torch::autograd::collect_next_edges(input, gain, offset));
+  node->kind = kind;
+  node->shape.assign(shape.begin(), shape.end());
+  node->eps = eps;
+  node->centred = centred;
+  node->has_residual = has_residual;
+  TensorTriple found;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    found = norm_forward_op().call(input, residual, shape, weight, bias, eps, centred);
+  }
+  auto& [output, sum, stats] = found;
+  torch::autograd::set_history(output, node);
+  if (has_residual) torch::autograd::set_history(sum, node);
+  node->input = torch::autograd::SavedVariable(has_residual ? sum : input, has_residual);
+  node->stats = torch::autograd::SavedVariable(stats, false);
+  node->weight = torch::autograd::SavedVariable(gain, false);
+  node->bias = torch::autograd::SavedVariable(offset, false);
+  return {output, sum};
+}
+
+template <typename... Tensors>
+bool needs_derivative(const Tensors&... tensors) {
+  return torch::autograd::compute_requires_grad(tensors...);
+}
+template <typename... Tensors>
+bool is_dual(const Tensors&... tensors) {
+  return (torch::autograd::isFwGradDefined(tensors) || ...);
+}
+
+
+Tensor layer_norm_autograd(const Tensor& input, c10::SymIntArrayRef shape,
+                           const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  // PyTorch's operator has the derivative that forward mode asks for.
+  if (is_dual(input, weight, bias)) return at::layer_norm_symint(input, shape, weight, bias, eps);
+  if (needs_derivative(input, weight, bias))
+    return std::get<0>(
+        recorded("LayerNormBackward", input, {}, shape, weight, bias, eps, true));
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return layer_norm_op().call(input, shape, weight, bias, eps);
+}
+
+Tensor rms_norm_autograd(const Tensor& input, c10::SymIntArrayRef shape,
+                         const OptionalTensor& weight, double eps) {
+  if (is_dual(input, weight)) return at::rms_norm_symint(input, shape, weight, eps);
+  if (needs_derivative(input, weight))
+    return std::get<0>(recorded("RMSNormBackward", input, {}, shape, weight, {}, eps, false));
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return rms_norm_op().call(input, shape, weight, eps);
+}
+
+TensorPair add_layer_norm_autograd(const Tensor& input, const Tensor& residual,
+                                   c10::SymIntArrayRef shape, const OptionalTensor& weight,
+                                   const OptionalTensor& bias, double eps) {
+  if (is_dual(input, residual, weight, bias)) {
+    const Tensor sum = input + residual;
+    return {at::layer_norm_symint(sum, shape, weight, bias, eps), sum};
+  }
+  if (needs_derivative(input, residual, weight, bias))
+    return recorded("AddLayerNormBackward", input, residual, shape, weight, bias, eps, true);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return add_layer_norm_op().call(input, residual, shape, weight, bias, eps);
+}
+
+TensorPair add_rms_norm_autograd(const Tensor& input, const Tensor& residual,
+                                 c10::SymIntArrayRef shape, const OptionalTensor& weight,
+                                 double eps) {
+  if (is_dual(input, residual, weight)) {
+    const Tensor sum = input + residual;
+    return {at::rms_norm_symint(sum, shape, weight, eps), sum};
+  }
+  if (needs_derivative(input, residual, weight))
+    return recorded("AddRMSNormBackward", input, residual, shape, weight, {}, eps, false);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return add_rms_norm_op().call(input, residual, shape, weight, eps);
+}
+
+TORCH_LIBRARY_IMPL(layernorm, AutogradCPU, library) {
+  library.impl("layer_norm", layer_norm_autograd);
+  library.impl("rms_norm", rms_norm_autograd);
+  library.impl("add_layer_norm", add_layer_norm_autograd);
+  library.impl("add_rms_norm", add_rms_norm_autograd);
+}
+
+}  // namespace
+}  // namespace layernorm
