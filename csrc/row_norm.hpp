@@ -278,6 +278,10 @@ LAYERNORM_INLINE void rows_backward(const RowGradients<T, kRows>& rows, const P*
 #pragma GCC unroll 1
     for (int r = 0; r < kRows; ++r) {
       each_part<A>(0, width, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+        if constexpr (past_caches()) {
+          __builtin_prefetch(rows.grad[r] + kRows * width + i, 0, 2);
+          __builtin_prefetch(rows.input[r] + kRows * width + i, 0, 2);
+        }
         auto t = load(rows.grad[r] + i, part);
         if constexpr (kGain) t = t * gain_at(i, part);
         auto d = fma(t, rows.rstd[r], fma(normalized(r, i, part), along_n[r], along_one[r]));

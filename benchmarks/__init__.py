@@ -1,0 +1,1 @@
+"""The benchmarks that the project publishes: ``python -m benchmarks norms``."""

@@ -1,0 +1,55 @@
+"""What the commands share: a parser that says what is wrong in one line, and types of arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names separated by commas, each once.
+
+    Examples:
+        >>> from layernorm.arguments import names
+        >>> names("none, layer,none")
+        ('none', 'layer')
+    """
+    found = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
+    return found
+
+
+def some_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """The type of an argument that holds some of ``choices``, separated by commas."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        found = names(text)
+        for name in found:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(
+                    f"expected some of {', '.join(choices)}, separated by commas; got {name!r}"
+                )
+        return found
+
+    return parse
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value

@@ -1,0 +1,4 @@
+"""Benchmarks: the norm operators beside their peers, measured interleaved in the same run.
+
+Needs the extra ``bench``: ``pip install 'layernorm[bench]'``.
+"""

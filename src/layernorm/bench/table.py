@@ -1,0 +1,115 @@
+"""The table of a benchmark: a CSV file that grows point by point."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from layernorm.bench.timing import Samples, quartiles, ratios
+
+#: The columns of ``measures``, which every table of benchmarks has.
+MEASURES: Final = (
+    "calls_per_sample",
+    "rounds",
+    "median_us",
+    "q25_us",
+    "q75_us",
+    "ratio_to_torch",
+    "ratio_q25",
+    "ratio_q75",
+)
+
+
+class TableError(ValueError):
+    """A file that is no table of this benchmark, or cannot be written; the text says which and why."""
+
+
+class Table:
+    """Writes a table, each row as it comes.
+
+    Args:
+        path: the file, which is replaced.
+        columns: of the table.
+        keep: chooses the rows of an earlier file that stay.
+
+    Raises:
+        TableError: the file cannot be written, or has other columns.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], keep: Callable[[dict[str, str]], bool]) -> None:
+        kept = [row for row in read(path, columns) if keep(row)] if path.is_file() else []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("w", encoding="utf-8", newline="")
+        except OSError as error:
+            raise TableError(f"cannot write {path}: {error.strerror or error}") from error
+        self._writer = csv.DictWriter(self._file, columns, restval="", lineterminator="\n")
+        self._writer.writeheader()
+        self.add(kept)
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds rows, which are on disk when this returns."""
+        self._writer.writerows(rows)
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        """Nothing; the file is open already."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a table.
+
+    Raises:
+        TableError: there is no such file, or it has other columns.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TableError(f"cannot read {path}: {reason}") from error
+    if tuple(reader.fieldnames or ()) != tuple(columns):
+        raise TableError(f"{path} has other columns than this benchmark's; move it away")
+    return rows
+
+
+def measures(samples: Samples, base: Samples) -> dict[str, float | int]:
+    """One subject's figures, in microseconds per call, by the names in ``MEASURES``.
+
+    ``ratio_to_torch`` is the median over the rounds of base's time / this subject's time: above 1 is
+    faster than base.
+    """
+    time = quartiles([1e6 * seconds for seconds in samples.seconds])
+    ratio = quartiles(ratios(base, samples))
+    figures = {
+        "median_us": time.median,
+        "q25_us": time.q25,
+        "q75_us": time.q75,
+        "ratio_to_torch": ratio.median,
+        "ratio_q25": ratio.q25,
+        "ratio_q75": ratio.q75,
+    }
+    rounded = {name: significant(value) for name, value in figures.items()}
+    return {"calls_per_sample": samples.calls, "rounds": len(samples.seconds), **rounded}
+
+
+def significant(value: float) -> float:
+    """The value with five significant digits, more than any of these figures has.
+
+    Examples:
+        >>> from layernorm.bench.table import significant
+        >>> significant(12345.678), significant(0.000123456)
+        (12346.0, 0.00012346)
+    """
+    return float(f"{value:.5g}")

@@ -1,0 +1,111 @@
+"""The machine and the versions that a result belongs to, without host names and paths."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+import torch
+
+import layernorm
+
+#: The columns of ``environment``, which every table of benchmarks has.
+COLUMNS: Final = ("machine", "python", "torch", "layernorm", "jax", "onnxruntime", "commit", "date")
+_CACHES: Final = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+def processor() -> str:
+    """The processor's name, or its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def cpus() -> int:
+    """The CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def describe() -> str:
+    """The machine in one line: processor, CPUs, caches, instructions."""
+    count = cpus()
+    parts = [processor(), f"{count} CPU" if count == 1 else f"{count} CPUs"]
+    parts += [f"L{level} {size}" for level, size in _caches().items() if level > 1]
+    return ", ".join([*parts, torch.backends.cpu.get_cpu_capability()])
+
+
+def environment() -> dict[str, str]:
+    """What a row of results carries, by the names in ``COLUMNS``.
+
+    Examples:
+        >>> from layernorm import machine
+        >>> tuple(machine.environment()) == machine.COLUMNS
+        True
+    """
+    return {
+        "machine": describe(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "layernorm": layernorm.__version__,
+        "jax": _version("jax"),
+        "onnxruntime": _version("onnxruntime"),
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _caches() -> dict[int, str]:
+    """The size of each level's data cache, as the first CPU sees it; empty where Linux does not tell."""
+    sizes: dict[int, str] = {}
+    try:
+        for folder in sorted(_CACHES.glob("index*")):
+            level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+            if kind != "Instruction" and re.fullmatch(r"\d+K", size):
+                kilobytes = int(size[:-1])
+                mega = kilobytes >= 1024
+                sizes[int(level)] = f"{kilobytes / 1024:g} MiB" if mega else f"{kilobytes} KiB"
+    except (OSError, ValueError):
+        pass
+    return sizes
+
+
+def _commit() -> str:
+    """The checkout's commit, with a plus sign where the sources differ from it; else nothing."""
+    package = Path(layernorm.__file__).parent
+    # An installation may lie inside a checkout of something else.
+    if _git(package, "ls-files", "--", "__init__.py") in (None, ""):
+        return ""
+    commit = _git(package, "rev-parse", "--short", "HEAD") or ""
+    return commit + ("+" if _git(package, "status", "--porcelain", "--", ".", ":/csrc") else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(  # noqa: S603 - fixed arguments
+            ["git", "-C", str(folder), *arguments],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,160 @@
+"""Serving the norms of an existing model by this package's operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch.nn import Module
+from torch.nn.utils import parametrize
+
+from layernorm import checks
+from layernorm.modules import LayerNorm, RMSNorm
+
+_TWINS: Final[dict[type[Module], type[Module]]] = {torch.nn.LayerNorm: LayerNorm, torch.nn.RMSNorm: RMSNorm}
+# The derived classes by their subclass, so that two modules of one class stay of one class.
+_derived: Final[WeakValueDictionary[type[Module], type[Module]]] = WeakValueDictionary()
+# What a class may have changed that decides how its instances are made and pickled.
+_MAKING: Final = ("__new__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
+
+
+class Replacement(NamedTuple):
+    """What ``replace_norms`` did; ``print`` shows it line by line.
+
+    Attributes:
+        replaced: the qualified name of each norm that was replaced, as in ``model.named_modules()``
+            (the model itself is ``""``), and what serves it now: ``"LayerNorm"`` or ``"RMSNorm"``.
+        left: the qualified name of each norm that was left alone, and why.
+    """
+
+    replaced: Mapping[str, str]
+    left: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = []
+        for title, found in (("replaced", self.replaced), ("left alone", self.left)):
+            lines.append(f"{len(found)} {'norm' if len(found) == 1 else 'norms'} {title}")
+            lines += [f"  {name or '(the model itself)'}: {what}" for name, what in found.items()]
+        return "\n".join(lines)
+
+
+def replace_norms(model: Module) -> Replacement:
+    """Makes every ``torch.nn.LayerNorm`` and ``torch.nn.RMSNorm`` of a model this package's, in place.
+
+    Each norm stays the very object it was and only changes its class: parameters, state dict, hooks,
+    training mode and places where the model or others hold it stay as they are, so optimizers go on and
+    tied parameters stay tied. The model itself may be a norm. A second call replaces nothing.
+
+    A subclass that does not change ``forward`` keeps its methods, its name and ``isinstance``. Left alone
+    are norms that compute in their own way (a subclass or an instance with its own ``forward``) and those
+    that belong to another tool: parametrized, prepared for quantization or compiled by TorchScript, and
+    subclasses that make or pickle their instances in their own way.
+
+    Args:
+        model: any module; it is changed.
+
+    Returns:
+        Which norms were replaced, and which were left alone and why. A norm at several places in the
+            model has its first name. Norms that were this package's before are in neither.
+
+    Raises:
+        TypeError: ``model`` is no ``torch.nn.Module``.
+
+    Examples:
+        >>> import torch, layernorm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.RMSNorm(8))
+        >>> print(layernorm.replace_norms(model))
+        2 norms replaced
+          1: LayerNorm
+          2: RMSNorm
+        0 norms left alone
+        >>> isinstance(model[1], layernorm.LayerNorm)
+        True
+    """
+    checks.module_argument("replace_norms", model)
+    classes: list[tuple[Module, type[Module]]] = []
+    replaced: dict[str, str] = {}
+    left: dict[str, str] = {}
+    for name, module in model.named_modules():
+        norm = _norm_of(type(module))
+        if norm is None:
+            if isinstance(module, torch.jit.ScriptModule) and _is_scripted_norm(module):
+                left[name] = "compiled by TorchScript"
+            continue
+        if isinstance(module, _TWINS[norm]):
+            continue
+        reason = _reason_to_leave(module, norm)
+        if reason is None:
+            try:
+                classes.append((module, _served(type(module), norm)))
+            except TypeError as error:  # from a metaclass or an __init_subclass__
+                reason = f"{type(module).__name__} cannot be derived from: {error}"
+        if reason is None:
+            replaced[name] = _TWINS[norm].__name__
+        else:
+            left[name] = reason
+    # Only now, so that an error above leaves the model as it was.
+    for module, served in classes:
+        module.__class__ = served
+    return Replacement(replaced, left)
+
+
+def _norm_of(cls: type[Module]) -> type[Module] | None:
+    """The norm of ``torch.nn`` that this class is or extends."""
+    return next((norm for norm in _TWINS if issubclass(cls, norm)), None)
+
+
+def _is_scripted_norm(module: Module) -> bool:
+    return getattr(module, "original_name", None) in {norm.__name__ for norm in _TWINS}
+
+
+def _reason_to_leave(module: Module, norm: type[Module]) -> str | None:
+    cls = type(module)
+    if parametrize.is_parametrized(module):
+        return "parametrized: its class is torch.nn.utils.parametrize's; replace before parametrizing"
+    if "forward" in vars(module):
+        return "this instance has its own forward"
+    if cls.forward is not norm.forward:
+        return f"{cls.__name__} has its own forward"
+    if hasattr(module, "activation_post_process"):
+        return "prepared for quantization, which finds norms by their class"
+    for method in _MAKING:
+        if getattr(cls, method, None) is not getattr(norm, method, None):
+            return f"{cls.__name__} has its own {method}"
+    return None
+
+
+def _served(cls: type[Module], norm: type[Module]) -> type[Module]:
+    """The class that a module of class ``cls`` gets, which is ``norm`` or extends it.
+
+    For a subclass that is the subclass with ours put between it and ``norm``: its own methods come first,
+    and ``forward``, which it does not have, is ours.
+    """
+    if cls is norm:
+        return _TWINS[norm]
+    known = _derived.get(cls)
+    if known is not None:
+        return known
+
+    def reduce(self: Any, protocol: int) -> Any:
+        if type(self) is not served:  # something derived from it in turn, which knows how to pickle itself
+            return object.__reduce_ex__(self, protocol)
+        # Pickle finds classes by name, and by its name it would find ``cls``.
+        return _empty, (cls, norm), self.__getstate__()
+
+    body = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": reduce,
+    }
+    served = _derived[cls] = type(cls.__name__, (cls, _TWINS[norm]), body)
+    return served
+
+
+def _empty(cls: type[Module], norm: type[Module]) -> Any:
+    """A replaced norm of the subclass ``cls``, without its state; pickles refer to this function."""
+    served = _served(cls, norm)
+    return served.__new__(served)
