@@ -1,0 +1,293 @@
+"""The compiled norm kernels against float64, on every instruction set that the machine can execute."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from layernorm import functional as LF
+from layernorm import ops
+
+pytestmark = pytest.mark.usefixtures("native")
+
+CAPABILITIES = ops.native.capabilities() if ops.native is not None else ("none",)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Around the sizes of vectors, pairs of vectors and chunks; more than one chunk; a prime; a large one.
+WIDTHS = (1, 2, 3, 15, 16, 17, 31, 33, 127, 128, 1000, 1024, 1025, 4097)
+AFFINE = ("both", "gain", "bias", "neither")
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request):
+    before = ops.native.capability()
+    assert ops.native.use_capability(request.param)
+    yield request.param
+    ops.native.use_capability(before)
+
+
+def accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def parameters(dtype, width, affine, wide):
+    """Gain and bias of the dtype, or of float32 beside a half one."""
+    of = torch.float32 if wide and dtype in (torch.bfloat16, torch.float16) else dtype
+    gain = torch.randn(width).to(of) if affine in ("both", "gain") else None
+    bias = torch.randn(width).to(of) if affine in ("both", "bias") else None
+    return gain, bias
+
+
+def exact(x, gain=None, bias=None, eps=1e-5, centred=True):
+    """The norm of rows in extended precision, independent of the package; also |mean|/std and rstd."""
+    a = x.double().numpy().astype(np.longdouble)
+    mean = a.mean(-1, keepdims=True) if centred else 0 * a[..., :1]
+    std = np.sqrt(np.square(a - mean).mean(-1, keepdims=True) + np.longdouble(eps))
+    y = (a - mean) / std
+    if gain is not None:
+        y = y * gain.double().numpy()
+    if bias is not None:
+        y = y + bias.double().numpy()
+    return y, np.abs(mean) / std, 1 / std
+
+
+def forward_bound(y, gain, offset, dtype):
+    """4 eps·(1 + |mean|/std) of the normalized value times the gain; one rounding to the dtype."""
+    unit = torch.finfo(accumulate(dtype)).eps
+    size = 1 if gain is None else gain.double().abs().numpy()
+    rounding = torch.finfo(dtype).eps / 2 if dtype in (torch.bfloat16, torch.float16) else unit
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return 4 * unit * (1 + offset) * size * 1.5 + rounding * np.abs(y) + least
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [*WIDTHS, 65537])
+@pytest.mark.usefixtures("poisoned")
+def test_forward(capability, dtype, width):
+    torch.manual_seed(width)
+    rows = 7 if width < 2000 else 2  # some together and some alone
+    x = (torch.randn(rows, width) * 3 + 1).to(dtype)
+    for affine, wide in itertools.product(AFFINE, (False, True)):
+        gain, bias = parameters(dtype, width, affine, wide)
+        y, offset, _ = exact(x, gain, bias)
+        actual = LF.layer_norm(x, (width,), gain, bias)
+        assert actual.dtype == dtype
+        assert (np.abs(actual.double().numpy() - y) <= forward_bound(y, gain, offset, dtype)).all()
+        if bias is None:
+            y, offset, _ = exact(x, gain, eps=1e-5, centred=False)
+            actual = LF.rms_norm(x, (width,), gain, eps=1e-5)
+            assert (np.abs(actual.double().numpy() - y) <= forward_bound(y, gain, offset, dtype)).all()
+
+
+def exact_gradients(x, grad, gain, eps, centred):
+    """Gradients of input, gain and bias in extended precision, and a bound on the terms of each."""
+    n, offset, rstd = exact(x, eps=eps, centred=centred)
+    g = grad.double().numpy().astype(np.longdouble)
+    t = g if gain is None else g * gain.double().numpy()
+    along_n = (t * n).mean(-1, keepdims=True)
+    along_one = t.mean(-1, keepdims=True) if centred else 0
+    dx = rstd * (t - along_one - n * along_n)
+    size_n = np.abs(n) + offset  # what an error of n is relative to
+    terms = np.abs(t) + np.abs(t).mean(-1, keepdims=True) + size_n * np.abs(along_n)
+    terms = terms + np.abs(n) * (np.abs(t) * size_n).mean(-1, keepdims=True)
+    return (dx, (g * n).sum(0), g.sum(0)), (
+        rstd * terms,
+        (np.abs(g) * size_n).sum(0),
+        np.abs(g).sum(0),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.usefixtures("poisoned")
+def test_backward(capability, dtype, width):
+    torch.manual_seed(width)
+    rows = 71 if width < 200 else 7  # some in a second block
+    x = (torch.randn(rows, width) * 2 + 0.5).to(dtype)
+    grad = torch.randn(rows, width).to(dtype)
+    unit = torch.finfo(accumulate(dtype)).eps
+    for affine, wide, centred in itertools.product(AFFINE, (False, True), (True, False)):
+        gain, bias = parameters(dtype, width, affine, wide)
+        if bias is not None and not centred:
+            continue
+        leaves = [None if t is None else t.clone().requires_grad_() for t in (x, gain, bias)]
+        if centred:
+            output = LF.layer_norm(leaves[0], (width,), *leaves[1:], eps=0.01)
+        else:
+            output = LF.rms_norm(leaves[0], (width,), leaves[1], eps=0.01)
+        output.backward(grad)
+        expected, terms = exact_gradients(x, grad, gain, 0.01, centred)
+        for leaf, e, size in zip(leaves, expected, terms, strict=True):
+            if leaf is None:
+                continue
+            actual = leaf.grad.double().numpy()
+            assert leaf.grad.dtype == leaf.dtype
+            half = torch.finfo(leaf.dtype).eps / 2 * np.abs(e)
+            least = torch.finfo(leaf.dtype).smallest_normal * torch.finfo(leaf.dtype).eps
+            # Each term carries about 8 roundings, and a sum of 71 rows or 64 lanes of 32 at most 71 more,
+            # of which the root is typical: 16 in all.
+            assert (np.abs(actual - e) <= 16 * unit * size + half + least).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 5, 33, 300])
+@pytest.mark.usefixtures("poisoned")
+def test_add_forms(capability, dtype, width):
+    x, residual, grad, grad_sum = (torch.randn(6, width).to(dtype) for _ in range(4))
+    for centred in (True, False):
+        gain, bias = parameters(dtype, width, "both" if centred else "gain", False)
+        affine = (gain, bias) if centred else (gain,)
+        norm = LF.layer_norm if centred else LF.rms_norm
+        add_norm = LF.add_layer_norm if centred else LF.add_rms_norm
+        leaves = [t.clone().requires_grad_() for t in (x, residual, *affine)]
+        output, total = add_norm(leaves[0], leaves[1], (width,), *leaves[2:], eps=0.1)
+        torch.autograd.backward([output, total], [grad, grad_sum])
+        # The same kernels without the addition: the same bits, but for the gradients' sum, whose parts
+        # are rounded once here and twice there.
+        twins = [t.clone().requires_grad_() for t in (x + residual, *affine)]
+        expected = norm(twins[0], (width,), *twins[1:], eps=0.1)
+        expected.backward(grad)
+        assert torch.equal(total, x + residual)
+        assert torch.equal(output, expected)
+        assert torch.equal(leaves[0].grad, leaves[1].grad)
+        for leaf, twin in zip(leaves[2:], twins[1:], strict=True):
+            assert torch.equal(leaf.grad, twin.grad)
+        expected = twins[0].grad.double() + grad_sum.double()
+        tol = torch.finfo(dtype).eps * (twins[0].grad.double().abs() + expected.abs())
+        assert ((leaves[0].grad.double() - expected).abs() <= tol).all()
+
+
+def test_halves_are_read_and_written_as_torch_does(capability):
+    # Every bit pattern of both types once as input of the addition, which reads and rounds and no more.
+    for dtype in (torch.bfloat16, torch.float16):
+        values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        for other in (torch.zeros_like(values), values.flip(0), torch.full_like(values, 3e-6)):
+            for width in (64, 32, 7):  # pairs of vectors, vectors, parts of one
+                a, b = (t[: t.numel() // width * width].view(-1, width) for t in (values, other))
+                total = LF.add_layer_norm(a, b, (width,))[1]
+                assert torch.equal(total.isnan(), (a + b).isnan())
+                assert torch.equal(total.nan_to_num(0), (a + b).nan_to_num(0))
+
+
+def kinds_of_rows(width: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(width)
+    normal = torch.randn(64, width, generator=generator)
+    return {
+        "random": normal,
+        "offset": normal * 1e-3 + 1e4,
+        "some offset": normal + 30,
+        "tiny": normal * 1e-12,
+        "subnormal": normal * 1e-40,
+        "large": normal * 1e15,
+        "huge": normal * 1e25,
+        "an outlier": torch.where(torch.arange(width) == width // 2, 1e4, normal),
+        "a first outlier": torch.where(torch.arange(width) == 0, 1e6, normal),
+        "sorted": normal.sort(-1).values,
+    }
+
+
+@pytest.mark.parametrize("width", [3, 33, 127, 1000, 4097])
+def test_error_is_no_larger_than_torchs(capability, width):
+    for name, x in kinds_of_rows(width).items():
+        for eps in (1e-5, 0.0):
+            y, offset, _ = exact(x, eps=eps)
+            ours = np.abs(LF.layer_norm(x, (width,), eps=eps).double().numpy() - y)
+            torchs = np.abs(torch.nn.functional.layer_norm(x, (width,), eps=eps).double().numpy() - y)
+            # Where the normalized value is large, its own rounding is.
+            assert (ours <= 4 * 2**-23 * np.maximum(1 + offset, np.abs(y))).all(), name
+            # Largest errors, in units of the last place of 1 or of the value itself where that is larger.
+            scale = 2**-23 * np.maximum(1, np.abs(y))
+            worst, torchs_worst = (ours / scale).max(), np.nan_to_num(torchs / scale, nan=np.inf).max()
+            assert worst <= max(1, torchs_worst), (name, worst, torchs_worst)
+
+
+def test_rows_are_alike_alone_in_any_batch_and_in_any_layout(capability):
+    generator = torch.Generator().manual_seed(0)
+    for dtype, width in itertools.product(DTYPES, (1, 7, 40, 64, 700, 1030, 2048)):
+        x = torch.randn(11, width, generator=generator).to(dtype)
+        gain, bias = parameters(dtype, width, "both", False)
+        grad = torch.randn(11, width).to(dtype)
+
+        def both(a, g, gain=gain, bias=bias):
+            a = a.detach().requires_grad_()
+            y = LF.layer_norm(a, a.shape[-1:], gain, bias)
+            return y.detach(), torch.autograd.grad(y, a, g)[0]
+
+        whole = both(x, grad)
+        alone = [both(row.unsqueeze(0), g.unsqueeze(0)) for row, g in zip(x, grad, strict=True)]
+        for found, rows in zip(whole, zip(*alone, strict=True), strict=True):
+            assert torch.equal(found, torch.cat(rows))
+        wider = torch.empty(11, 2 * width + 3, dtype=dtype)
+        wider[:, 1 : width + 1], wider[:, width + 1 : 2 * width + 1] = x, grad
+        strided = both(wider[:, 1 : width + 1], wider[:, width + 1 : 2 * width + 1])
+        many = both(x.repeat(60, 1), grad.repeat(60, 1))
+        for found, again, repeated in zip(whole, strided, many, strict=True):
+            assert torch.equal(found, again)
+            assert torch.equal(repeated, found.repeat(60, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_tensors_written_past_the_caches_have_the_same_bits(capability, dtype):
+    width = 512
+    rows = (9 << 20) // (width * dtype.itemsize)
+    x = torch.randn(rows, width).to(dtype).requires_grad_()
+    y = LF.layer_norm(x, (width,))
+    grad = torch.randn(rows, width).to(dtype)
+    (found,) = torch.autograd.grad(y, x, grad)
+    for begin in range(0, rows, 3000):
+        part = x.detach()[begin : begin + 100].requires_grad_()
+        small = LF.layer_norm(part, (width,))
+        assert torch.equal(small, y[begin : begin + 100])
+        assert torch.equal(
+            torch.autograd.grad(small, part, grad[begin : begin + 100])[0], found[begin : begin + 100]
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_for_any_number_of_threads(dtype):
+    rows, width = 1003, 257
+    x, grad = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype)
+    gain, bias = parameters(dtype, width, "both", False)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaves = [t.clone().requires_grad_() for t in (x, gain, bias)]
+            y = LF.layer_norm(leaves[0], (width,), *leaves[1:])
+            results.append((y, *torch.autograd.grad(y, leaves, grad)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_hundred_thousand_rows(capability):
+    x = torch.randn(100_000, 8)
+    leaf = x.clone().requires_grad_()
+    gain = torch.ones(8, requires_grad=True)
+    LF.layer_norm(leaf, (8,), gain, eps=0.01).backward(torch.ones_like(x) * x)
+    expected, terms = exact_gradients(x, x, gain.detach(), 0.01, True)
+    assert (np.abs(leaf.grad.double().numpy() - expected[0]) <= 16 * 2**-23 * terms[0]).all()
+    # 64 blocks of 1,563 rows, added one after another: each sum of n has at most n roundings, and about
+    # their root where they are random.
+    assert (np.abs(gain.grad.double().numpy() - expected[1]) <= 64 * 2**-23 * terms[1]).all()
+
+
+def test_rows_with_nan_or_infinity_harm_no_other(capability):
+    for dtype, width in itertools.product(DTYPES, (3, 65, 700)):
+        x, grad = torch.randn(9, width).to(dtype), torch.randn(9, width).to(dtype)
+        clean, bad = x.clone().requires_grad_(), x.clone()
+        bad[2, 1], bad[5, -1], bad[6, 0] = float("nan"), float("inf"), -float("inf")
+        bad.requires_grad_()
+        y, expected = LF.layer_norm(bad, (width,)), LF.layer_norm(clean, (width,))
+        (g,) = torch.autograd.grad(y, bad, grad)
+        (e,) = torch.autograd.grad(expected, clean, grad)
+        others = [0, 1, 3, 4, 7, 8]
+        assert torch.equal(y[others], expected[others])
+        assert torch.equal(g[others], e[others])
+        assert y[[2, 5, 6]].isnan().all()
+        assert g[[2, 5, 6]].isnan().all()
