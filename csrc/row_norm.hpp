@@ -11,9 +11,11 @@
 namespace layernorm::LAYERNORM_ISA {
 
 // How many elements are summed in vectors, 32 in each lane of a pair, before the sums are put
-// together in double.
+// together in double; the squares by eights, so that none of them is rounded more than 12 times.
 template <typename T>
 inline constexpr int64_t kChunk = 2 * kLanes<Accumulate<T>> * 32;
+template <typename T>
+inline constexpr int64_t kEight = 2 * kLanes<Accumulate<T>> * 8;
 
 // Two sums side by side: the vectors of a pair go to one each, a whole vector to the first, the
 // first few elements of one to the second.
@@ -69,17 +71,23 @@ LAYERNORM_INLINE void moments_about(const T* const (&a)[kRows], int64_t begin, i
   using A = Accumulate<T>;
   Sums<A> rests[kRows];
   Sums<A> squares[kRows];
-  each_part<A>(begin, end, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+  for (int64_t first = begin; first < end; first += kEight<T>) {
+    Sums<A> some[kRows];
+    const int64_t last = end - first < kEight<T> ? end : first + kEight<T>;
+    each_part<A>(first, last, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      auto v = load(a[r] + i, part);
-      if constexpr (kCentred) {
-        v = keep(v - shift[r], part);
-        rests[r].add(v, part);
+      for (int r = 0; r < kRows; ++r) {
+        auto v = load(a[r] + i, part);
+        if constexpr (kCentred) {
+          v = keep(v - shift[r], part);
+          rests[r].add(v, part);
+        }
+        some[r].add_square(v, part);
       }
-      squares[r].add_square(v, part);
-    }
-  });
+    });
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) squares[r].add({{some[r].v[0], some[r].v[1]}}, Pair{});
+  }
   const int64_t count = end - begin;
   const double inverse = 1.0 / static_cast<double>(count);
 #pragma GCC unroll 4
@@ -121,19 +129,34 @@ LAYERNORM_INLINE void row_moments(const T* const (&a)[kRows], int64_t width,
     else
       first(First{width}, static_cast<A>(width));
   }
-  for (int64_t begin = 0; begin < width; begin += kStep) {
+  // Chunks are put together two by two, as a binary counter counts: waiting[r][k] is of 2^k of them.
+  Moments waiting[kRows][48];
+  int64_t chunk = 0;
+  for (int64_t begin = 0; begin < width; begin += kStep, ++chunk) {
     const int64_t end = width - begin < kStep ? width : begin + kStep;
-    Moments found[kRows];
-    moments_about<T, kCentred, kRows>(a, begin, end, shift, found);
+    moments_about<T, kCentred, kRows>(a, begin, end, shift, moments);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
+      auto& found = moments[r];
       if constexpr (kCentred) {
-        const double missed = found[r].mean - static_cast<double>(shift[r]);
+        const double missed = found.mean - static_cast<double>(shift[r]);
         const double squares = missed * missed * static_cast<double>(end - begin);
-        if (__builtin_expect(squares > found[r].squares, 0))
-          found[r] = moments_about<T>(a[r], begin, end, static_cast<A>(found[r].mean));
+        if (__builtin_expect(squares > found.squares, 0))
+          found = moments_about<T>(a[r], begin, end, static_cast<A>(found.mean));
       }
-      moments[r] = begin == 0 ? found[r] : together(moments[r], found[r]);
+      if (width <= kStep) continue;
+      int level = 0;
+      for (; (chunk >> level & 1) != 0; ++level) found = together(waiting[r][level], found);
+      waiting[r][level] = found;
+    }
+  }
+  if (width <= kStep) return;
+  for (int r = 0; r < kRows; ++r) {
+    bool first = true;
+    for (int level = 0; chunk >> level != 0; ++level) {
+      if ((chunk >> level & 1) == 0) continue;
+      moments[r] = first ? waiting[r][level] : together(waiting[r][level], moments[r]);
+      first = false;
     }
   }
 }

@@ -28,11 +28,12 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def test_the_choice_depends_on_operator_device_and_dtype():
-    if ops.NATIVE_PROBLEM is None:
-        assert backends.choose("layer_norm", CPU, torch.float32).kernel == "native"
-    assert backends.choose("layer_norm", CPU, torch.float64).kernel == "torch"
-    assert backends.choose("layer_norm", torch.device("meta"), torch.float32).kernel == "torch"
-    assert backends.choose("rms_norm", CPU, torch.float32).kernel == "torch"
+    served = "native" if ops.NATIVE_PROBLEM is None else "torch"
+    for operator in backends.NORMS:
+        for dtype in backends.NATIVE_DTYPES:
+            assert backends.choose(operator, CPU, dtype).kernel == served
+        assert backends.choose(operator, CPU, torch.complex64).kernel == "torch"
+        assert backends.choose(operator, torch.device("meta"), torch.float32).kernel == "torch"
     for cell in backends.RECURRENT:
         assert backends.choose(cell, CPU, torch.float32) == (
             "reference",
@@ -59,9 +60,9 @@ def test_an_override_that_cannot_be_is_refused():
         pass
     with (
         backends.use("native"),
-        pytest.raises(RuntimeError, match=r"layer_norm has none for torch\.float64 on cpu"),
+        pytest.raises(RuntimeError, match=r"layer_norm has none for torch\.float32 on meta"),
     ):
-        LF.layer_norm(torch.ones(2, 3).double(), (3,))
+        LF.layer_norm(torch.ones(2, 3, device="meta"), (3,))
     result = in_a_process(
         "import layernorm, torch; layernorm.LayerNorm(3)(torch.ones(3))", LAYERNORM_BACKEND="fast"
     )
@@ -79,6 +80,7 @@ print(layernorm.backends.choose('layer_norm', torch.device('cpu'), torch.float32
 
 def test_without_compiled_kernels_torch_serves_and_it_is_said_once(monkeypatch):
     monkeypatch.setattr(ops, "NATIVE_PROBLEM", "this installation was made without them")
+    monkeypatch.setattr(ops, "native", None)
     monkeypatch.setattr(backends, "_said", set())
     x = torch.randn(2, 3)
     with pytest.warns(RuntimeWarning, match="no compiled kernels: this installation was made without them"):
@@ -103,6 +105,37 @@ def test_all_kernels_agree():
             outputs.append(module(x))
     for other in outputs[1:]:
         torch.testing.assert_close(outputs[0], other, rtol=0, atol=32 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.usefixtures("native")
+def test_the_environment_chooses_the_instruction_set():
+    code = "import layernorm; print(layernorm.backends.capability())"
+    for name in ops.native.capabilities():
+        assert in_a_process(code, LAYERNORM_CPU_CAPABILITY=name).stdout == f"{name}\n"
+    result = in_a_process(code, LAYERNORM_CPU_CAPABILITY="mmx")
+    assert (
+        f"must be one of {', '.join(ops.native.capabilities())} on this machine; got 'mmx'" in result.stderr
+    )
+
+
+def test_kernels_built_for_another_torch_are_not_loaded(monkeypatch):
+    built_for = pytest.importorskip("layernorm._built_for", reason="installed without compiled kernels")
+    monkeypatch.setattr(built_for, "TORCH", "2.9.1")
+    problem = ops._load()
+    assert problem.startswith(f"they were built for PyTorch 2.9.1 and this is {torch.__version__}; install")
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_tensors_that_only_torch_knows_are_torchs(name):
+    class Tagged(torch.Tensor):
+        pass
+
+    x = torch.randn(3, 4)
+    output = getattr(LF, name)(x.as_subclass(Tagged), (4,))
+    assert type(output) is Tagged
+    assert torch.equal(output.as_subclass(torch.Tensor), getattr(torch.nn.functional, name)(x, (4,)))
+    total = getattr(LF, f"add_{name}")(x.as_subclass(Tagged), x, (4,))[1]
+    assert type(total) is Tagged
 
 
 def test_import_does_no_work():

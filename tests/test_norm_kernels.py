@@ -42,21 +42,21 @@ def parameters(dtype, width, affine, wide):
 
 def exact(x, gain=None, bias=None, eps=1e-5, centred=True):
     """The norm of rows in extended precision, independent of the package; also |mean|/std and rstd."""
-    a = x.double().numpy().astype(np.longdouble)
+    a = x.detach().double().numpy().astype(np.longdouble)
     mean = a.mean(-1, keepdims=True) if centred else 0 * a[..., :1]
     std = np.sqrt(np.square(a - mean).mean(-1, keepdims=True) + np.longdouble(eps))
     y = (a - mean) / std
     if gain is not None:
-        y = y * gain.double().numpy()
+        y = y * gain.detach().double().numpy()
     if bias is not None:
-        y = y + bias.double().numpy()
+        y = y + bias.detach().double().numpy()
     return y, np.abs(mean) / std, 1 / std
 
 
 def forward_bound(y, gain, offset, dtype):
     """4 eps·(1 + |mean|/std) of the normalized value times the gain; one rounding to the dtype."""
     unit = torch.finfo(accumulate(dtype)).eps
-    size = 1 if gain is None else gain.double().abs().numpy()
+    size = 1 if gain is None else gain.detach().double().abs().numpy()
     rounding = torch.finfo(dtype).eps / 2 if dtype in (torch.bfloat16, torch.float16) else unit
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     return 4 * unit * (1 + offset) * size * 1.5 + rounding * np.abs(y) + least
@@ -85,7 +85,7 @@ def exact_gradients(x, grad, gain, eps, centred):
     """Gradients of input, gain and bias in extended precision, and a bound on the terms of each."""
     n, offset, rstd = exact(x, eps=eps, centred=centred)
     g = grad.double().numpy().astype(np.longdouble)
-    t = g if gain is None else g * gain.double().numpy()
+    t = g if gain is None else g * gain.detach().double().numpy()
     along_n = (t * n).mean(-1, keepdims=True)
     along_one = t.mean(-1, keepdims=True) if centred else 0
     dx = rstd * (t - along_one - n * along_n)
@@ -188,19 +188,27 @@ def kinds_of_rows(width: int) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
 @pytest.mark.parametrize("width", [3, 33, 127, 1000, 4097])
-def test_error_is_no_larger_than_torchs(capability, width):
-    for name, x in kinds_of_rows(width).items():
-        for eps in (1e-5, 0.0):
-            y, offset, _ = exact(x, eps=eps)
-            ours = np.abs(LF.layer_norm(x, (width,), eps=eps).double().numpy() - y)
-            torchs = np.abs(torch.nn.functional.layer_norm(x, (width,), eps=eps).double().numpy() - y)
-            # Where the normalized value is large, its own rounding is.
-            assert (ours <= 4 * 2**-23 * np.maximum(1 + offset, np.abs(y))).all(), name
-            # Largest errors, in units of the last place of 1 or of the value itself where that is larger.
-            scale = 2**-23 * np.maximum(1, np.abs(y))
-            worst, torchs_worst = (ours / scale).max(), np.nan_to_num(torchs / scale, nan=np.inf).max()
-            assert worst <= max(1, torchs_worst), (name, worst, torchs_worst)
+def test_error_is_no_larger_than_torchs(capability, width, eps):
+    averages = []
+    for name, rows in kinds_of_rows(width).items():
+        x = rows if eps else rows[rows.amax(-1) > rows.amin(-1)]  # 0/0 is NaN
+        y, offset, _ = exact(x, eps=eps)
+        ours = np.abs(LF.layer_norm(x, (width,), eps=eps).double().numpy() - y)
+        torchs = np.abs(torch.nn.functional.layer_norm(x, (width,), eps=eps).double().numpy() - y)
+        # Where the normalized value is large, its own rounding is.
+        assert (ours <= 4 * 2**-23 * np.maximum(1 + offset, np.abs(y))).all(), name
+        if CAPABILITIES[-1] != capability:
+            continue  # PyTorch uses what the machine has
+        # In units of the last place of 1, or of the value itself where that is larger. The largest of
+        # thousands of errors is chance: half a unit, one rounding, is allowed it.
+        unit = 2**-23 * np.maximum(1, np.abs(y))
+        torchs = np.minimum(np.nan_to_num(torchs / unit, nan=2**24), 2**24)
+        assert (ours / unit).max() <= max(1, torchs.max()) + 0.5, name
+        averages.append(((ours / unit).mean(), torchs.mean()))
+    if averages:
+        assert np.median([ours / torchs for ours, torchs in averages if torchs > 0]) <= 1
 
 
 def test_rows_are_alike_alone_in_any_batch_and_in_any_layout(capability):
@@ -291,3 +299,105 @@ def test_rows_with_nan_or_infinity_harm_no_other(capability):
         assert torch.equal(g[others], e[others])
         assert y[[2, 5, 6]].isnan().all()
         assert g[[2, 5, 6]].isnan().all()
+
+
+def leaf(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().clone().requires_grad_()
+
+
+def test_rows_of_one_element_have_no_gradient_but_the_biass(capability):
+    # pytorch#188372
+    for dtype in DTYPES:
+        x, gain, bias = leaf(torch.randn(70, 1).to(dtype) * 100), leaf(torch.ones(1)), leaf(torch.ones(1))
+        gain, bias = (leaf(t.to(dtype)) for t in (gain, bias))
+        y = LF.layer_norm(x, (1,), gain, bias)
+        assert torch.equal(y, torch.ones_like(y))
+        y.sum().backward()
+        assert not x.grad.any()
+        assert not gain.grad.any()
+        assert bias.grad.item() == 70
+
+
+@pytest.mark.parametrize("size", [1e19, 1e25, 3e38, 1e-30, 1e-44])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_whose_squares_float32_cannot_hold(capability, dtype, size):
+    # pytorch#162489. Between ordinary rows, whose bits do not change.
+    if size < torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps:
+        pytest.skip("zero in this dtype")
+    width = 300
+    ordinary, grad = torch.randn(6, width).to(dtype), torch.randn(6, width).to(dtype)
+    x = ordinary.clone()
+    x[1] = (torch.rand(width, dtype=torch.float64) * 2 - 1).mul(size).to(dtype)
+    x[4] = x[1].flip(0)
+    eps = 1e-5 if size > 1 else 0.0
+    a, b = leaf(x), leaf(ordinary)
+    gain, bias = leaf(torch.randn(width).to(dtype)), leaf(torch.randn(width).to(dtype))
+    y = LF.layer_norm(a, (width,), gain, bias, eps=eps)
+    expected, offset, _ = exact(x, gain, bias, eps)
+    assert (
+        np.abs(y.detach().double().numpy() - expected) <= forward_bound(expected, gain, offset, dtype)
+    ).all()
+    others = [0, 2, 3, 5]
+    assert torch.equal(y[others], LF.layer_norm(b, (width,), gain, bias, eps=eps)[others])
+    if size > 1:  # else the gradients are too large for the dtype
+        (found, found_gain, _) = torch.autograd.grad(y, (a, gain, bias), grad)
+        (dx, dgain, _), (terms, gain_terms, _) = exact_gradients(x, grad, gain, eps, True)
+        # rstd, kept in float32, may be subnormal: then it has as many units as it has.
+        least = 2**-149
+        relative = 16 * 2**-23 + np.maximum(0, least * size)
+        error = np.abs(found.double().numpy() - dx)
+        half = torch.finfo(dtype).eps / 2 * np.abs(dx) + torch.finfo(dtype).smallest_normal
+        assert (error <= relative * terms + half).all()
+        half = torch.finfo(dtype).eps / 2 * np.abs(dgain)
+        assert (np.abs(found_gain.double().numpy() - dgain) <= relative * gain_terms + half).all()
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_half_rows_whose_sum_or_square_overflows_half(capability, name):
+    # onnxruntime#29034, #17692, keras#22586
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.full((5, 4096), 300.0).to(dtype)
+        x[:, ::2] = 60000 if dtype == torch.float16 else 1e18
+        y, offset, _ = exact(x, centred=name == "layer_norm")
+        actual = getattr(LF, name)(x, (4096,), eps=1e-5).double().numpy()
+        assert (np.abs(actual - y) <= forward_bound(y, None, offset, dtype)).all()
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
+def test_large_offsets_lose_what_the_inputs_rounding_lost_and_no_more(capability, offset):
+    # pytorch#51102, #40302, burn#5607. The input as it is, rounded, is normalized to the last bits.
+    for width in (7, 256, 5000):
+        x = torch.randn(9, width) * 1e-3 + offset
+        y, _, _ = exact(x, eps=1e-12)
+        error = np.abs(LF.layer_norm(x, (width,), eps=1e-12).double().numpy() - y)
+        assert (error <= 4 * 2**-23 * np.maximum(1, np.abs(y))).all()
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_any_strides_without_a_copy(dims):
+    base = torch.randn(3, 4, 5, 6, 2, 14)
+    views = [
+        base[::2, 1:, :, ::3],
+        base.permute(3, 0, 2, 1, 4, 5),
+        base[:, :, :1].expand(-1, -1, 5, -1, -1, -1),
+        base[..., 0, 3:11],
+        base.transpose(-1, -2),  # the last dimension is not contiguous: a copy
+        base.view(3, 4, 5, 1, 6, 1, 2, 14).transpose(0, 4)[:, 1:, ::2],
+        base[:0],
+    ]
+    for view in views:
+        shape = view.shape[-dims:]
+        gain = torch.randn(shape)
+        a, b = view.detach().requires_grad_(), leaf(view.contiguous())
+        y, expected = LF.layer_norm(a, shape, gain), LF.layer_norm(b, shape, gain)
+        assert y.is_contiguous()
+        assert torch.equal(y, expected)
+        grad = torch.randn(y.shape[::-1]).permute(*range(y.dim())[::-1])
+        (found,) = torch.autograd.grad(y, a, grad, retain_graph=True)
+        (wanted,) = torch.autograd.grad(expected, b, grad.contiguous())
+        assert torch.equal(found, wanted)
+        y.sum().backward()  # a gradient without strides
+        residual = torch.randn_like(y)
+        found, total = LF.add_rms_norm(view, residual, shape, gain)
+        assert torch.equal(total, view + residual)
+        assert torch.equal(found, LF.rms_norm(total, shape, gain))

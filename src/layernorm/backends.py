@@ -74,8 +74,8 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
 def capability() -> str | None:
     """The instruction set of the compiled kernels in use; None without compiled kernels.
 
-    ``"baseline"``, ``"avx2"``, ``"avx512"`` or ``"avx512_bf16"`` on x86-64, ``"neon"`` on ARM; the best that the
-    machine can execute, unless ``LAYERNORM_CPU_CAPABILITY`` names another.
+    ``"baseline"``, ``"avx2"``, ``"avx512"`` or ``"avx512_bf16"`` on x86-64, ``"neon"`` on ARM; the best
+    that the machine can execute, unless ``LAYERNORM_CPU_CAPABILITY`` names another.
     """
     return None if ops.native is None else str(ops.native.capability())
 
@@ -87,14 +87,20 @@ def plain() -> ModuleType | None:
     return ops.native
 
 
+def foreign(input: object) -> bool:
+    """Whether only PyTorch's operators know this kind of tensor: a subclass, a sparse or a nested one."""
+    if not isinstance(input, Tensor) or _override not in (None, "torch"):
+        return False
+    ordinary = type(input) in (Tensor, torch.nn.Parameter)
+    return not ordinary or input.layout != torch.strided or input.is_nested
+
+
 def kernel_for(operator: str, input: Tensor) -> str:
     """The kernel that ``choose`` names for this input.
 
     Warns, once in a process, where a compiled kernel would have served and there are none.
     """
     kernel = choose(operator, input.device, input.dtype).kernel
-    if kernel == "native" and _override is None and not _is_plain(input):
-        return "torch"
     if (
         ops.NATIVE_PROBLEM is not None
         and _override is None
@@ -145,13 +151,6 @@ def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype
 
 def _has_native(operator: str, device: torch.device, dtype: torch.dtype) -> bool:
     return operator in NORMS and device.type == "cpu" and dtype in NATIVE_DTYPES
-
-
-def _is_plain(input: Tensor) -> bool:
-    """Whether the operators know this kind of tensor: no subclass but a parameter, no sparse one."""
-    return (
-        type(input) in (Tensor, torch.nn.Parameter) and input.layout == torch.strided and not input.is_nested
-    )
 
 
 def _checked(kernel: str, name: str) -> str:

@@ -58,6 +58,8 @@ def layer_norm(
         output = native.layer_norm(input, normalized_shape, weight, bias, eps)
         if output is not NotImplemented:
             return output
+    if backends.foreign(input):
+        return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
     checks.norm_arguments("layer_norm", input, normalized_shape, weight, bias)
     kernel = backends.kernel_for("layer_norm", input)
     if kernel == "native":
@@ -102,6 +104,8 @@ def rms_norm(
         output = native.rms_norm(input, normalized_shape, weight, eps)
         if output is not NotImplemented:
             return output
+    if backends.foreign(input):
+        return F.rms_norm(input, list(normalized_shape), weight, eps)
     checks.norm_arguments("rms_norm", input, normalized_shape, weight)
     kernel = backends.kernel_for("rms_norm", input)
     if kernel == "native":
@@ -147,6 +151,9 @@ def add_layer_norm(
         outputs = native.add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
         if outputs is not NotImplemented:
             return outputs
+    if backends.foreign(input):
+        total = input + residual
+        return F.layer_norm(total, list(normalized_shape), weight, bias, eps), total
     checks.norm_arguments("add_layer_norm", input, normalized_shape, weight, bias)
     checks.residual_argument("add_layer_norm", residual, input)
     kernel = backends.kernel_for("add_layer_norm", input)
@@ -181,6 +188,9 @@ def add_rms_norm(
         outputs = native.add_rms_norm(input, residual, normalized_shape, weight, eps)
         if outputs is not NotImplemented:
             return outputs
+    if backends.foreign(input):
+        total = input + residual
+        return F.rms_norm(total, list(normalized_shape), weight, eps), total
     checks.norm_arguments("add_rms_norm", input, normalized_shape, weight)
     checks.residual_argument("add_rms_norm", residual, input)
     kernel = backends.kernel_for("add_rms_norm", input)

@@ -37,9 +37,6 @@ class LayerNorm(torch.nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(*, *normalized_shape) to the same shape."""
-        # Ragged rows, which torch.nn.TransformerEncoder makes of a padded batch, only PyTorch's knows.
-        if isinstance(input, Tensor) and input.is_nested:
-            return super().forward(input)
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
