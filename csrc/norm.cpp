@@ -158,9 +158,9 @@ template <typename T, typename P>
 template <typename T, typename P, bool kCentred>
 void backward(const Backward& f, int64_t block_begin, int64_t block_end) {
   using A = Accumulate<T>;
-  // Outside these (a - mean)·rstd could overflow on the way although it is of order 1.
-  constexpr A kLeast = sizeof(A) == 4 ? A(0x1p-62) : A(0x1p-510);
-  constexpr A kMost = sizeof(A) == 4 ? A(0x1p62) : A(0x1p510);
+  // Outside of these the products on the way could leave A's range although the result does not.
+  constexpr A kLeast = sizeof(A) == 4 ? A(0x1p-30) : A(0x1p-300);
+  constexpr A kMost = sizeof(A) == 4 ? A(0x1p30) : A(0x1p300);
   const auto* const rstd = static_cast<const A*>(f.rstd);
   const auto ordinary = [&](int64_t row) { return rstd[row] > kLeast && rstd[row] < kMost; };
   const bool stream = f.grad_input != nullptr && streams<T>(f.grad_input, f.rows, f.width);

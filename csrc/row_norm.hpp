@@ -234,18 +234,18 @@ struct RowGradients {
 //   grad_input = rstd·(t - Σt/H - n·Σ(t·n)/H) + grad_sum, without Σt/H where not centred;
 //   block_gain += grad·n, block_bias += grad, both in the order of the row's parts.
 // Each row's sums are formed in the same order whatever kRows is, and the rows are added to the
-// block's one after another.
+// block's one after another. rstd stands outside of the row's sums, which spares a product.
 template <typename T, typename P, bool kCentred, bool kGain, bool kParameters, int kRows>
 LAYERNORM_INLINE void rows_backward(const RowGradients<T, kRows>& rows, const P* gain,
                                     Accumulate<T>* block_gain, Accumulate<T>* block_bias,
                                     int64_t width, bool stream) {
   using A = Accumulate<T>;
-  const auto normalized = [&](int r, int64_t i, auto part) LAYERNORM_LAMBDA {
+  const auto centred = [&](int r, int64_t i, auto part) LAYERNORM_LAMBDA {
     const auto a = load(rows.input[r] + i, part);
     if constexpr (kCentred)
-      return (a - rows.mean[r]) * rows.rstd[r];
+      return a - rows.mean[r];
     else
-      return a * rows.rstd[r];
+      return a;
   };
   const auto gain_at = [&](int64_t i, auto part) LAYERNORM_LAMBDA {
     Part<A, part.kVectors> g;
@@ -267,16 +267,19 @@ LAYERNORM_INLINE void rows_backward(const RowGradients<T, kRows>& rows, const P*
       if constexpr (kParameters && kCentred) biases = load(block_bias + i, part);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const auto n = keep(normalized(r, i, part), part);
-        const auto grad = load(rows.grad[r] + i, part);
-        auto t = grad;
-        if constexpr (kGain) t = grad * g;
+        const auto grad = load(rows.grad[r] + i, part);  // 0 beyond the row
+        const auto product = grad * centred(r, i, part);
 #pragma GCC unroll 2
         for (int k = 0; k < kVectors; ++k) {
-          if constexpr (kCentred) t_sums[r] += t.v[k];
-          tn_sums[r] = fma(t.v[k], n.v[k], tn_sums[r]);
+          if constexpr (kGain) {
+            if constexpr (kCentred) t_sums[r] = fma(grad.v[k], g.v[k], t_sums[r]);
+            tn_sums[r] = fma(product.v[k], g.v[k], tn_sums[r]);
+          } else {
+            if constexpr (kCentred) t_sums[r] += grad.v[k];
+            tn_sums[r] += product.v[k];
+          }
         }
-        if constexpr (kParameters) gains = fma(grad, n, gains);
+        if constexpr (kParameters) gains = fma(product, rows.rstd[r], gains);
         if constexpr (kParameters && kCentred) biases = biases + grad;
       }
       if constexpr (kParameters) store<false>(block_gain + i, gains, part);
@@ -293,8 +296,9 @@ LAYERNORM_INLINE void rows_backward(const RowGradients<T, kRows>& rows, const P*
   A along_one[kRows];
   A along_n[kRows];
   for (int r = 0; r < kRows; ++r) {
-    along_one[r] = static_cast<A>(-sum_t[r] * inverse) * rows.rstd[r];
-    along_n[r] = static_cast<A>(-sum_tn[r] * inverse) * rows.rstd[r];
+    const auto rstd = static_cast<double>(rows.rstd[r]);
+    along_one[r] = static_cast<A>(-sum_t[r] * inverse * rstd);
+    along_n[r] = static_cast<A>(-sum_tn[r] * inverse * rstd * rstd * rstd);
   }
   // Row by row: what is read and written side by side should not crowd the first cache.
   const auto write = [&](auto add_grad_sum, auto past_caches) LAYERNORM_LAMBDA {
@@ -307,7 +311,7 @@ LAYERNORM_INLINE void rows_backward(const RowGradients<T, kRows>& rows, const P*
         }
         auto t = load(rows.grad[r] + i, part);
         if constexpr (kGain) t = t * gain_at(i, part);
-        auto d = fma(t, rows.rstd[r], fma(normalized(r, i, part), along_n[r], along_one[r]));
+        auto d = fma(t, rows.rstd[r], fma(centred(r, i, part), along_n[r], along_one[r]));
         if constexpr (add_grad_sum()) d = d + load(rows.grad_sum[r] + i, part);
         store<past_caches()>(rows.grad_input[r] + i, d, part);
       });
