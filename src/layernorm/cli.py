@@ -64,7 +64,7 @@ def info() -> str:
         f"torch     {torch.__version__}, {torch.get_num_threads()} threads",
         f"CPU       {torch.backends.cpu.get_cpu_capability()} instructions",
         f"CUDA      {_cuda()}",
-        f"compiled  {'loaded' if problem is None else f'none: {problem}'}",
+        f"compiled  {f'none: {problem}' if problem else f'{backends.capability()} instructions'}",
         "",
         f"{'operator':<16}{'device':<8}{'dtype':<28}{'kernel':<11}why",
     ]

@@ -129,7 +129,7 @@ def _load() -> ModuleType | str:
         return f"they cannot be loaded: {error}"
     capability = os.environ.get(CAPABILITY_VARIABLE)
     if capability and not native.use_capability(capability):
-        raise ValueError(
+        return (
             f"{CAPABILITY_VARIABLE} must be one of {', '.join(native.capabilities())} on this machine; got "
             f"{capability!r}"
         )
