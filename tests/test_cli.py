@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import layernorm
-from layernorm import backends
+from layernorm import backends, ops
 from layernorm.cli import main
 
 
@@ -15,7 +15,8 @@ def test_info_names_every_operator_its_kernel_and_why(capsys):
     assert f"layernorm {layernorm.__version__}" in text
     for operator in (*backends.NORMS, *backends.RECURRENT):
         assert sum(line.startswith(operator + " ") for line in text.splitlines()) >= 1
-    assert "the compiled kernel is for float32 on the CPU" in text
+    served = f"{backends.capability()} instructions" if ops.native else f"none: {ops.NATIVE_PROBLEM}"
+    assert f"\ncompiled  {served}\n" in text
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["info", "--help"], ["--version"]])
@@ -35,7 +36,7 @@ def test_an_unknown_command_is_refused_in_one_line(arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "text"), [("native", "layer_norm      cpu     float32 "), ("reference", "asks for it")]
+    ("kernel", "text"), [("native", "rnn has none for torch.float32 on cpu"), ("reference", "asks for it")]
 )
 def test_info_shows_the_override(kernel, text, capsys):
     with backends.use(kernel):
