@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -461,3 +463,43 @@ def test_large_outputs_ask_for_huge_pages():
             assert "hg" in line.split()
             return
     pytest.fail("the output lies in no mapping")
+
+
+def onnx_node_tests():
+    """ONNX's own tests of its two norms: (name, attributes, inputs, expected outputs)."""
+    pytest.importorskip("onnx", reason="its node tests are of the package onnx")
+    import onnx.backend.test.case.node as node_tests
+    from onnx import helper, numpy_helper
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("onnx.backend.test.case.node.layernormalization")
+        importlib.import_module("onnx.backend.test.case.node.rmsnormalization")
+    for case in node_tests._NodeTestCases:
+        node = case.model.graph.node[0]
+        if node.op_type not in ("LayerNormalization", "RMSNormalization") or len(case.model.graph.node) > 1:
+            continue  # others are the same computations, written out as graphs
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        for inputs, outputs in case.data_sets:
+            arrays = [
+                torch.from_numpy(numpy_helper.to_array(t) if hasattr(t, "raw_data") else t)
+                for t in (*inputs, *outputs)
+            ]
+            yield node.op_type, attributes, arrays[: len(inputs)], arrays[len(inputs) :]
+
+
+@KERNELS
+def test_agrees_with_onnxs_node_tests(kernel):
+    count = 0
+    for name, attributes, inputs, outputs in onnx_node_tests():
+        x, weight, *bias = inputs
+        shape = x.shape[attributes.get("axis", -1) :]
+        eps = attributes.get("epsilon", 1e-5)
+        function = LF.layer_norm if name == "LayerNormalization" else LF.rms_norm
+        actual = run(
+            kernel, function, x, shape, weight.reshape(shape), *(b.reshape(shape) for b in bias), eps=eps
+        )
+        # At most 120 elements, summed in two orders, of values of at most 11 times a gain of about 4.
+        torch.testing.assert_close(actual, outputs[0], rtol=1e-5, atol=11 * 4 * 8 * EPS32)
+        count += 1
+    assert count >= 19 + 19
