@@ -114,7 +114,9 @@ def test_the_environment_chooses_the_instruction_set():
         assert in_a_process(code, LAYERNORM_CPU_CAPABILITY=name).stdout == f"{name}\n"
     code = "import layernorm, torch; layernorm.LayerNorm(2)(torch.ones(2)); " + code
     result = in_a_process(code, LAYERNORM_CPU_CAPABILITY="mmx")
-    assert f"must be one of {', '.join(ops.native.capabilities())} on this machine; got 'mmx'" in result.stderr
+    assert (
+        f"must be one of {', '.join(ops.native.capabilities())} on this machine; got 'mmx'" in result.stderr
+    )
     assert result.stdout == "None\n"
 
 
