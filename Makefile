@@ -6,9 +6,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*)
+CSRC := $(wildcard csrc/*.* csrc/torch/*.*)
+NATIVE_SOURCES := CMakeLists.txt $(CSRC)
 
-.PHONY: install demo test lint format docs clean
+.PHONY: install demo test sanitize lint format docs clean
 
 install: $(INSTALLED)
 
@@ -29,16 +30,32 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n auto
 
+# The tests of the compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer. The package
+# built with them is in a folder of its own, and so is the Python that runs it: .venv's would import
+# the editable installation, whatever comes first on its path.
+SANITIZE := $(CURDIR)/build/sanitize
+SANITIZED_PYTHON = PYTHONPATH=$(SANITIZE)/site:$(wildcard $(CURDIR)/.venv/lib/python3*/site-packages) \
+	LD_PRELOAD="$(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(SANITIZE)/venv/bin/python
+sanitize: install
+	$(BIN)/python -m venv --without-pip $(SANITIZE)/venv
+	LAYERNORM_NATIVE=1 CXX=$(CXX) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation --upgrade --target $(SANITIZE)/site -C build-dir=$(SANITIZE)/cmake \
+		-C cmake.define.LAYERNORM_SANITIZE=ON .
+	@$(SANITIZED_PYTHON) -c 'from layernorm import ops; path = ops.native.__file__; \
+		assert b"__asan_init" in open(path, "rb").read(), path; print("sanitized:", path)'
+	$(SANITIZED_PYTHON) -m pytest -n auto --capture sys tests/test_norms.py tests/test_norm_kernels.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i $(CSRC)
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -6,8 +6,8 @@ namespace layernorm {
 
 // LAYERNORM_CAPABILITIES comes from CMakeLists.txt: X(name, condition) for each set of flags that
 // norm.cpp was compiled with, from the plainest to the best.
-#define X(name, condition)        \
-  namespace name {                \
+#define X(name, condition)      \
+  namespace name {              \
   extern const NormTable norms; \
   }
 LAYERNORM_CAPABILITIES

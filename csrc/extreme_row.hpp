@@ -1,5 +1,6 @@
-// One row whose squares its type cannot hold, or with an infinity or a NaN, in double and element by
-// element: rare, so it may take its time. A power of two brings the row's largest element near 1.
+// One row whose squares its type cannot hold, or with an infinity or a NaN, in double and element
+// by element: rare, so it may take its time. A power of two brings the row's largest element
+// near 1.
 #pragma once
 
 #include "simd.hpp"
@@ -85,7 +86,8 @@ void extreme_backward(const T* grad, const T* grad_sum, const T* input, double m
     sum_tn += t(i) * normalized(i);
     if (block_gain != nullptr)
       block_gain[place<T>(i, width)] += static_cast<A>(as_double(grad + i) * normalized(i));
-    if (block_bias != nullptr) block_bias[place<T>(i, width)] += static_cast<A>(as_double(grad + i));
+    if (block_bias != nullptr)
+      block_bias[place<T>(i, width)] += static_cast<A>(as_double(grad + i));
   }
   if (grad_input == nullptr) return;
   if (!centred) sum_t = 0;

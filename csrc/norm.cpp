@@ -1,5 +1,5 @@
-// The norm kernels of one instruction set. CMakeLists.txt compiles this file once for each, with the
-// set's flags and its name as LAYERNORM_ISA.
+// The norm kernels of one instruction set. CMakeLists.txt compiles this file once for each, with
+// the set's flags and its name as LAYERNORM_ISA.
 #include "extreme_row.hpp"
 #include "row_norm.hpp"
 
@@ -15,10 +15,23 @@ constexpr int kTogether = 4;
 #else
 constexpr int kTogether = 2;
 #endif
-constexpr int64_t kWide = 3072;                  // bytes of a row
-constexpr int64_t kCached = int64_t{1} << 20;    // bytes of a tensor
+constexpr int64_t kWide = 3072;                // bytes of a row
+constexpr int64_t kCached = int64_t{1} << 20;  // bytes of a tensor
 // From this size on a tensor is written past the caches, which spares fetching it first.
 constexpr int64_t kStreamed = int64_t{8} << 20;  // bytes
+
+// Where a row begins; null where there is no tensor. Not in norm.hpp: of an inline function that
+// all instruction sets share the linker keeps one, perhaps that of a set the machine does not have.
+template <typename T>
+const T* row_of(const void* data, const RowLayout& rows, int64_t row) {
+  if (data == nullptr) return nullptr;
+  int64_t offset = 0;
+  for (int dim = rows.dims - 1; dim > 0; --dim) {
+    offset += row % rows.sizes[dim] * rows.strides[dim];
+    row /= rows.sizes[dim];
+  }
+  return static_cast<const T*>(data) + (offset + row * rows.strides[0]);
+}
 
 template <typename T, typename P, bool kCentred, bool kStream, int kRows>
 LAYERNORM_INLINE void output(const T* const (&a)[kRows], const P* gain, const P* bias,
@@ -71,11 +84,10 @@ template <typename T, typename P, bool kCentred, bool kStream, int kRows>
 LAYERNORM_INLINE void some_rows_forward(const Forward& f, int64_t row) {
   const T* a[kRows];
   for (int r = 0; r < kRows; ++r) {
-    a[r] = static_cast<const T*>(f.input) + f.input_rows.offset(row + r);
+    a[r] = row_of<T>(f.input, f.input_rows, row + r);
     if (f.residual != nullptr) {
       T* const sum = static_cast<T*>(f.sum) + (row + r) * f.width;
-      row_add(a[r], static_cast<const T*>(f.residual) + f.residual_rows.offset(row + r), sum,
-              f.width);
+      row_add(a[r], row_of<T>(f.residual, f.residual_rows, row + r), sum, f.width);
       a[r] = sum;
     }
   }
@@ -113,12 +125,9 @@ LAYERNORM_INLINE void some_rows_backward(const Backward& f, int64_t row, Accumul
   using A = Accumulate<T>;
   RowGradients<T, kRows> rows;
   for (int r = 0; r < kRows; ++r) {
-    rows.grad[r] = static_cast<const T*>(f.grad) + f.grad_rows.offset(row + r);
-    rows.grad_sum[r] =
-        f.grad_sum == nullptr
-            ? nullptr
-            : static_cast<const T*>(f.grad_sum) + f.grad_sum_rows.offset(row + r);
-    rows.input[r] = static_cast<const T*>(f.input) + f.input_rows.offset(row + r);
+    rows.grad[r] = row_of<T>(f.grad, f.grad_rows, row + r);
+    rows.grad_sum[r] = row_of<T>(f.grad_sum, f.grad_sum_rows, row + r);
+    rows.input[r] = row_of<T>(f.input, f.input_rows, row + r);
     rows.grad_input[r] =
         f.grad_input == nullptr ? nullptr : static_cast<T*>(f.grad_input) + (row + r) * f.width;
     rows.mean[r] = kCentred ? static_cast<const A*>(f.mean)[row + r] : A{0};
@@ -141,18 +150,15 @@ template <typename T, typename P>
                                                        Accumulate<T>* block_gain,
                                                        Accumulate<T>* block_bias) {
   using A = Accumulate<T>;
-  const auto at = [&](const void* data, const RowLayout& rows) {
-    return data == nullptr ? nullptr : static_cast<const T*>(data) + rows.offset(row);
-  };
   const bool centred = f.mean != nullptr;
   const double mean = centred ? static_cast<double>(static_cast<const A*>(f.mean)[row]) : 0.0;
   T* const grad_input =
       f.grad_input == nullptr ? nullptr : static_cast<T*>(f.grad_input) + row * f.width;
-  extreme_backward<T, P>(at(f.grad, f.grad_rows), at(f.grad_sum, f.grad_sum_rows),
-                         at(f.input, f.input_rows), mean,
-                         static_cast<double>(static_cast<const A*>(f.rstd)[row]),
-                         static_cast<const P*>(f.gain), grad_input, block_gain, block_bias, f.width,
-                         centred);
+  extreme_backward<T, P>(
+      row_of<T>(f.grad, f.grad_rows, row), row_of<T>(f.grad_sum, f.grad_sum_rows, row),
+      row_of<T>(f.input, f.input_rows, row), mean,
+      static_cast<double>(static_cast<const A*>(f.rstd)[row]), static_cast<const P*>(f.gain),
+      grad_input, block_gain, block_bias, f.width, centred);
 }
 
 template <typename T, typename P, bool kCentred>
@@ -211,11 +217,11 @@ constexpr NormKernels kernels() {
 
 }  // namespace
 
-#define LAYERNORM_KERNELS(kCentred)                                                    \
-  {                                                                                    \
-    kernels<float, float, kCentred>(), kernels<double, double, kCentred>(),            \
-        kernels<bfloat16, bfloat16, kCentred>(), kernels<bfloat16, float, kCentred>(), \
-        kernels<float16, float16, kCentred>(), kernels<float16, float, kCentred>(),    \
+#define LAYERNORM_KERNELS(kCentred)                                                  \
+  {                                                                                  \
+      kernels<float, float, kCentred>(),       kernels<double, double, kCentred>(),  \
+      kernels<bfloat16, bfloat16, kCentred>(), kernels<bfloat16, float, kCentred>(), \
+      kernels<float16, float16, kCentred>(),   kernels<float16, float, kCentred>(),  \
   }
 extern const NormTable norms = {LAYERNORM_KERNELS(false), LAYERNORM_KERNELS(true)};
 #undef LAYERNORM_KERNELS

@@ -1,5 +1,5 @@
-// Layer norm and RMS norm over rows: what a kernel is given, and the kernels of each instruction set.
-// Plain C++20, no framework header.
+// Layer norm and RMS norm over rows: what a kernel is given, and the kernels of each instruction
+// set. Plain C++20, no framework header.
 #pragma once
 
 #include <cstdint>
@@ -20,16 +20,6 @@ struct RowLayout {
   int dims = 0;
   int64_t sizes[kMaxDims] = {};
   int64_t strides[kMaxDims] = {};
-
-  [[nodiscard]] int64_t offset(int64_t row) const {
-    if (dims <= 1) return row * strides[0];
-    int64_t sum = 0;
-    for (int dim = dims - 1; dim > 0; --dim) {
-      sum += row % sizes[dim] * strides[dim];
-      row /= sizes[dim];
-    }
-    return sum + row * strides[0];
-  }
 };
 
 // Types of the rows and of gain and bias.
@@ -53,9 +43,9 @@ struct Forward {
   double eps;
 };
 
-// The rows are cut into blocks, a number that depends on rows and width alone. The gradients of gain
-// and bias are summed over each block, then over the blocks: in the same order for any number of
-// threads.
+// The rows are cut into blocks, a number that depends on rows and width alone. The gradients of
+// gain and bias are summed over each block, then over the blocks: in the same order for any number
+// of threads.
 struct Backward {
   const void* grad;  // of the output
   RowLayout grad_rows;

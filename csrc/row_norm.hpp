@@ -28,12 +28,8 @@ struct Sums {
   LAYERNORM_INLINE void add_square(const Part<A, 2>& a, Pair) {
     v[0] = fma(a.v[0], a.v[0], v[0]), v[1] = fma(a.v[1], a.v[1], v[1]);
   }
-  LAYERNORM_INLINE void add_square(const Part<A, 1>& a, Whole) {
-    v[0] = fma(a.v[0], a.v[0], v[0]);
-  }
-  LAYERNORM_INLINE void add_square(const Part<A, 1>& a, First) {
-    v[1] = fma(a.v[0], a.v[0], v[1]);
-  }
+  LAYERNORM_INLINE void add_square(const Part<A, 1>& a, Whole) { v[0] = fma(a.v[0], a.v[0], v[0]); }
+  LAYERNORM_INLINE void add_square(const Part<A, 1>& a, First) { v[1] = fma(a.v[0], a.v[0], v[1]); }
   [[nodiscard]] LAYERNORM_INLINE double total() const {
     return static_cast<double>(add_lanes(v[0] + v[1]));
   }
@@ -129,7 +125,8 @@ LAYERNORM_INLINE void row_moments(const T* const (&a)[kRows], int64_t width,
     else
       first(First{width}, static_cast<A>(width));
   }
-  // Chunks are put together two by two, as a binary counter counts: waiting[r][k] is of 2^k of them.
+  // Chunks are put together two by two, as a binary counter counts: waiting[r][k] is of 2^k of
+  // them.
   Moments waiting[kRows][48];
   int64_t chunk = 0;
   for (int64_t begin = 0; begin < width; begin += kStep, ++chunk) {

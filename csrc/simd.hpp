@@ -21,8 +21,13 @@
 
 #include "norm.hpp"
 
+#if defined(LAYERNORM_SANITIZE)  // see CMakeLists.txt
+#define LAYERNORM_INLINE inline
+#define LAYERNORM_LAMBDA
+#else
 #define LAYERNORM_INLINE [[gnu::always_inline]] inline
 #define LAYERNORM_LAMBDA __attribute__((always_inline))
+#endif
 
 namespace layernorm::LAYERNORM_ISA {
 
@@ -90,7 +95,8 @@ LAYERNORM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 template <int... kIndex, typename V>
 LAYERNORM_INLINE auto add_halves(V v, std::integer_sequence<int, kIndex...>) {
   constexpr int kHalf = sizeof...(kIndex);
-  return __builtin_shufflevector(v, v, kIndex...) + __builtin_shufflevector(v, v, kIndex + kHalf...);
+  return __builtin_shufflevector(v, v, kIndex...) +
+         __builtin_shufflevector(v, v, kIndex + kHalf...);
 }
 template <typename V>
 LAYERNORM_INLINE auto add_lanes(V v) {
@@ -185,14 +191,14 @@ LAYERNORM_INLINE Words round_to_bfloat16(Vec<float> v) {
 }
 // The instruction takes subnormal numbers for zero: those go the other way.
 #if defined(LAYERNORM_AVX512) && defined(__AVX512BF16__)
-LAYERNORM_INLINE bool has_subnormal(Vec<float> v) {
+LAYERNORM_INLINE __mmask16 subnormal_lanes(Vec<float> v) {
   constexpr int kSubnormal = 0x20;
-  return _mm512_fpclass_ps_mask(v, kSubnormal) != 0;
+  return _mm512_fpclass_ps_mask(v, kSubnormal);
 }
 #endif
 LAYERNORM_INLINE Halves narrow(Vec<float> v, bfloat16) {
 #if defined(LAYERNORM_AVX512) && defined(__AVX512BF16__)
-  if (__builtin_expect(!has_subnormal(v), 1))
+  if (__builtin_expect(subnormal_lanes(v) == 0, 1))
     return reinterpret_cast<Halves>(_mm512_cvtneps_pbh(v));
 #endif
   return __builtin_convertvector(round_to_bfloat16(v) >> 16, Halves);
@@ -200,12 +206,12 @@ LAYERNORM_INLINE Halves narrow(Vec<float> v, bfloat16) {
 // Two vectors of bfloat16, even and odd elements, as they lie in memory.
 LAYERNORM_INLINE Words narrow_even_odd(Vec<float> even, Vec<float> odd) {
 #if defined(LAYERNORM_AVX512) && defined(__AVX512BF16__)
-  if (__builtin_expect(!has_subnormal(even) & !has_subnormal(odd), 1)) {
+  if (__builtin_expect(_kortestz_mask16_u8(subnormal_lanes(even), subnormal_lanes(odd)), 1)) {
     using All = VectorOf<uint16_t, kVectorBytes>::type;
     const auto both = reinterpret_cast<All>(_mm512_cvtne2ps_pbh(odd, even));
-    return reinterpret_cast<Words>(__builtin_shufflevector(
-        both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26,
-        11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+    return reinterpret_cast<Words>(
+        __builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
   }
 #endif
   return (round_to_bfloat16(even) >> 16) | (round_to_bfloat16(odd) & 0xffff0000U);
@@ -224,9 +230,9 @@ LAYERNORM_INLINE Halves narrow(Vec<float> v, float16) {
 
 // ---- parts of a row ----
 
-// How many vectors a part of a row is, and how many of its elements belong to the row. A pair holds its
-// elements in the order that is cheapest for the type of the row: side by side, but for bfloat16 first
-// those at even places, then those at odd ones.
+// How many vectors a part of a row is, and how many of its elements belong to the row. A pair holds
+// its elements in the order that is cheapest for the type of the row: side by side, but for
+// bfloat16 first those at even places, then those at odd ones.
 struct Pair {
   static constexpr int kVectors = 2;
 };
@@ -290,8 +296,8 @@ LAYERNORM_INLINE Part<A, 1> keep(const Part<A, 1>& a, First part) {
   using Mask = decltype(a.v[0] < a.v[0]);
   Mask lane;
   for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
-  return {{lane < static_cast<std::remove_cvref_t<decltype(lane[0])>>(part.count) ? a.v[0]
-                                                                                 : Vec<A>{}}};
+  return {
+      {lane < static_cast<std::remove_cvref_t<decltype(lane[0])>>(part.count) ? a.v[0] : Vec<A>{}}};
 }
 
 template <typename T>
@@ -343,8 +349,7 @@ LAYERNORM_INLINE Part<Accumulate<T>, 1> load(const T* p, First part) {
     return {{_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p)}};
   else
     return {{widen(
-        reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p)),
-        T{})}};
+        reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p)), T{})}};
 #else
   Raw<T> raw{};
   std::memcpy(&raw, p, static_cast<size_t>(part.count) * sizeof(T));

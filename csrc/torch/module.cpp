@@ -1,5 +1,5 @@
-// The Python module `layernorm._native`: entries for plain calls of the operators, which cost what calls
-// of PyTorch's own functions cost, and the choice of the instruction set.
+// The Python module `layernorm._native`: entries for plain calls of the operators, which cost what
+// calls of PyTorch's own functions cost, and the choice of the instruction set.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -12,9 +12,9 @@
 namespace layernorm {
 namespace {
 
-// A call whose arguments are plain: tensors of PyTorch's own class on the CPU, of types and shapes that
-// fit, outside of modes and transforms that see Python functions. For all others the entries return
-// NotImplemented, and src/layernorm/functional.py checks, chooses and raises.
+// A call whose arguments are plain: tensors of PyTorch's own class on the CPU, of types and shapes
+// that fit, outside of modes and transforms that see Python functions. For all others the entries
+// return NotImplemented, and src/layernorm/functional.py checks, chooses and raises.
 struct PlainCall {
   Tensor input, residual;
   OptionalTensor weight, bias;
@@ -179,8 +179,14 @@ PyMODINIT_FUNC PyInit__native() {
       {"use_capability", py_use_capability, METH_O,
        "Uses the instruction set of this name; False if the machine has none such."},
       {nullptr, nullptr, 0, nullptr}};
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "The compiled kernels.", -1,
-                               methods,               nullptr,   nullptr,                 nullptr,
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                               "_native",
+                               "The compiled kernels.",
+                               -1,
+                               methods,
+                               nullptr,
+                               nullptr,
+                               nullptr,
                                nullptr};
   return PyModule_Create(&module);
 }

@@ -28,8 +28,9 @@ Types types(at::ScalarType input, at::ScalarType parameter) {
 // How many elements are worth a second thread: 16,384 take about 2 us.
 constexpr int64_t kGrain = 16384;
 
-// Calls function(begin, end) for parts of [0, count) in PyTorch's own threads; each of the count takes
-// so many elements. Not at::parallel_for, which would be compiled here with a pool of its own.
+// Calls function(begin, end) for parts of [0, count) in PyTorch's own threads; each of the count
+// takes so many elements. Not at::parallel_for, which would be compiled here with a pool of its
+// own.
 template <typename Function>
 void in_parallel(int64_t count, int64_t elements, const Function& function) {
   const int64_t grain = 1 + kGrain / (elements + 1);
@@ -88,7 +89,8 @@ Rows rows_of(const Tensor& tensor, const Sizes& sizes) {
   if (tensor.is_contiguous()) return {tensor, layout};
   int64_t expected = 1;
   for (int64_t dim = tensor.dim() - 1; dim >= sizes.leading; --dim) {
-    if (tensor.size(dim) != 1 && tensor.stride(dim) != expected) return {tensor.contiguous(), layout};
+    if (tensor.size(dim) != 1 && tensor.stride(dim) != expected)
+      return {tensor.contiguous(), layout};
     expected *= tensor.size(dim);
   }
   // From the innermost out; a dimension that goes on where the one inside ends is one with it.
@@ -158,16 +160,24 @@ TensorTriple run_forward(const Tensor& input, const OptionalTensor& residual, at
   const Rows rows = rows_of(input, sizes);
   auto* const mean = static_cast<char*>(mutable_or_null(stats));
   auto* const rstd = with_stats ? mean + (kinds - 1) * sizes.rows * stats.element_size() : nullptr;
-  const Forward call{
-      rows.tensor.const_data_ptr(), rows.layout, data_or_null(other.tensor), other.layout,
-      data_or_null(gain), data_or_null(offset), output.mutable_data_ptr(), mutable_or_null(sum),
-      centred ? mean : nullptr, rstd, sizes.rows, sizes.width, eps};
+  const Forward call{rows.tensor.const_data_ptr(),
+                     rows.layout,
+                     data_or_null(other.tensor),
+                     other.layout,
+                     data_or_null(gain),
+                     data_or_null(offset),
+                     output.mutable_data_ptr(),
+                     mutable_or_null(sum),
+                     centred ? mean : nullptr,
+                     rstd,
+                     sizes.rows,
+                     sizes.width,
+                     eps};
   const auto type = input.scalar_type();
   const auto kind = types(type, gain.defined() ? gain.scalar_type() : type);
   const auto& kernels = (*capability().norms)[centred][kind];
-  in_parallel(sizes.rows, sizes.width, [&](int64_t begin, int64_t end) {
-    kernels.forward(call, begin, end);
-  });
+  in_parallel(sizes.rows, sizes.width,
+              [&](int64_t begin, int64_t end) { kernels.forward(call, begin, end); });
   return {output, sum, stats};
 }
 
@@ -196,19 +206,19 @@ TensorPair add_rms_norm(const Tensor& input, const Tensor& residual, at::IntArra
 TensorTriple norm_forward(const Tensor& input, const OptionalTensor& residual,
                           at::IntArrayRef shape, const OptionalTensor& weight,
                           const OptionalTensor& bias, double eps, bool centred) {
-  auto [output, sum, stats] =
-      run_forward(input, residual, shape, weight, bias, eps, centred, true);
+  auto [output, sum, stats] = run_forward(input, residual, shape, weight, bias, eps, centred, true);
   return {output, sum.defined() ? sum : at::empty({0}, input.options()), stats};
 }
 
-// A number that rows and width alone decide; at most 64 blocks of at least 32 rows, and no more than
-// 16 MiB of sums.
+// A number that rows and width alone decide; at most 64 blocks of at least 32 rows, and no more
+// than 16 MiB of sums.
 int64_t rows_per_block(const Sizes& sizes) {
   const int64_t most = std::clamp<int64_t>((int64_t{1} << 22) / (sizes.width + 1), 1, 64);
   return std::max<int64_t>(32, (sizes.rows + most - 1) / most);
 }
 
-// Gradients of input (which is the residual's too), weight and bias; those not wanted have no element.
+// Gradients of input (which is the residual's too), weight and bias; those not wanted have no
+// element.
 TensorTriple norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, const Tensor& input,
                            const Tensor& stats, at::IntArrayRef shape, const OptionalTensor& weight,
                            const OptionalTensor& bias, bool centred, std::array<bool, 3> wanted) {
@@ -225,7 +235,8 @@ TensorTriple norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, c
               "layernorm: stats must be those that norm_forward returned");
   const Tensor gain = checked_parameter(weight, "weight", input, shape);
   const Tensor offset = checked_parameter(bias, "bias", input, shape);
-  const Tensor none = wanted[0] && wanted[1] && wanted[2] ? Tensor() : at::empty({0}, input.options());
+  const Tensor none =
+      wanted[0] && wanted[1] && wanted[2] ? Tensor() : at::empty({0}, input.options());
   const Tensor grad_input = wanted[0] ? fresh(input.sizes(), input) : none;
   const auto like = [&](bool is_wanted, const Tensor& parameter) {
     if (!is_wanted) return none;
@@ -253,23 +264,31 @@ TensorTriple norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, c
   Tensor partial;  // sums over each block, for gain and for bias
   if (parameters) partial = at::empty({kinds, blocks, sizes.width}, stats.options());
   auto* const block_gain = static_cast<char*>(mutable_or_null(partial));
-  auto* const block_bias = parameters && centred
-                               ? block_gain + blocks * sizes.width * stats.element_size()
-                               : nullptr;
+  auto* const block_bias =
+      parameters && centred ? block_gain + blocks * sizes.width * stats.element_size() : nullptr;
   const auto* const mean = static_cast<const char*>(stats.const_data_ptr());
-  const Backward call{
-      grads.tensor.const_data_ptr(), grads.layout, data_or_null(sums.tensor), sums.layout,
-      inputs.tensor.const_data_ptr(), inputs.layout, mean, mean + (kinds - 1) * sizes.rows * stats.element_size(),
-      data_or_null(factor), wanted[0] ? grad_input.mutable_data_ptr() : nullptr, block_gain, block_bias,
-      sizes.rows, sizes.width, per_block};
+  const Backward call{grads.tensor.const_data_ptr(),
+                      grads.layout,
+                      data_or_null(sums.tensor),
+                      sums.layout,
+                      inputs.tensor.const_data_ptr(),
+                      inputs.layout,
+                      mean,
+                      mean + (kinds - 1) * sizes.rows * stats.element_size(),
+                      data_or_null(factor),
+                      wanted[0] ? grad_input.mutable_data_ptr() : nullptr,
+                      block_gain,
+                      block_bias,
+                      sizes.rows,
+                      sizes.width,
+                      per_block};
   const auto& table = (*capability().norms)[centred];
   const auto kernels_for = [&](const Tensor& parameter) {
     return table[types(type, parameter.defined() ? parameter.scalar_type() : type)];
   };
   const auto kernels = kernels_for(factor);
-  in_parallel(blocks, per_block * sizes.width, [&](int64_t begin, int64_t end) {
-    kernels.backward(call, begin, end);
-  });
+  in_parallel(blocks, per_block * sizes.width,
+              [&](int64_t begin, int64_t end) { kernels.backward(call, begin, end); });
   // The kernels sum columns in parts of at most 64.
   constexpr int64_t kColumns = 64;
   const auto reduce = [&](const char* block_sums, const Tensor& total, const Tensor& parameter) {

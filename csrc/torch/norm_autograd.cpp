@@ -1,5 +1,5 @@
-// The derivative of the norm operators: PyTorch's own kind of node, so that recording and running it
-// costs what it costs for PyTorch's norm.
+// The derivative of the norm operators: PyTorch's own kind of node, so that recording and running
+// it costs what it costs for PyTorch's norm.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/layer_norm.h>
 #include <ATen/ops/rms_norm.h>
@@ -13,10 +13,11 @@
 namespace layernorm {
 namespace {
 
-// The gradients as PyTorch operators, which can be differentiated again, to any order: mean and rstd
-// are functions of the input here.
+// The gradients as PyTorch operators, which can be differentiated again, to any order: mean and
+// rstd are functions of the input here.
 TensorTriple composite_backward(const Tensor& grad, const Tensor& input, size_t tail,
-                                const Tensor& weight, const Tensor& bias, double eps, bool centred) {
+                                const Tensor& weight, const Tensor& bias, double eps,
+                                bool centred) {
   const auto type = statistics_type(input);
   std::vector<int64_t> last;
   std::vector<int64_t> leading;
@@ -39,8 +40,8 @@ TensorTriple composite_backward(const Tensor& grad, const Tensor& input, size_t 
   return {(rstd * (t - along)).to(input.scalar_type()), grad_weight, grad_bias};
 }
 
-// Keeps of forward what was normalized, mean and rstd, and the parameters. Inputs of the node are the
-// gradients of the output and, where there was a residual, of the sum.
+// Keeps of forward what was normalized, mean and rstd, and the parameters. Inputs of the node are
+// the gradients of the output and, where there was a residual, of the sum.
 struct NormNode : torch::autograd::Node {
   torch::autograd::SavedVariable input, stats, weight, bias;
   std::vector<c10::SymInt> shape;
@@ -77,9 +78,9 @@ struct NormNode : torch::autograd::Node {
         const std::array<bool, 3> wanted{wanted_input,
                                          gain.defined() && task_should_compute_output(first),
                                          offset.defined() && task_should_compute_output(first + 1)};
-        auto [found_input, found_weight, found_bias] =
-            norm_backward_op().call(grads[0], grad_sum.defined() ? OptionalTensor(grad_sum) : std::nullopt, a,
-                    stats.unpack(), shape, gain, offset, centred, wanted);
+        auto [found_input, found_weight, found_bias] = norm_backward_op().call(
+            grads[0], grad_sum.defined() ? OptionalTensor(grad_sum) : std::nullopt, a,
+            stats.unpack(), shape, gain, offset, centred, wanted);
         if (wanted[0]) grad_input = found_input;
         if (wanted[1]) result[first] = found_weight;
         if (wanted[2]) result[first + 1] = found_bias;
@@ -99,9 +100,9 @@ TensorPair recorded(const char* kind, const Tensor& input, const OptionalTensor&
   const bool has_residual = residual.has_value();
   const Tensor gain = weight.value_or(Tensor());
   const Tensor offset = bias.value_or(Tensor());
-  node->set_next_edges(
-      has_residual ? torch::autograd::collect_next_edges(input, *residual, gain, offset)
-                   : torch::autograd::collect_next_edges(input, gain, offset));
+  node->set_next_edges(has_residual
+                           ? torch::autograd::collect_next_edges(input, *residual, gain, offset)
+                           : torch::autograd::collect_next_edges(input, gain, offset));
   node->kind = kind;
   node->shape.assign(shape.begin(), shape.end());
   node->eps = eps;
@@ -131,14 +132,12 @@ bool is_dual(const Tensors&... tensors) {
   return (torch::autograd::isFwGradDefined(tensors) || ...);
 }
 
-
 Tensor layer_norm_autograd(const Tensor& input, c10::SymIntArrayRef shape,
                            const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   // PyTorch's operator has the derivative that forward mode asks for.
   if (is_dual(input, weight, bias)) return at::layer_norm_symint(input, shape, weight, bias, eps);
   if (needs_derivative(input, weight, bias))
-    return std::get<0>(
-        recorded("LayerNormBackward", input, {}, shape, weight, bias, eps, true));
+    return std::get<0>(recorded("LayerNormBackward", input, {}, shape, weight, bias, eps, true));
   const at::AutoDispatchBelowADInplaceOrView below;
   return layer_norm_op().call(input, shape, weight, bias, eps);
 }

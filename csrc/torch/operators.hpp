@@ -1,5 +1,5 @@
-// The operators as PyTorch's dispatcher knows them: signatures and handles. Schemas and fake kernels
-// are in src/layernorm/ops.py. This folder alone includes PyTorch.
+// The operators as PyTorch's dispatcher knows them: signatures and handles. Schemas and fake
+// kernels are in src/layernorm/ops.py. This folder alone includes PyTorch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -46,9 +46,9 @@ using AddRmsNorm = TensorPair(const Tensor&, const Tensor&, c10::SymIntArrayRef,
                               const OptionalTensor&, double);
 using NormForward = TensorTriple(const Tensor&, const OptionalTensor&, c10::SymIntArrayRef,
                                  const OptionalTensor&, const OptionalTensor&, double, bool);
-using NormBackward = TensorTriple(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                                  c10::SymIntArrayRef, const OptionalTensor&, const OptionalTensor&,
-                                  bool, std::array<bool, 3>);
+using NormBackward = TensorTriple(const Tensor&, const OptionalTensor&, const Tensor&,
+                                  const Tensor&, c10::SymIntArrayRef, const OptionalTensor&,
+                                  const OptionalTensor&, bool, std::array<bool, 3>);
 
 inline const auto& layer_norm_op() {
   static const auto op = find<LayerNorm>("layernorm::layer_norm");
