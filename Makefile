@@ -41,10 +41,10 @@ sanitize: install
 	$(BIN)/python -m venv --without-pip $(SANITIZE)/venv
 	LAYERNORM_NATIVE=1 CXX=$(CXX) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--no-build-isolation --upgrade --target $(SANITIZE)/site -C build-dir=$(SANITIZE)/cmake \
-		-C cmake.define.LAYERNORM_SANITIZE=ON .
+		-C install.strip=false -C cmake.define.LAYERNORM_SANITIZE=ON .
 	@$(SANITIZED_PYTHON) -c 'from layernorm import ops; path = ops.native.__file__; \
 		assert b"__asan_init" in open(path, "rb").read(), path; print("sanitized:", path)'
-	$(SANITIZED_PYTHON) -m pytest -n auto --capture sys tests/test_norms.py tests/test_norm_kernels.py
+	$(SANITIZED_PYTHON) -m pytest -n auto --exitfirst --capture sys tests/test_norms.py tests/test_norm_kernels.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,31 @@ def test_timing_samples_every_subject_once_in_each_round_in_changing_order():
     sampled = {"a": 2, "b": 1, "c": 5}
     expected = [n for index in range(7) for n in order("abc", index) for _ in range(sampled[n])]
     assert clock.called[-len(expected) :] == expected
+
+
+def test_a_context_surrounds_each_sample_and_is_not_timed():
+    clock = Clock()
+    open_now, seen = [], []
+
+    @contextmanager
+    def context():
+        clock.now += 5.0
+        open_now.append(True)
+        yield
+        open_now.clear()
+        clock.now += 5.0
+
+    def call():
+        clock.now += 0.004
+        seen.append(("a", bool(open_now)))
+
+    def other():
+        clock.now += 0.004
+        seen.append(("b", bool(open_now)))
+
+    samples = interleaved({"a": call, "b": other}, 3, budget=1e9, contexts={"a": context}, clock=clock)
+    assert samples["a"].seconds == pytest.approx([0.004] * 3)
+    assert set(seen) == {("a", True), ("b", False)}
 
 
 def test_every_subject_is_as_often_at_every_place_and_after_several_others():
@@ -129,6 +155,7 @@ def test_the_command_writes_table_picture_and_page(tmp_path, capsys):
         assert torchs["ratio_to_torch"] == torchs["ratio_q25"] == torchs["ratio_q75"] == "1.0"
         assert limit == pytest.approx({"forward": 1.0, "training": 2.5}[ours["mode"]] * copy, rel=1e-4)
         assert float(ours["fraction_of_limit"]) == pytest.approx(limit / time, rel=1e-4)
+        assert float(ours["other_cpus"] or 0) >= 0
         assert ours["machine"] == machine.describe()
         assert ours["torch"] == torch.__version__
     assert (tmp_path / "bench-norms.png").read_bytes().startswith(b"\x89PNG")
@@ -182,7 +209,10 @@ def test_a_peer_that_is_missing_cannot_or_fails_is_listed(monkeypatch):
         notes[0] == "torch.compile failed at layer_norm float32 3×16 forward: its results are off by 1.0e+00"
     )
     assert "1 results, expected 4" in notes[1]
-    line = command._latest([{**row, "threads": 1} for row in forward], 1)
+    rows = [{**row, "threads": 1, "other_cpus": 0.25} for row in forward]
+    line = command._latest(rows, 1)
+    assert line.endswith("; other work took 0.2 CPUs, so these times are off")
+    line = command._latest([{**row, "other_cpus": ""} for row in rows], 1)
     assert line.endswith("torch.compile failed; jax not installed; onnxruntime not installed")
 
 
@@ -221,6 +251,7 @@ def fixed(path: Path, rows: list[dict]) -> None:
         "layernorm": "0.1.0",
         "jax": "not installed",
         "onnxruntime": "1.20.0",
+        "other_cpus": 0.02,
         "commit": "1234e56+",  # looks like a number
         "date": "2026-01-02T03:04:05Z",
     }
@@ -296,6 +327,7 @@ def test_the_page_names_the_slow_points_and_the_missing_peers(outputs):
         "(commit 1234e56 with changes), JAX not installed, ONNX Runtime 1.20.0. Measured on 2026-01-02."
         in page
     )
+    assert "There are 30 rounds. Other work on the machine took at most 0.02 CPUs during a point." in page
     assert "](images/bench-norms.png)" in page
     assert "`benchmarks/results/norms.csv`" in page
     assert str(outputs.page.parent) not in page
@@ -451,9 +483,8 @@ def test_the_published_program_has_the_same_options():
     run = [sys.executable, "-m", "benchmarks", "norms", "--rounds", "none"]
     done = subprocess.run(run, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == (
-        "python -m benchmarks norms: error: argument --rounds: expected a whole number of at least 1, got 'none'\n"
-    )
+    assert done.stderr.startswith("python -m benchmarks norms: error: argument --rounds: expected a whole")
+    assert done.stderr.count("\n") == 1
     assert command.in_checkout(root).page == root / "docs/benchmarks.md"
 
 

@@ -45,6 +45,16 @@ def describe() -> str:
     return ", ".join([*parts, torch.backends.cpu.get_cpu_capability()])
 
 
+def busy_seconds() -> float | None:
+    """Seconds of CPU time that all work on the machine has taken; None where Linux does not tell."""
+    try:
+        first = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        user, nice, system, _, _, interrupts, soft, stolen = (int(field) for field in first[1:9])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
+
+
 def environment() -> dict[str, str]:
     """What a row of results carries, by the names in ``COLUMNS``.
 

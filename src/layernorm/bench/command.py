@@ -158,6 +158,7 @@ def _warn_if_busy(console: Console) -> None:
         console.print(
             f"Other work is running here (load {load:.1f}). Times will be off, most of all with all threads.",
             highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -211,6 +212,8 @@ def _latest(rows: Sequence[dict[str, Any]], threads: int) -> str:
     if ours["status"] == "measured":
         time, spread = ours["median_us"], f"{ours['ratio_q25']:.2f}-{ours['ratio_q75']:.2f}"
         start += f" {time:.4g} µs, {ours['ratio_to_torch']:.2f} ({spread}) times torch's speed"
+        if float(ours["other_cpus"] or 0) > 0.1:
+            missing.append(f"other work took {ours['other_cpus']:.1f} CPUs, so these times are off")
     return "; ".join([start, *missing])
 
 

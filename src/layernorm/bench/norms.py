@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final
@@ -22,7 +24,7 @@ MODES: Final = ("forward", "training")
 BASE: Final = "torch"
 #: What makes a point; two rows with the same ones are two peers.
 KEYS: Final = ("operator", "dtype", "rows", "width", "mode", "threads")
-LIMITS: Final = ("copy_us", "copy_into_us", "limit_us", "fraction_of_limit")
+LIMITS: Final = ("copy_us", "copy_into_us", "limit_us", "fraction_of_limit", "other_cpus")
 COLUMNS: Final = (*KEYS, "peer", "status", "kernel", *MEASURES, *LIMITS, *machine.COLUMNS)
 
 # How many times a tensor of rows x width is read or written at least. Layer norm: x, output; and backward
@@ -120,7 +122,9 @@ def _measure(
     # A copy that allocates its result as the operators do, and one into memory that is there.
     calls["copy"] = x.clone
     calls["copy into"] = partial(torch.empty_like(x).copy_, x)
-    samples = interleaved(calls, rounds, budget=budget)
+    contexts = {name: subject.context for name, subject in subjects.items()}
+    with _others() as others:
+        samples = interleaved(calls, rounds, budget=budget, contexts=contexts)
     copy, copy_into = (1e6 * quartiles(samples[name].seconds).median for name in ("copy", "copy into"))
     limit = point.clones * copy
     table = []
@@ -135,9 +139,22 @@ def _measure(
                 "copy_into_us": significant(copy_into),
                 "limit_us": significant(limit),
                 "fraction_of_limit": significant(limit / row["median_us"]),
+                "other_cpus": round(others[0], 3) if others else "",
             }
         table.append(row)
     return table
+
+
+@contextmanager
+def _others() -> Iterator[list[float]]:
+    """How many CPUs other processes took within the block, in a list that is filled at its end."""
+    found: list[float] = []
+    began, before, own = time.monotonic(), machine.busy_seconds(), time.process_time()
+    yield found
+    after = machine.busy_seconds()
+    if before is not None and after is not None:
+        others = after - before - (time.process_time() - own)
+        found.append(max(0.0, others / (time.monotonic() - began)))
 
 
 def _prepare(

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import pandas as pd
 
+from layernorm import backends
 from layernorm.bench import command, norms, plots
 from layernorm.bench.peers import PEERS
 from layernorm.bench.table import MEASURES, TableError, read
@@ -48,7 +49,9 @@ _METHOD: Final = """\
   the input's dtype.
 - All peers of a point run in one process: a sample is as many calls as take 3 ms (at least one), and each
   round samples every peer once, in an order that changes from round to round. One call that is not timed
-  comes before each sample where calls take less than 30 ms. {rounds}
+  comes before each sample where calls take less than 30 ms. ONNX Runtime's session is made anew for each of
+  its samples, not timed, because its threads would go on spinning during the next peer's.
+- {rounds}
 - Times are medians over the rounds. A ratio is `torch`'s time divided by the peer's in the same round, as
   the median over the rounds with its quartiles in brackets: above 1 is faster than PyTorch.
 - The limit is the time that copying takes for as many bytes as must be read and written at least: for
@@ -99,12 +102,15 @@ def load(path: Path) -> pd.DataFrame:
     except (ValueError, TypeError) as error:
         raise TableError(f"{path} is damaged: {error}") from error
     data["label"] = data.dtype + " " + _size(data.rows, data.width)
-    # Small first; dtypes, modes and peers in their own orders.
-    dtype, mode = data.dtype.map(norms.DTYPES.index), data["mode"].map(norms.MODES.index)
-    peer = data.peer.map(list(PEERS).index)
-    data = data.assign(dtype_place=dtype, mode_place=mode, peer_place=peer, elements=data.rows * data.width)
-    places = ["threads", "dtype_place", "elements", "rows", "mode_place", "peer_place"]
-    return data.sort_values(["operator", *places], kind="stable", ignore_index=True)
+    # Small first; everything that has a name in its own order.
+    orders = {"operator": backends.NORMS, "dtype": norms.DTYPES, "mode": norms.MODES, "peer": tuple(PEERS)}
+    try:
+        places = {f"{name}_place": data[name].map(order.index) for name, order in orders.items()}
+    except ValueError as error:
+        raise TableError(f"{path} is damaged: {error}") from error
+    data = data.assign(**places, elements=data.rows * data.width)
+    keys = ["operator_place", "threads", "dtype_place", "elements", "rows", "mode_place", "peer_place"]
+    return data.sort_values(keys, kind="stable", ignore_index=True)
 
 
 def means(rows: pd.DataFrame) -> pd.DataFrame:
@@ -145,6 +151,8 @@ def page(data: pd.DataFrame, outputs: command.Outputs) -> str:
     rounds = f"There are {most} rounds" + (
         f", down to {fewest} where they take long." if fewest < most else "."
     )
+    if data.other_cpus.notna().any():
+        rounds += f" Other work on the machine took at most {data.other_cpus.max():.2f} CPUs during a point."
     parts.append(_METHOD.format(rounds=rounds))
     return "\n".join(parts)
 

@@ -12,13 +12,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Final, NamedTuple
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
+Context = Callable[[], AbstractContextManager[None]]
 #: Rounds that are sampled even where they take longer than the budget.
 LEAST_ROUNDS: Final = 5
 #: Seconds; a subject whose calls are shorter makes one that is not timed before each sample.
@@ -52,6 +53,7 @@ def interleaved(
     *,
     least: float = 3e-3,
     budget: float = 9.0,
+    contexts: Mapping[str, Context] | None = None,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Samples]:
     """Samples every subject once in each round, in an order that changes from round to round.
@@ -65,6 +67,7 @@ def interleaved(
         least: seconds that a sample should take; a subject is called as often as that needs.
         budget: seconds for everything; after them no further round begins, once there are
             ``LEAST_ROUNDS``.
+        contexts: by a subject's name, what surrounds each of its samples and is not timed.
         clock: returns seconds.
 
     Returns:
@@ -78,17 +81,22 @@ def interleaved(
     """
     names = list(subjects)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    around: dict[str, Context] = dict.fromkeys(names, nullcontext) | dict(contexts or {})
+    plans: dict[str, tuple[int, float]] = {}
     began = clock()
     with _no_collection():
-        plans = {name: _calibrate(subjects[name], least, clock) for name in names}
+        for name in names:
+            with around[name]():
+                plans[name] = _calibrate(subjects[name], least, clock)
         for index in range(rounds):
             if index >= LEAST_ROUNDS and clock() - began > budget:
                 break
             for name in order(names, index):
                 call, (count, lasts) = subjects[name], plans[name]
-                if lasts < WARM_UP_BELOW:
-                    call()
-                seconds[name].append(_sample(call, count, clock))
+                with around[name]():
+                    if lasts < WARM_UP_BELOW:
+                        call()
+                    seconds[name].append(_sample(call, count, clock))
     return {name: Samples(plans[name][0], tuple(seconds[name])) for name in names}
 
 
