@@ -123,10 +123,8 @@ def _measure(
     calls["copy"] = x.clone
     calls["copy into"] = partial(torch.empty_like(x).copy_, x)
     contexts = {name: subject.context for name, subject in subjects.items()}
-    # With several threads the last subject's spin on for a while, OpenMP's for example.
-    pause = 2e-3 if torch.get_num_threads() > 1 else 0.0
     with _others() as others:
-        samples = interleaved(calls, rounds, budget=budget, pause=pause, contexts=contexts)
+        samples = interleaved(calls, rounds, budget=budget, contexts=contexts)
     copy, copy_into = (1e6 * quartiles(samples[name].seconds).median for name in ("copy", "copy into"))
     limit = point.clones * copy
     table = []

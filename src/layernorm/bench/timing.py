@@ -22,7 +22,7 @@ Clock = Callable[[], float]
 Context = Callable[[], AbstractContextManager[None]]
 #: Rounds that are sampled even where they take longer than the budget.
 LEAST_ROUNDS: Final = 5
-#: Seconds; a subject whose calls are shorter pauses and makes one call, not timed, before each sample.
+#: Seconds; a subject whose calls are shorter makes one that is not timed before each sample.
 WARM_UP_BELOW: Final = 0.03
 
 
@@ -53,14 +53,13 @@ def interleaved(
     *,
     least: float = 3e-3,
     budget: float = 9.0,
-    pause: float = 0.0,
     contexts: Mapping[str, Context] | None = None,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Samples]:
     """Samples every subject once in each round, in an order that changes from round to round.
 
-    Before a sample come a pause and one call that is not timed, unless calls are long: threads of the
-    subject before spin for some milliseconds after their work, and one's own have to be woken.
+    Before a sample comes one call that is not timed, unless calls are long: threads of the subject before
+    spin for some milliseconds after their work, and one's own have to be woken.
 
     Args:
         subjects: what to call, by name. Whatever a call needs once (compiling, say) has been done.
@@ -68,7 +67,6 @@ def interleaved(
         least: seconds that a sample should take; a subject is called as often as that needs.
         budget: seconds for everything; after them no further round begins, once there are
             ``LEAST_ROUNDS``.
-        pause: seconds to wait before each sample.
         contexts: by a subject's name, what surrounds each of its samples and is not timed.
         clock: returns seconds.
 
@@ -97,7 +95,6 @@ def interleaved(
                 call, (count, lasts) = subjects[name], plans[name]
                 with around[name]():
                     if lasts < WARM_UP_BELOW:
-                        time.sleep(pause)
                         call()
                     seconds[name].append(_sample(call, count, clock))
     return {name: Samples(plans[name][0], tuple(seconds[name])) for name in names}
