@@ -130,7 +130,8 @@ def test_raises_for_torchs_error_inputs(twin, dtype, variant):
 @pytest.mark.parametrize("twin", TWINS, ids=lambda c: c.__name__)
 def test_signature_and_initial_weights_are_torchs(twin):
     if twin in (nn.LSTMCell, nn.GRUCell, nn.RNNCell, nn.LSTM):
-        names = [n for n in inspect.signature(TWINS[twin].__init__).parameters if n != "variant"]
+        parameters = inspect.signature(TWINS[twin].__init__).parameters.values()
+        names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]  # ours beside torch's are
         wanted = {nn.LSTM: ["proj_size", "device", "dtype"], nn.RNNCell: ["nonlinearity", "device", "dtype"]}
         assert names[-3:] == wanted.get(twin, ["bias", "device", "dtype"])
     torch.manual_seed(3)
@@ -345,6 +346,26 @@ def test_repr_tells_what_differs_from_the_defaults():
         "bidirectional=True, variant='paper')"
     )
     assert "nonlinearity='relu'" in repr(layernorm.LayerNormRNN(3, 4, nonlinearity="relu"))
+    for module in SEQUENCES:
+        assert (
+            repr(module(3, 4, recompute=True)) == f"{module.__name__}(3, 4, variant='paper', recompute=True)"
+        )
+
+
+@pytest.mark.parametrize("module", SEQUENCES)
+def test_recompute_changes_no_result(module):
+    rnn = module(3, 4, 2, recompute=True)
+    x = torch.randn(5, 2, 3)
+    results = []
+    for rnn.recompute in (True, False):
+        output, final = rnn(x)
+        output.sum().backward()
+        results.append([output, *flat(final), *(p.grad for p in rnn.parameters())])
+        rnn.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    rnn.recompute = 1  # what the module holds is what the operator gets
+    with pytest.raises(TypeError, match="recompute should be of type bool, got: int"):
+        rnn(x)
 
 
 def test_empty_batch_is_taken_and_empty_time_refused_as_in_torch():
@@ -376,6 +397,7 @@ X = torch.zeros(5, 2, 3)
         (lambda: LSTM(3, 4, proj_size=-1), ValueError, "proj_size should be a positive integer.*got -1"),
         (lambda: LSTM(3, 4, proj_size=4), ValueError, "proj_size has to be smaller than hidden_size"),
         (lambda: LSTM(3, 4, dropout=1.5), ValueError, r"dropout should be a number in range \[0, 1\].*1.5"),
+        (lambda: LSTM(3, 4, recompute=1), TypeError, "recompute should be of type bool, got: int"),
         (lambda: layernorm.LayerNormRNN(3, 4, nonlinearity="sin"), ValueError, "Unknown nonlinearity 'sin'"),
         (lambda: layernorm.LayerNormGRUCell(3, 0), ValueError, "hidden_size must be greater than zero"),
         (lambda: LSTM(3, 4)(torch.zeros(3)), ValueError, "LSTM: Expected input to be 2D or 3D, got 1D"),
@@ -429,6 +451,7 @@ def weights_of(cell="gru", **changes):
         ({k: v for k, v in weights_of().items() if k != "gain_ih"}, {}, ValueError, "missing: gain_ih"),
         (weights_of(gain_ih=torch.zeros(3)), {}, RuntimeError, r"gain_ih of shape \[12\], but got \[3\]"),
         (weights_of(), {"variant": "nope"}, ValueError, "unknown variant"),
+        (weights_of(), {"recompute": None}, TypeError, "recompute should be of type bool, got: NoneType"),
         (weights_of(), {"batch_sizes": [2]}, RuntimeError, "input must have 2 dimensions, got 3"),
         ({}, {}, ValueError, "weights must hold the matrix weight_ih"),
     ],

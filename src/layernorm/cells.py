@@ -26,6 +26,7 @@ class Parametrized(torch.nn.Module):
     input_size: int
     hidden_size: int
     variant: Variant
+    recompute: bool = False  # of the sequences
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool, variant: str | Variant) -> None:
         super().__init__()
@@ -79,6 +80,7 @@ class Parametrized(torch.nn.Module):
         suffix: str,
         reverse: bool = False,
         batch_sizes: Sequence[int] | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One layer and direction over time-major input; the state as a tuple."""
         weights = self._weights(suffix)
@@ -86,6 +88,8 @@ class Parametrized(torch.nn.Module):
             "variant": self.variant,
             "reverse": reverse,
             "batch_sizes": batch_sizes,
+            "resets": resets,
+            "recompute": self.recompute,
         }
         if self._cell == "lstm":
             h, c = state
@@ -143,7 +147,7 @@ class _SingleStep(Parametrized):
             self.bias = self._has_bias if self.variant.kind == "none" else None
         self.reset_parameters()
 
-    def forward(self, input: Tensor, hx: State | None = None) -> State:
+    def forward(self, input: Tensor, hx: State | None = None, *, resets: Tensor | None = None) -> State:
         """Takes one step; shapes as in the class docstring."""
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
@@ -163,7 +167,9 @@ class _SingleStep(Parametrized):
         elif not batched:
             state = tuple(s.unsqueeze(0) for s in state)
         self._check_step(rows, state)
-        _, state = self._sequence(rows.unsqueeze(0), state, "")
+        if resets is not None:
+            resets = checks.reset_mask(name, resets, input).reshape(1, -1)  # (T, N) of one step
+        _, state = self._sequence(rows.unsqueeze(0), state, "", resets=resets)
         return self._as_state(state if batched else tuple(s.squeeze(0) for s in state))
 
     def _check_step(self, rows: Tensor, state: tuple[Tensor, ...]) -> None:
@@ -208,6 +214,8 @@ class LayerNormLSTMCell(_SingleStep):
     Shape:
         - input: (N, F), or (F) for one row;
         - ``(h, c)``: each (N, H), or (H); zeros when left out;
+        - resets: bool (N), or () for one row; the rows where it is true start from a state of zeros,
+          whatever ``(h, c)`` holds;
         - result: the next ``(h, c)``.
 
     The parameters are those of the sequence without suffix; so ``bias`` is the parameter after the norms, or
@@ -215,7 +223,8 @@ class LayerNormLSTMCell(_SingleStep):
 
     Raises:
         ValueError: a size or the variant is not one there is; a wrong rank or dtype.
-        RuntimeError: input or state has the wrong shape.
+        TypeError: an argument is of the wrong type.
+        RuntimeError: input, state or resets has the wrong shape.
 
     Examples:
         >>> import torch, layernorm

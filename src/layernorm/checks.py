@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -91,6 +92,7 @@ def sequence_arguments(
     weights: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     batch_sizes: Sequence[int] | None,
+    resets: Tensor | None = None,
 ) -> None:
     """Checks one layer's call; ``shapes`` are the parameters' as the variant wants them."""
     missing = [n for n in shapes if n not in weights and not n.startswith("bias")]
@@ -133,6 +135,56 @@ def sequence_arguments(
                 f"{operator}: Expected {name} of the state to have size [{rows}, {size}], got "
                 f"{_plain(tensor.shape)}"
             )
+    if resets is not None:
+        reset_mask(operator, resets, input)
+
+
+def reset_mask(operator: str, resets: object, input: Tensor) -> Tensor:
+    """Returns ``resets`` if it is a mask over the rows of ``input``, in whichever layout that is."""
+    if not isinstance(resets, Tensor):
+        raise TypeError(
+            f"{operator}: resets must be a bool Tensor or None, got {type(resets).__name__}; make it one, "
+            "for example with torch.as_tensor(resets)"
+        )
+    if resets.dtype != torch.bool:
+        raise ValueError(
+            f"{operator}: resets must be of dtype torch.bool, got {resets.dtype}; convert it, for example "
+            "with resets.bool()"
+        )
+    if resets.shape != input.shape[:-1]:
+        raise RuntimeError(
+            f"{operator}: Expected resets of shape {_plain(input.shape[:-1])}, the input's without its "
+            f"features, but got {_plain(resets.shape)}; give each row of each step its entry, in the input's "
+            "order of batch and time"
+        )
+    if resets.device != input.device:
+        raise RuntimeError(
+            f"{operator}: Expected all tensors to be on the same device, but input is on {input.device} "
+            f"and resets on {resets.device}; move it, for example with resets.to(input.device)"
+        )
+    return resets
+
+
+def packed_reset_mask(operator: str, resets: object, input: PackedSequence) -> Tensor:
+    """Returns the data of ``resets`` if it is a mask packed like ``input``."""
+    if not isinstance(resets, PackedSequence):
+        raise TypeError(
+            f"{operator}: resets must be a PackedSequence like the input, or None, got "
+            f"{type(resets).__name__}; pack it, for example with pack_padded_sequence and the input's lengths"
+        )
+    mask = reset_mask(operator, resets.data, input.data)
+    for field in ("batch_sizes", "sorted_indices"):
+        got, expected = getattr(resets, field), getattr(input, field)
+        if (got is None) != (expected is None) or (got is not None and not torch.equal(got, expected)):
+            raise RuntimeError(
+                f"{operator}: Expected resets packed like the input, with {field} {_listed(expected)}, but "
+                f"got {_listed(got)}; pack both with the same lengths and enforce_sorted"
+            )
+    return mask
+
+
+def _listed(indices: Tensor | None) -> object:
+    return None if indices is None else indices.tolist()
 
 
 def _plain(value: object) -> object:
@@ -154,9 +206,8 @@ def recurrent_sizes(
             "dropout should be a number in range [0, 1] representing the probability of an element "
             f"being zeroed, got {dropout!r}"
         )
-    for name, flag in (("bias", bias), ("batch_first", batch_first)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
+    flag("bias", bias)
+    flag("batch_first", batch_first)
     for name, size in (
         ("input_size", input_size),
         ("hidden_size", hidden_size),
@@ -173,6 +224,13 @@ def recurrent_sizes(
         )
     if proj_size >= hidden_size:
         raise ValueError(f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}")
+
+
+def flag(name: str, value: bool) -> bool:
+    """Returns the value if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+    return value
 
 
 def nonlinearity(name: str) -> str:

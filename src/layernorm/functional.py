@@ -227,6 +227,8 @@ def lstm(
     variant: str | Variant = "paper",
     reverse: bool = False,
     batch_sizes: Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One layer and direction of a normalized LSTM over a whole sequence (paper eq. 20-22).
 
@@ -239,13 +241,20 @@ def lstm(
         variant: a preset's name or a ``layernorm.Variant``.
         reverse: run from the last step to the first; the outputs stay in the input's order.
         batch_sizes: the rows of each step, not increasing.
+        resets: bool (T, N), or (ΣN_t,) with ``batch_sizes``. Where it is true nothing passes between
+            this step and the one before, neither state nor gradient: forward the step starts from a
+            state of zeros, whatever came, NaN included; in reverse the step before starts from it.
+        recompute: keep less for backward and compute it again: for the compiled kernels; the
+            reference ignores it, as autograd decides there.
 
     Returns:
         ``(output, (h, c))``: output (T, N, proj_size or H) or (ΣN_t, ·), and the final state.
 
     Raises:
-        ValueError: an unknown variant, weights that are not the variant's, bad ``batch_sizes``.
-        RuntimeError: a tensor of the wrong shape.
+        ValueError: an unknown variant, weights that are not the variant's, bad ``batch_sizes``,
+            ``resets`` of another dtype than bool.
+        TypeError: ``resets`` is not a Tensor, or ``recompute`` not a bool.
+        RuntimeError: a tensor of the wrong shape, or ``resets`` on another device than the input.
 
     Examples:
         >>> import torch
@@ -258,9 +267,16 @@ def lstm(
         >>> output.shape
         torch.Size([7, 2, 5])
     """
-    kernels, spec = _sequence("lstm", input, tuple(state), weights, variant, batch_sizes)
+    kernels, spec = _sequence("lstm", input, tuple(state), weights, variant, batch_sizes, resets)
     result: tuple[Tensor, tuple[Tensor, Tensor]] = kernels.lstm(
-        input, state, weights, spec, reverse=reverse, batch_sizes=batch_sizes
+        input,
+        state,
+        weights,
+        spec,
+        reverse=reverse,
+        batch_sizes=batch_sizes,
+        resets=resets,
+        recompute=checks.flag("recompute", recompute),
     )
     return result
 
@@ -273,6 +289,8 @@ def gru(
     variant: str | Variant = "paper",
     reverse: bool = False,
     batch_sizes: Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One layer and direction of a normalized GRU over a whole sequence (paper eq. 26-28).
 
@@ -287,9 +305,16 @@ def gru(
         >>> weights = {name: torch.randn(shape) for name, shape in shapes.items()}
         >>> output, h = LF.gru(torch.randn(7, 2, 3), torch.zeros(2, 5), weights)
     """
-    kernels, spec = _sequence("gru", input, (state,), weights, variant, batch_sizes)
+    kernels, spec = _sequence("gru", input, (state,), weights, variant, batch_sizes, resets)
     result: tuple[Tensor, Tensor] = kernels.gru(
-        input, state, weights, spec, reverse=reverse, batch_sizes=batch_sizes
+        input,
+        state,
+        weights,
+        spec,
+        reverse=reverse,
+        batch_sizes=batch_sizes,
+        resets=resets,
+        recompute=checks.flag("recompute", recompute),
     )
     return result
 
@@ -303,6 +328,8 @@ def rnn(
     nonlinearity: str = "tanh",
     reverse: bool = False,
     batch_sizes: Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One layer and direction of a normalized RNN over a whole sequence (paper eq. 4).
 
@@ -317,7 +344,7 @@ def rnn(
         >>> weights = {name: torch.randn(shape) for name, shape in shapes.items()}
         >>> output, h = LF.rnn(torch.randn(7, 2, 3), torch.zeros(2, 5), weights)
     """
-    kernels, spec = _sequence("rnn", input, (state,), weights, variant, batch_sizes)
+    kernels, spec = _sequence("rnn", input, (state,), weights, variant, batch_sizes, resets)
     result: tuple[Tensor, Tensor] = kernels.rnn(
         input,
         state,
@@ -326,6 +353,8 @@ def rnn(
         nonlinearity=checks.nonlinearity(nonlinearity),
         reverse=reverse,
         batch_sizes=batch_sizes,
+        resets=resets,
+        recompute=checks.flag("recompute", recompute),
     )
     return result
 
@@ -337,10 +366,12 @@ def _sequence(
     weights: Mapping[str, Tensor],
     variant: str | Variant,
     batch_sizes: Sequence[int] | None,
+    resets: Tensor | None,
 ) -> tuple[ModuleType, Variant]:
     """Checks a sequence call; returns the module whose function serves it, and the spec."""
     spec = resolve(variant, cell)
-    checks.sequence_arguments(cell, input, state, weights, _shapes(cell, weights, spec), batch_sizes)
+    shapes = _shapes(cell, weights, spec)
+    checks.sequence_arguments(cell, input, state, weights, shapes, batch_sizes, resets)
     backends.kernel_for(cell, input)
     return reference, spec
 

@@ -40,6 +40,7 @@ class _Sequence(Parametrized):
         dtype: Any = None,
         *,
         variant: str | Variant = "paper",
+        recompute: bool = False,
     ) -> None:
         checks.recurrent_sizes(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
         super().__init__(input_size, hidden_size, bias, variant)
@@ -49,6 +50,7 @@ class _Sequence(Parametrized):
         self.dropout = float(dropout)
         self.bidirectional = bool(bidirectional)
         self.proj_size = proj_size
+        self.recompute = checks.flag("recompute", recompute)
         if dropout > 0 and num_layers == 1:
             warnings.warn(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero dropout "
@@ -80,11 +82,15 @@ class _Sequence(Parametrized):
         """Does nothing, as in ``torch.nn`` where cuDNN does not serve: no copy is kept."""
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: State | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        resets: Tensor | PackedSequence | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """Runs the sequence; shapes as in the class docstring."""
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx)
+            return self._forward_packed(input, hx, resets)
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a Tensor or PackedSequence, got {type(input).__name__}")
         if input.dim() not in (2, 3):
@@ -103,30 +109,48 @@ class _Sequence(Parametrized):
                 )
             if not batched:
                 state = tuple(s.unsqueeze(1) for s in state)
-        data = input if batched else input.unsqueeze(1)
-        if batched and self.batch_first:
-            data = data.transpose(0, 1)
+        data = self._time_major(input, batched)
         self._check_input(data)
-        data, state = self._layers(data, self._checked_state(state, data, data.size(1)), None)
+        state = self._checked_state(state, data, data.size(1))
+        mask = None
+        if resets is not None:
+            mask = self._time_major(checks.reset_mask(self._cell.upper(), resets, input), batched)
+        data, state = self._layers(data, state, None, mask)
         if not batched:
             return data.squeeze(1), self._as_state(tuple(s.squeeze(1) for s in state))
         return data.transpose(0, 1) if self.batch_first else data, self._as_state(state)
 
-    def _forward_packed(self, input: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+    def _time_major(self, tensor: Tensor, batched: bool) -> Tensor:
+        """The input, or a mask of its layout, as (T, N, ...)."""
+        if not batched:
+            return tensor.unsqueeze(1)
+        return tensor.transpose(0, 1) if self.batch_first else tensor
+
+    def _forward_packed(
+        self, input: PackedSequence, hx: State | None, resets: Tensor | PackedSequence | None
+    ) -> tuple[PackedSequence, State]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         state = None if hx is None else self._as_tuple(hx)
         if state is not None and sorted_indices is not None:
             state = tuple(s.index_select(1, sorted_indices) for s in state)
         sizes = batch_sizes.tolist()
         self._check_input(data)
-        data, state = self._layers(data, self._checked_state(state, data, sizes[0]), sizes)
+        state = self._checked_state(state, data, sizes[0])
+        mask = None
+        if resets is not None:
+            mask = checks.packed_reset_mask(self._cell.upper(), resets, input)
+        data, state = self._layers(data, state, sizes, mask)
         if unsorted_indices is not None:
             state = tuple(s.index_select(1, unsorted_indices) for s in state)
         packed = PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self._as_state(state)
 
     def _layers(
-        self, data: Tensor, state: tuple[Tensor, ...], batch_sizes: Sequence[int] | None
+        self,
+        data: Tensor,
+        state: tuple[Tensor, ...],
+        batch_sizes: Sequence[int] | None,
+        resets: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Runs all layers over time-major or packed data; every state is (L·D, N, size)."""
         finals: list[tuple[Tensor, ...]] = []
@@ -135,7 +159,8 @@ class _Sequence(Parametrized):
             for direction in self._directions:
                 initial = tuple(s[len(finals)] for s in state)
                 suffix = f"_l{layer}{direction}"
-                output, final = self._sequence(data, initial, suffix, direction == "_reverse", batch_sizes)
+                reverse = direction == "_reverse"
+                output, final = self._sequence(data, initial, suffix, reverse, batch_sizes, resets)
                 outputs.append(output)
                 finals.append(final)
             data = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
@@ -193,6 +218,8 @@ class _Sequence(Parametrized):
         if self.bidirectional:
             parts.append("bidirectional=True")
         parts.append(f"variant={self._variant_as_given!r}")
+        if self.recompute:
+            parts.append("recompute=True")
         return ", ".join(parts)
 
 
@@ -215,18 +242,25 @@ class LayerNormLSTM(_Sequence):
         device: where the parameters are made.
         dtype: of the parameters.
         variant: a name of ``layernorm.variants.PRESETS``, or a ``layernorm.Variant``.
+        recompute: keep less for backward and compute it again: for the compiled kernels; the
+            reference ignores it, as autograd decides there.
 
     Shape:
         - input: (T, N, F), (N, T, F) with ``batch_first``, (T, F) for one sequence, or a
           ``PackedSequence``;
         - ``(h_0, c_0)``: (num_layers·D, N, P) and (num_layers·D, N, H), without N for one sequence;
           zeros when left out;
+        - resets: bool, like the input without its features: (T, N), (N, T), (T), or a
+          ``PackedSequence`` packed like the input. True where an episode begins: in every layer and
+          direction nothing passes between this step and the one before, neither state nor gradient.
+          A forward direction starts the step from zeros, so at the first step ``(h_0, c_0)`` is set
+          aside; a reverse one starts the step before from zeros;
         - output: like the input with D·P features, and ``(h_n, c_n)`` like ``(h_0, c_0)``.
 
     Raises:
         ValueError: a size or the variant is not one there is; the input's rank or dtype is wrong.
         TypeError: an argument is of the wrong type.
-        RuntimeError: input or state has the wrong shape.
+        RuntimeError: input, state or resets has the wrong shape.
 
     Examples:
         >>> import torch, layernorm
@@ -273,10 +307,11 @@ class LayerNormGRU(_Sequence):
         dtype: Any = None,
         *,
         variant: str | Variant = "paper",
+        recompute: bool = False,
     ) -> None:
         sizes = (input_size, hidden_size, num_layers)
         options: tuple[Any, ...] = (bias, batch_first, dropout, bidirectional, 0, device, dtype)
-        super().__init__(*sizes, *options, variant=variant)
+        super().__init__(*sizes, *options, variant=variant, recompute=recompute)
 
 
 class LayerNormRNN(_Sequence):
@@ -312,10 +347,11 @@ class LayerNormRNN(_Sequence):
         dtype: Any = None,
         *,
         variant: str | Variant = "paper",
+        recompute: bool = False,
     ) -> None:
         sizes = (input_size, hidden_size, num_layers)
         options: tuple[Any, ...] = (bias, batch_first, dropout, bidirectional, 0, device, dtype)
-        super().__init__(*sizes, *options, variant=variant)
+        super().__init__(*sizes, *options, variant=variant, recompute=recompute)
         self.nonlinearity = checks.nonlinearity(nonlinearity)
 
     def extra_repr(self) -> str:

@@ -29,6 +29,8 @@ def lstm(
     *,
     reverse: bool = False,
     batch_sizes: Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One layer and direction of an LSTM (paper eq. 20-22 for the variant "paper").
 
@@ -39,13 +41,16 @@ def lstm(
         variant: the spec.
         reverse: run from the last step to the first; outputs stay in the input's order.
         batch_sizes: rows at each step, not increasing; None when all steps have N.
+        resets: bool (T, N), or (ΣN_t,): where true, nothing passes between this step and the one
+            before. Forward the state is zero before the step; in reverse it is zero after it.
+        recompute: of the compiled kernels; without effect here, where autograd decides what is kept.
 
     Returns:
         output (T, N, P), or (ΣN_t, P); and the final (h, c).
     """
     cell = partial(_lstm_step, weights=weights, variant=variant)
     x = _project(input, weights, variant, _groups("lstm", variant, state[1].size(-1)))
-    output, (h, c) = _scan(cell, x, state, reverse, batch_sizes)
+    output, (h, c) = _scan(cell, x, state, reverse, batch_sizes, resets)
     return output, (h, c)
 
 
@@ -57,6 +62,8 @@ def gru(
     *,
     reverse: bool = False,
     batch_sizes: Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One layer and direction of a GRU (paper eq. 26-28); h' = (1 - z)·n + z·h as in PyTorch.
 
@@ -64,7 +71,7 @@ def gru(
     """
     cell = partial(_gru_step, weights=weights, variant=variant)
     x = _project(input, weights, variant, _groups("gru", variant, state.size(-1)))
-    output, (h,) = _scan(cell, x, (state,), reverse, batch_sizes)
+    output, (h,) = _scan(cell, x, (state,), reverse, batch_sizes, resets)
     return output, h
 
 
@@ -77,6 +84,8 @@ def rnn(
     nonlinearity: str = "tanh",
     reverse: bool = False,
     batch_sizes: Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One layer and direction of an RNN (paper eq. 4); ``nonlinearity`` is "tanh" or "relu".
 
@@ -84,7 +93,7 @@ def rnn(
     """
     cell = partial(_rnn_step, weights=weights, variant=variant, nonlinearity=nonlinearity)
     x = _project(input, weights, variant, _groups("rnn", variant, state.size(-1)))
-    output, (h,) = _scan(cell, x, (state,), reverse, batch_sizes)
+    output, (h,) = _scan(cell, x, (state,), reverse, batch_sizes, resets)
     return output, h
 
 
@@ -140,29 +149,45 @@ def _scan(
     state: State,
     reverse: bool,
     batch_sizes: Sequence[int] | None,
+    resets: Tensor | None,
 ) -> tuple[Tensor, State]:
     """The one time loop. ``cell(x_t, state)`` gives the next state, whose first tensor is h.
 
     With ``batch_sizes`` rows end (forward) or begin (reverse) on the way: the first ``batch_sizes[t]``
     rows take part in step t. A row that has ended keeps its state as final, one that has not begun
-    keeps its initial state.
+    keeps its initial state. A reset parts its step from the one before, in either direction; so in
+    reverse the first step's, which has none before it, does nothing.
     """
-    steps = list(x.unbind(0) if batch_sizes is None else x.split(list(batch_sizes)))
+    steps = _steps(x, batch_sizes)
+    parted = None if resets is None else _steps(resets, batch_sizes)
     outputs: list[Tensor] = []
     resting: State = tuple(s[:0] for s in state)  # the rows after those that take part
-    for x_t in reversed(steps) if reverse else steps:
-        rows, live = x_t.size(0), state[0].size(0)
+    for t in reversed(range(len(steps))) if reverse else range(len(steps)):
+        rows, live = steps[t].size(0), state[0].size(0)
         if rows != live:
             whole = tuple(torch.cat(pair) for pair in zip(state, resting, strict=True))
             state = tuple(s[:rows] for s in whole)
             resting = tuple(s[rows:] for s in whole)
-        state = cell(x_t, state)
+        if parted is not None and not reverse:
+            state = _cleared(state, parted[t])
+        state = cell(steps[t], state)
         outputs.append(state[0])
+        if parted is not None and reverse and t > 0:
+            state = _cleared(state, parted[t])
     if resting[0].size(0):
         state = tuple(torch.cat(pair) for pair in zip(state, resting, strict=True))
     if reverse:
         outputs.reverse()
     return (torch.stack(outputs) if batch_sizes is None else torch.cat(outputs)), state
+
+
+def _steps(sequence: Tensor, batch_sizes: Sequence[int] | None) -> Sequence[Tensor]:
+    return sequence.unbind(0) if batch_sizes is None else sequence.split(list(batch_sizes))
+
+
+def _cleared(state: State, reset: Tensor) -> State:
+    """Zeros in the rows of ``reset``: filled, for a product would let NaN through, and its gradient."""
+    return tuple(s.masked_fill(reset.unsqueeze(-1), 0) for s in state)
 
 
 def _project(x: Tensor, weights: Weights, variant: Variant, groups: list[int]) -> Tensor:

@@ -1,0 +1,405 @@
+"""Episodes that end inside a sequence: a reset is a cut, and its pieces are sequences of their own."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import layernorm
+from layernorm import Variant
+from layernorm import functional as LF
+from layernorm.variants import parameter_shapes, resolve
+
+SEQUENCES = {"lstm": layernorm.LayerNormLSTM, "gru": layernorm.LayerNormGRU, "rnn": layernorm.LayerNormRNN}
+SINGLE = {
+    "lstm": layernorm.LayerNormLSTMCell,
+    "gru": layernorm.LayerNormGRUCell,
+    "rnn": layernorm.LayerNormRNNCell,
+}
+VARIANTS = [
+    *(("lstm", name) for name in ("paper", "rms", "none", "fastrnns", "icefall", "tflite")),
+    *(("gru", name) for name in ("paper", "haste", "icefall", "sheeprl")),
+    *(("rnn", name) for name in ("paper", "none")),
+]
+
+# Two ways to compute the same float64 numbers differ in the order of their sums. Every number here is below
+# 20 (|h| <= 1, |c| <= 7, gains and weights under 2); 2 layers of 7 steps, each a sum of at most 13 products
+# whose norm may amplify by gain/std, under 10: 2·7·13·10·20 roundings of 2.2e-16 in all, 8e-12. A derivative
+# passes the same sums once more, and sums over all 28 rows.
+TOL = 1e-11
+GRAD_TOL = 30 * TOL
+
+T, N, F, H = 7, 4, 3, 4
+# Rows with a reset at the first step, at the last, at neighbours, and without any.
+RESETS = torch.tensor(
+    [[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0]]
+).bool()
+
+
+def made(cell, variant="paper", **options):
+    """A float64 module with gains and biases away from their initial 1 and 0."""
+    module = SEQUENCES[cell](F, H, dtype=torch.float64, variant=variant, **options)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return module
+
+
+def drawn_state(module, rows=N):
+    """A random initial state as a list of (L·D, N, size)."""
+    sizes = [module.proj_size or H, H] if isinstance(module, layernorm.LayerNormLSTM) else [H]
+    count = module.num_layers * (1 + module.bidirectional)
+    return [torch.randn(count, rows, s, dtype=torch.float64, requires_grad=True) for s in sizes]
+
+
+def given(state):
+    """The state as a module takes it: a tuple of two, or one tensor."""
+    return None if state is None else tuple(state) if len(state) == 2 else state[0]
+
+
+def flat(state):
+    return list(state) if isinstance(state, tuple) else [state]
+
+
+def in_pieces(module, x, resets, state):
+    """One sequence x (T, F), cut before every reset, each piece run by itself without any resets.
+
+    A forward direction has the initial state in the first piece, unless there is a reset at its first step,
+    and its final state is the last piece's; for a reverse direction it is the other way round.
+    """
+    cuts = [0, *(t for t in range(1, len(x)) if resets[t]), len(x)]
+    backward = torch.zeros(module.num_layers * (1 + module.bidirectional), 1, dtype=torch.bool)
+    backward[1::2] = module.bidirectional
+    outputs, finals = [], []
+    for begin, end in itertools.pairwise(cuts):
+        entered = (~backward & (begin == 0 and not resets[0])) | (backward & (end == len(x)))
+        hx = None if state is None else [torch.where(entered, s, torch.zeros_like(s)) for s in state]
+        output, final = module(x[begin:end], given(hx))
+        outputs.append(output)
+        finals.append(flat(final))
+    final = [torch.where(backward, a, b) for a, b in zip(finals[0], finals[-1], strict=True)]
+    return torch.cat(outputs), final
+
+
+def expected_rows(module, x, resets, state, lengths=None):
+    """Padded output (T, N, ·) and final states, row by row and piece by piece."""
+    outputs, finals = [], []
+    for row in range(x.size(1)):
+        length = lengths[row] if lengths else len(x)
+        alone = None if state is None else [s[:, row] for s in state]
+        output, final = in_pieces(module, x[:length, row], resets[:length, row], alone)
+        outputs.append(torch.nn.functional.pad(output, (0, 0, 0, len(x) - length)))
+        finals.append(final)
+    return torch.stack(outputs, 1), [torch.stack(parts, 1) for parts in zip(*finals, strict=True)]
+
+
+def assert_alike(module, actual, expected, inputs):
+    """Outputs, final states, and the derivatives of a random sum of them all."""
+    results = [[output, *final] for output, final in (actual, expected)]
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=TOL)
+    seeds = [torch.randn_like(e) for e in results[1]]
+    wanted = [*inputs, *module.parameters()]
+    grads = [torch.autograd.grad(r, wanted, seeds, materialize_grads=True) for r in results]
+    for a, e in zip(*grads, strict=True):
+        torch.testing.assert_close(a, e, rtol=GRAD_TOL, atol=GRAD_TOL)
+
+
+@pytest.mark.parametrize("initial", [False, True], ids=["zeros", "given"])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=["one", "deep"])
+@pytest.mark.parametrize(("cell", "variant"), VARIANTS)
+def test_a_reset_cuts_the_sequence(cell, variant, options, initial):
+    module = made(cell, variant, **options)
+    x = torch.randn(T, N, F, dtype=torch.float64, requires_grad=True)
+    state = drawn_state(module) if initial else None
+    output, final = module(x, given(state), resets=RESETS)
+    expected = expected_rows(module, x, RESETS, state)
+    assert_alike(module, (output, flat(final)), expected, [x, *(state or [])])
+
+
+@pytest.mark.parametrize("cell", SEQUENCES)
+def test_layouts(cell):
+    module = made(cell, num_layers=2, bidirectional=True)
+    x = torch.randn(T, N, F, dtype=torch.float64)
+    state = drawn_state(module)
+    output, final = module(x, given(state), resets=RESETS)
+    first = copy.deepcopy(module)
+    first.batch_first = True
+    turned, same = first(x.transpose(0, 1), given(state), resets=RESETS.T)
+    assert torch.equal(turned.transpose(0, 1), output)
+    assert all(torch.equal(a, b) for a, b in zip(flat(same), flat(final), strict=True))
+    for row in range(N):
+        alone, last = module(x[:, row], given([s[:, row] for s in state]), resets=RESETS[:, row])
+        torch.testing.assert_close(alone, output[:, row], rtol=0, atol=TOL)
+        for a, b in zip(flat(last), flat(final), strict=True):
+            torch.testing.assert_close(a, b[:, row], rtol=0, atol=TOL)
+
+
+@pytest.mark.parametrize("lengths", [[7, 6, 6, 1], [4, 7, 3, 6]], ids=["sorted", "unsorted"])
+@pytest.mark.parametrize("initial", [False, True], ids=["zeros", "given"])
+@pytest.mark.parametrize("cell", SEQUENCES)
+def test_packed_sequences(cell, initial, lengths):
+    module = made(cell, num_layers=2, bidirectional=True)
+    x = torch.randn(T, N, F, dtype=torch.float64, requires_grad=True)
+    state = drawn_state(module) if initial else None
+    is_sorted = lengths == sorted(lengths, reverse=True)
+    packed, mask = (pack_padded_sequence(a, lengths, enforce_sorted=is_sorted) for a in (x, RESETS))
+    output, final = module(packed, given(state), resets=mask)
+    expected = expected_rows(module, x, RESETS, state, lengths)
+    padded, _ = pad_packed_sequence(output)
+    assert_alike(module, (padded, flat(final)), expected, [x, *(state or [])])
+
+
+def test_a_projection_is_reset_too():
+    module = made("lstm", num_layers=2, bidirectional=True, proj_size=2)
+    x = torch.randn(T, N, F, dtype=torch.float64, requires_grad=True)
+    state = drawn_state(module)
+    output, final = module(x, given(state), resets=RESETS)
+    assert_alike(module, (output, flat(final)), expected_rows(module, x, RESETS, state), [x, *state])
+
+
+@pytest.mark.parametrize("cell", SEQUENCES)
+def test_no_gradient_crosses_a_boundary(cell):
+    module = made(cell, num_layers=2, bidirectional=True)
+    x = torch.randn(T, N, F, dtype=torch.float64, requires_grad=True)
+    state = drawn_state(module)
+    resets = torch.zeros(T, N, dtype=torch.bool)
+    resets[3] = True
+    output, _ = module(x, given(state), resets=resets)
+    before, after = slice(3), slice(3, None)
+    # The forward direction's initial state enters before the boundary, the reverse one's after it.
+    for own, other, near, far in ((before, after, 0, 1), (after, before, 1, 0)):
+        seed = torch.randn_like(output[own])  # at random, so that no zero comes from a cancelling sum
+        of_x, *of_state = torch.autograd.grad(output[own], [x, *state], seed, retain_graph=True)
+        assert (of_x[other] == 0).all()
+        assert (of_x[own] != 0).any()
+        for grad in of_state:
+            assert (grad[far::2] == 0).all()
+            assert (grad[near::2] != 0).any()
+    # Without the boundary it does cross, both ways.
+    output, _ = module(x, given(state))
+    assert (torch.autograd.grad(output[:3].sum(), x, retain_graph=True)[0][3:] != 0).any()
+    assert (torch.autograd.grad(output[3:].sum(), x)[0][:3] != 0).any()
+
+
+def weights_of(cell, variant="paper"):
+    shapes = parameter_shapes(cell, resolve(variant, cell), F, H)
+    return {n: torch.randn(s, dtype=torch.float64, requires_grad=True) for n, s in shapes.items()}
+
+
+def called(cell, x, state, weights, **options):
+    """The operator's result as [output, *final]."""
+    output, final = getattr(LF, cell)(x, given(state), weights, **options)
+    return [output, *flat(final)]
+
+
+def operands(cell):
+    x = torch.randn(T, N, F, dtype=torch.float64)
+    return x, [torch.randn(N, H, dtype=torch.float64) for _ in range(1 + (cell == "lstm"))], weights_of(cell)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", SEQUENCES)
+def test_no_reset_changes_no_bit(cell, reverse):
+    x, state, weights = operands(cell)
+    plain = called(cell, x, state, weights, reverse=reverse)
+    none = torch.zeros(T, N, dtype=torch.bool)
+    same = called(cell, x, state, weights, reverse=reverse, resets=none)
+    assert all(torch.equal(a, b) for a, b in zip(same, plain, strict=True))
+
+
+@pytest.mark.parametrize("cell", SEQUENCES)
+def test_a_reset_at_the_first_step(cell):
+    x, state, weights = operands(cell)
+    first = torch.zeros(T, N, dtype=torch.bool)
+    first[0] = True
+    # In reverse there is nothing beyond it to part from.
+    plain = called(cell, x, state, weights, reverse=True)
+    same = called(cell, x, state, weights, reverse=True, resets=first)
+    assert all(torch.equal(a, b) for a, b in zip(same, plain, strict=True))
+    # Forward it sets the initial state aside, whatever is in it.
+    zeros = called(cell, x, [torch.zeros_like(s) for s in state], weights)
+    broken = [torch.full_like(s, float("nan"), requires_grad=True) for s in state]
+    broken[0].data[0] = float("inf")
+    results = called(cell, x, broken, weights, resets=first)
+    assert all(torch.equal(a, b) for a, b in zip(results, zeros, strict=True))
+    total = sum(r.sum() for r in results)
+    *grads, of_weight = torch.autograd.grad(total, [*broken, weights["weight_hh"]])
+    assert all((g == 0).all() for g in grads)
+    assert of_weight.isfinite().all()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", SEQUENCES)
+def test_a_nan_stays_in_its_episode(cell, reverse):
+    x, state, weights = operands(cell)
+    resets = torch.zeros(T, N, dtype=torch.bool)
+    resets[3, 1] = True
+    clean = called(cell, x, state, weights, reverse=reverse, resets=resets)
+    x[4 if reverse else 1, 1] = float("nan")
+    output, *final = called(cell, x, state, weights, reverse=reverse, resets=resets)
+    broken = torch.zeros(T, N, dtype=torch.bool)
+    broken[slice(3, 5) if reverse else slice(1, 3), 1] = True
+    assert output[broken].isnan().all()
+    assert torch.equal(output[~broken], clean[0][~broken])
+    assert all(torch.equal(a, b) for a, b in zip(final, clean[1:], strict=True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("cell", "variant"),
+    [
+        ("lstm", Variant(eps=0.5)),
+        ("lstm", Variant(inputs="summed", scope="gate", cell="carried", projection_bias=True, eps=0.5)),
+        ("gru", Variant(eps=0.5)),
+        ("gru", Variant(inputs="summed", scope="all", eps=0.5)),
+        ("rnn", Variant(kind="rms", inputs="summed", eps=0.5)),
+    ],
+)
+def test_derivatives_of_both_orders(cell, variant, reverse, packed):
+    # A large eps keeps curvature within what finite differences of two orders can resolve.
+    x = torch.randn(5, F, dtype=torch.float64, requires_grad=True)
+    resets = torch.tensor([0, 1, 1, 0, 0]).bool() if packed else torch.tensor([0, 0, 1, 1, 0]).bool()
+    state = [torch.randn(2 if packed else 1, H, dtype=torch.float64) for _ in range(1 + (cell == "lstm"))]
+    for s in state:
+        s.requires_grad_()
+    named = weights_of(cell, variant)
+
+    def function(x, *tensors):
+        hx, weights = tensors[: len(state)], dict(zip(named, tensors[len(state) :], strict=True))
+        options = {"variant": variant, "reverse": reverse}
+        if packed:
+            return tuple(called(cell, x, hx, weights, resets=resets, batch_sizes=[2, 2, 1], **options))
+        return tuple(called(cell, x[:, None], hx, weights, resets=resets[:, None], **options))
+
+    assert gradcheck(function, (x, *state, *named.values()))
+    assert gradgradcheck(function, (x, *state, *named.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize(("cell", "variant"), VARIANTS)
+def test_a_single_step_resets_its_rows(cell, variant):
+    sequence = made(cell, variant)
+    single = SINGLE[cell](F, H, dtype=torch.float64, variant=variant)
+    single.load_state_dict({n.removesuffix("_l0"): p for n, p in sequence.state_dict().items()})
+    x = torch.randn(T, N, F, dtype=torch.float64)
+    state = drawn_state(sequence)
+    output, final = sequence(x, given(state), resets=RESETS)
+    hx = given([s[0] for s in state])
+    alone = given([s[0, 2] for s in state])
+    for t in range(T):
+        hx = single(x[t], hx, resets=RESETS[t])
+        alone = single(x[t, 2], alone, resets=RESETS[t, 2])
+        torch.testing.assert_close(flat(hx)[0], output[t], rtol=0, atol=TOL)
+        torch.testing.assert_close(flat(alone)[0], output[t, 2], rtol=0, atol=TOL)
+    for a, b in zip(flat(hx), flat(final), strict=True):
+        torch.testing.assert_close(a, b[0], rtol=0, atol=TOL)
+
+
+@pytest.mark.parametrize("cell", SEQUENCES)
+def test_a_single_step_discards_a_nan_state(cell):
+    single = SINGLE[cell](F, H)
+    x = torch.randn(N, F)
+    state = given([torch.full((N, H), float("nan")) for _ in range(1 + (cell == "lstm"))])
+    resets = torch.tensor([True, False, True, True])
+    for a, zeros in zip(flat(single(x, state, resets=resets)), flat(single(x)), strict=True):
+        assert torch.equal(a[resets], zeros[resets])
+        assert a[~resets].isnan().all()
+    for a, b in zip(flat(single(x, resets=resets)), flat(single(x)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_empty_batch_is_taken():
+    output, _ = made("gru")(torch.zeros(5, 0, F).double(), resets=torch.zeros(5, 0).bool())
+    assert output.shape == (5, 0, H)
+
+
+X = torch.zeros(5, 2, F)
+MASK = torch.zeros(5, 2).bool()
+PACKED = pack_padded_sequence(X, [5, 3])
+UNSORTED = pack_padded_sequence(X, [3, 5], enforce_sorted=False)
+META = PackedSequence(torch.zeros(8).bool().to("meta"), PACKED.batch_sizes)
+
+
+@pytest.mark.parametrize(
+    ("resets", "error", "message"),
+    [
+        ([True], TypeError, r"lstm: resets must be a bool Tensor .* list; .*as_tensor\(resets\)"),
+        (MASK.float(), ValueError, r"lstm: resets must .*torch.bool, got .*float32; .*resets.bool\(\)"),
+        (MASK[:4], RuntimeError, r"lstm: Expected resets of shape \[5, 2\], .* got \[4, 2\]"),
+        (MASK[..., None], RuntimeError, r"the input's without its features, but got \[5, 2, 1\]"),
+        (MASK[:, 0], RuntimeError, r"\[5, 2\].* but got \[5\]"),
+        (MASK.to("meta"), RuntimeError, r"on cpu and resets on meta; .* resets.to\(input.device\)"),
+    ],
+)
+def test_errors_of_the_functions(resets, error, message):
+    weights = {n: w.float() for n, w in weights_of("lstm").items()}
+    with pytest.raises(error, match=message):
+        LF.lstm(X, (torch.zeros(2, H), torch.zeros(2, H)), weights, resets=resets)
+
+
+def test_an_error_of_the_functions_on_packed_data():
+    weights = {n: w.float() for n, w in weights_of("gru").items()}
+    with pytest.raises(RuntimeError, match=r"gru: Expected resets of shape \[8\], .* but got \[5, 2\]"):
+        LF.gru(PACKED.data, torch.zeros(2, H), weights, batch_sizes=[2, 2, 2, 1, 1], resets=MASK)
+
+
+def packed_mask(lengths, is_sorted):
+    return pack_padded_sequence(MASK[: max(lengths)], lengths, enforce_sorted=is_sorted)
+
+
+@pytest.mark.parametrize(
+    ("input", "resets", "error", "message"),
+    [
+        (X, 1, TypeError, "GRU: resets must be a bool Tensor or None, got int"),
+        (X, META, TypeError, "GRU: resets must be a bool Tensor or None, got PackedSequence"),
+        (X, MASK.int(), ValueError, "GRU: resets must be of dtype torch.bool, got torch.int32"),
+        (X, MASK.T, RuntimeError, r"GRU: Expected resets of shape \[5, 2\], .* but got \[2, 5\]"),
+        (X[:, 0], MASK, RuntimeError, r"GRU: Expected resets of shape \[5\], .* but got \[5, 2\]"),
+        (PACKED, MASK, TypeError, "resets must be a PackedSequence .*, got Tensor; pack it"),
+        (PACKED, PACKED, ValueError, "GRU: resets must be of dtype torch.bool, got torch.float32"),
+        (PACKED, META, RuntimeError, "input is on cpu and resets on meta"),
+        (
+            PACKED,
+            packed_mask([4, 3], True),
+            RuntimeError,
+            r"Expected resets of shape \[8\], .* but got \[7\]",
+        ),
+        (
+            PACKED,
+            packed_mask([4, 4], True),
+            RuntimeError,
+            r"batch_sizes \[2, 2, 2, 1, 1\], .* \[2, 2, 2, 2\]",
+        ),
+        (PACKED, packed_mask([3, 5], False), RuntimeError, r"sorted_indices None, .* \[1, 0\]; pack both"),
+        (UNSORTED, packed_mask([5, 3], False), RuntimeError, r"sorted_indices \[1, 0\], but got \[0, 1\]"),
+    ],
+)
+def test_errors_of_the_modules(input, resets, error, message):
+    with pytest.raises(error, match=message):
+        layernorm.LayerNormGRU(F, H)(input, resets=resets)
+
+
+def test_an_error_with_batch_first():
+    message = r"shape \[2, 5\], .* but got \[5, 2\]; .* in the input's order of batch and time"
+    with pytest.raises(RuntimeError, match=message):
+        layernorm.LayerNormGRU(F, H, batch_first=True)(X.transpose(0, 1), resets=MASK)
+
+
+@pytest.mark.parametrize(
+    ("input", "resets", "error", "message"),
+    [
+        (X[0], True, TypeError, "LayerNormLSTMCell: resets must be a bool Tensor or None, got bool"),
+        (X[0], torch.zeros(2), ValueError, "LayerNormLSTMCell: resets must .*torch.bool, got .*float32"),
+        (X[0], MASK[0, 0], RuntimeError, r"Cell: Expected resets of shape \[2\], .* but got \[\]"),
+        (X[0, 0], MASK[0], RuntimeError, r"Cell: Expected resets of shape \[\], .* but got \[2\]"),
+    ],
+)
+def test_errors_of_the_cells(input, resets, error, message):
+    with pytest.raises(error, match=message):
+        layernorm.LayerNormLSTMCell(F, H)(input, resets=resets)
