@@ -5,10 +5,11 @@
 namespace layernorm {
 
 // LAYERNORM_CAPABILITIES comes from CMakeLists.txt: X(name, condition) for each set of flags that
-// norm.cpp was compiled with, from the plainest to the best.
-#define X(name, condition)      \
-  namespace name {              \
-  extern const NormTable norms; \
+// norm.cpp and recurrent.cpp were compiled with, from the plainest to the best.
+#define X(name, condition)                 \
+  namespace name {                         \
+  extern const NormTable norms;            \
+  extern const RecurrentTable recurrences; \
   }
 LAYERNORM_CAPABILITIES
 #undef X
@@ -17,7 +18,8 @@ namespace {
 
 std::vector<Capability> supported_ones() {
   std::vector<Capability> found;
-#define X(name, condition) Capability{#name, [] { return bool(condition); }, &name::norms},
+#define X(name, condition) \
+  Capability{#name, [] { return bool(condition); }, &name::norms, &name::recurrences},
   for (const auto& one : {LAYERNORM_CAPABILITIES})
     if (one.supported()) found.push_back(one);
 #undef X

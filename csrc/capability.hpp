@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "norm.hpp"
+#include "recurrent.hpp"
 
 namespace layernorm {
 
@@ -12,6 +13,7 @@ struct Capability {
   const char* name;
   bool (*supported)();  // by this machine
   const NormTable* norms;
+  const RecurrentTable* recurrences;
 };
 
 // Those that this machine can execute, the best one last.

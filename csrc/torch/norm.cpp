@@ -2,12 +2,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/ones_like.h>
-#include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
 #include "../capability.hpp"
 #include "../huge_pages.hpp"
 #include "operators.hpp"
+#include "parallel.hpp"
 
 namespace layernorm {
 namespace {
@@ -23,23 +23,6 @@ Types types(at::ScalarType input, at::ScalarType parameter) {
     default:
       return parameter == at::kFloat ? kFloat16Float32 : kFloat16;
   }
-}
-
-// How many elements are worth a second thread: 16,384 take about 2 us.
-constexpr int64_t kGrain = 16384;
-
-// Calls function(begin, end) for parts of [0, count) in PyTorch's own threads; each of the count
-// takes so many elements. Not at::parallel_for, which would be compiled here with a pool of its
-// own.
-template <typename Function>
-void in_parallel(int64_t count, int64_t elements, const Function& function) {
-  const int64_t grain = 1 + kGrain / (elements + 1);
-  if (count <= grain) return function(0, count);
-  const auto call = [](int64_t begin, int64_t end, void* context) {
-    (*static_cast<const Function*>(context))(begin, end);
-  };
-  TORCH_CHECK(torch_parallel_for(0, count, grain, call, const_cast<Function*>(&function)) == 0,
-              "layernorm: PyTorch could not run a parallel loop");
 }
 
 struct Sizes {

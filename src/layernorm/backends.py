@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Final, NamedTuple
@@ -27,6 +27,7 @@ NORMS: Final = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 RECURRENT: Final = ("lstm", "gru", "rnn")
 NATIVE_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 VARIABLE: Final = "LAYERNORM_BACKEND"
+_PLAIN: Final = (Tensor, torch.nn.Parameter)
 
 _override: str | None = os.environ.get(VARIABLE) or None
 
@@ -53,21 +54,22 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
     Examples:
         >>> import torch
         >>> from layernorm import backends
-        >>> backends.choose("lstm", torch.device("cpu"), torch.float32).kernel
+        >>> backends.choose("lstm", torch.device("meta"), torch.float32).kernel
         'reference'
     """
     if _override is not None:
         return _forced(_checked(_override, VARIABLE), operator, device, dtype)
-    if operator in RECURRENT:
-        return Choice("reference", "no compiled recurrent kernel in this version")
-    if not _has_native(operator, device, dtype):
-        return Choice("torch", "the compiled kernels are for floating-point tensors on the CPU")
+    other = "reference" if operator in RECURRENT else "torch"
+    if not _has_native(device, dtype):
+        return Choice(other, "the compiled kernels are for floating-point tensors on the CPU")
     if ops.NATIVE_PROBLEM is not None:
-        return Choice("torch", f"no compiled kernels: {ops.NATIVE_PROBLEM}")
-    if torch.compiler.is_compiling():
-        return Choice("torch", "inside torch.compile PyTorch's norm fuses with its neighbours")
+        return Choice(other, f"no compiled kernels: {ops.NATIVE_PROBLEM}")
+    if torch.compiler.is_compiling() and operator in NORMS:
+        return Choice(other, "inside torch.compile PyTorch's norm fuses with its neighbours")
     if torch._C._are_functorch_transforms_active():
-        return Choice("torch", "torch.func transforms")
+        return Choice(other, "torch.func transforms")
+    if operator in RECURRENT and _in_forward_mode():
+        return Choice(other, "forward-mode derivatives")
     return Choice("native", "compiled for the CPU")
 
 
@@ -91,8 +93,7 @@ def foreign(input: object) -> bool:
     """Whether only PyTorch's operators know this kind of tensor: a subclass, a sparse or a nested one."""
     if not isinstance(input, Tensor) or _override not in (None, "torch"):
         return False
-    ordinary = type(input) in (Tensor, torch.nn.Parameter)
-    return not ordinary or input.layout != torch.strided or input.is_nested
+    return type(input) not in _PLAIN or input.layout != torch.strided or input.is_nested
 
 
 def kernel_for(operator: str, input: Tensor) -> str:
@@ -104,10 +105,30 @@ def kernel_for(operator: str, input: Tensor) -> str:
     if (
         ops.NATIVE_PROBLEM is not None
         and _override is None
-        and _has_native(operator, input.device, input.dtype)
+        and _has_native(input.device, input.dtype)
     ):
         _say_once(f"no compiled kernels: {ops.NATIVE_PROBLEM}")
     return kernel
+
+
+def recurrent_kernel_for(operator: str, input: Tensor, others: Sequence[Tensor]) -> str:
+    """As ``kernel_for``, with the tensors beside the input.
+
+    Where these differ in dtype or device the reference serves, and raises or promotes as PyTorch does.
+    """
+    kernel = kernel_for(operator, input)
+    if kernel != "native":
+        return kernel
+    tensors = (input, *others)
+    if any(type(t) not in _PLAIN or t.layout != torch.strided for t in tensors) and _override is None:
+        return "reference"
+    autocast = torch.is_autocast_enabled("cpu")
+    alike = all(t.device == input.device and (autocast or t.dtype == input.dtype) for t in others)
+    return "native" if alike else "reference"
+
+
+def _in_forward_mode() -> bool:
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 @contextmanager
@@ -139,7 +160,7 @@ def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype
     if kernel == "torch" and operator in RECURRENT:
         return Choice("reference", "PyTorch has no normalized recurrent operator")
     if kernel == "native":
-        if not _has_native(operator, device, dtype):
+        if not _has_native(device, dtype):
             raise RuntimeError(
                 f"the override asks for the native kernel, and {operator} has none for {dtype} on "
                 f"{device.type}"
@@ -149,8 +170,8 @@ def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype
     return Choice(kernel, "the override asks for it")
 
 
-def _has_native(operator: str, device: torch.device, dtype: torch.dtype) -> bool:
-    return operator in NORMS and device.type == "cpu" and dtype in NATIVE_DTYPES
+def _has_native(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype in NATIVE_DTYPES
 
 
 def _checked(kernel: str, name: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from layernorm import backends, checks, reference
+from layernorm import backends, checks, native, reference
 from layernorm.variants import GATES, Cell, Variant, parameter_shapes, resolve
 
 
@@ -54,8 +54,8 @@ def layer_norm(
         (tensor(True), tensor(1.0000))
     """
     output: Tensor
-    if (native := backends.plain()) is not None:
-        output = native.layer_norm(input, normalized_shape, weight, bias, eps)
+    if (compiled := backends.plain()) is not None:
+        output = compiled.layer_norm(input, normalized_shape, weight, bias, eps)
         if output is not NotImplemented:
             return output
     if backends.foreign(input):
@@ -100,8 +100,8 @@ def rms_norm(
         tensor([[ 1., -1.]])
     """
     output: Tensor
-    if (native := backends.plain()) is not None:
-        output = native.rms_norm(input, normalized_shape, weight, eps)
+    if (compiled := backends.plain()) is not None:
+        output = compiled.rms_norm(input, normalized_shape, weight, eps)
         if output is not NotImplemented:
             return output
     if backends.foreign(input):
@@ -147,8 +147,8 @@ def add_layer_norm(
         >>> output, residual = LF.add_layer_norm(x, residual, (8,))
     """
     outputs: tuple[Tensor, Tensor]
-    if (native := backends.plain()) is not None:
-        outputs = native.add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
+    if (compiled := backends.plain()) is not None:
+        outputs = compiled.add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
         if outputs is not NotImplemented:
             return outputs
     if backends.foreign(input):
@@ -184,8 +184,8 @@ def add_rms_norm(
         >>> output, residual = LF.add_rms_norm(x, residual, (8,))
     """
     outputs: tuple[Tensor, Tensor]
-    if (native := backends.plain()) is not None:
-        outputs = native.add_rms_norm(input, residual, normalized_shape, weight, eps)
+    if (compiled := backends.plain()) is not None:
+        outputs = compiled.add_rms_norm(input, residual, normalized_shape, weight, eps)
         if outputs is not NotImplemented:
             return outputs
     if backends.foreign(input):
@@ -372,7 +372,8 @@ def _sequence(
     spec = resolve(variant, cell)
     shapes = _shapes(cell, weights, spec)
     checks.sequence_arguments(cell, input, state, weights, shapes, batch_sizes, resets)
-    backends.kernel_for(cell, input)
+    if backends.recurrent_kernel_for(cell, input, (*state, *weights.values())) == "native":
+        return native, spec
     return reference, spec
 
 

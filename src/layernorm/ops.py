@@ -6,7 +6,10 @@ derivatives and the entries for plain calls are in ``csrc/torch``; this is what 
 - ``layer_norm``, ``rms_norm``, ``add_layer_norm``, ``add_rms_norm``: what users call. On CPU tensors that
   need a derivative they record a node and run
 - ``norm_forward``, which also returns the statistics, and in backward
-- ``norm_backward``.
+- ``norm_backward``;
+- ``recurrent``: one layer and direction of a recurrent network, with ``recurrent_forward``, which also
+  returns what is kept, and ``recurrent_backward``. ``recurrent_composite_backward`` is the latter by the
+  reference's own derivative, for derivatives of higher order.
 """
 
 from __future__ import annotations
@@ -15,10 +18,13 @@ import importlib
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+from layernorm import reference
+from layernorm.variants import CellNorm, Inputs, Kind, Scope, Variant
 
 #: The variable that chooses the instruction set of the compiled kernels.
 CAPABILITY_VARIABLE: Final = "LAYERNORM_CPU_CAPABILITY"
@@ -110,6 +116,191 @@ def _norm_backward_fake(
 
     grad_input = input.new_empty(input.shape if wanted[0] else 0)
     return grad_input, like(weight, wanted[1]), like(bias, wanted[2])
+
+
+#: The parameters of a recurrent layer in the order in which operators list them. Where inputs are summed
+#: ``gain`` stands in ``gain_ih``'s place.
+WEIGHTS: Final = (
+    "weight_ih",
+    "weight_hh",
+    "weight_hr",
+    "bias_ih",
+    "bias_hh",
+    "gain_ih",
+    "gain_hh",
+    "bias",
+    "bias_hn",
+    "gain_cell",
+    "bias_cell",
+)
+
+# cell is "lstm", "gru", "rnn_tanh" or "rnn_relu"; kind to eps are a Variant's fields. c, and cn among the
+# results, are an LSTM's; cn has no element elsewhere. batch_sizes are a packed sequence's.
+_RECURRENT = (
+    "Tensor input, Tensor h, Tensor? c, Tensor?[] weights, Tensor? resets, int[]? batch_sizes, str cell,"
+    " str kind, str inputs, str scope, str cell_norm, float eps, bool reverse"
+)
+_GRADS = "Tensor? grad_output, Tensor? grad_h, Tensor? grad_c"
+torch.library.define(
+    "layernorm::recurrent", f"({_RECURRENT}, bool recompute) -> (Tensor output, Tensor hn, Tensor cn)"
+)
+torch.library.define(
+    "layernorm::recurrent_forward",
+    f"({_RECURRENT}, bool recompute) -> (Tensor output, Tensor hn, Tensor cn, Tensor saved_x,"
+    " Tensor saved_h, Tensor saved_c, Tensor saved_stats)",
+)
+# wanted: of input, h, c and the weights. A gradient that is not wanted has no element.
+torch.library.define(
+    "layernorm::recurrent_backward",
+    f"({_RECURRENT}, {_GRADS}, Tensor output, Tensor saved_x, Tensor saved_h, Tensor saved_c,"
+    " Tensor saved_stats, bool[14] wanted)"
+    " -> (Tensor grad_input, Tensor grad_h, Tensor grad_c, Tensor[] grad_weights)",
+)
+torch.library.define(
+    "layernorm::recurrent_composite_backward",
+    f"({_RECURRENT}, {_GRADS}, bool[14] wanted)"
+    " -> (Tensor grad_input, Tensor grad_h, Tensor grad_c, Tensor[] grad_weights)",
+)
+
+
+def _gates(cell: str) -> int:
+    return {"lstm": 4, "gru": 3}.get(cell, 1)
+
+
+def _recurrent_outputs(input: Tensor, h: Tensor, c: Tensor | None, cell: str) -> tuple[Tensor, ...]:
+    output = input.new_empty((*input.shape[:-1], h.size(-1)))
+    return output, torch.empty_like(h), input.new_empty(0) if c is None else torch.empty_like(c)
+
+
+@torch.library.register_fake("layernorm::recurrent")
+def _recurrent_fake(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor | None],
+    resets: Tensor | None,
+    batch_sizes: Sequence[int] | None,
+    cell: str,
+    *_: object,
+) -> tuple[Tensor, ...]:
+    return _recurrent_outputs(input, h, c, cell)
+
+
+@torch.library.register_fake("layernorm::recurrent_forward")
+def _recurrent_forward_fake(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor | None],
+    resets: Tensor | None,
+    batch_sizes: Sequence[int] | None,
+    cell: str,
+    kind: str,
+    inputs: str,
+    scope: str,
+    cell_norm: str,
+    eps: float,
+    reverse: bool,
+    recompute: bool,
+) -> tuple[Tensor, ...]:
+    gates = _gates(cell)
+    weight = weights[1]
+    assert weight is not None  # noqa: S101 - what the schema cannot say
+    hidden = weight.size(0) // gates
+    rows = input.numel() // input.size(-1)
+    two = cell == "gru" if kind == "none" else inputs == "separate"
+    late = cell == "gru" and not two and scope != "all"
+    groups = 0 if kind == "none" else gates if scope == "gate" else 1 + (cell == "gru" and scope == "matrix")
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    none = input.new_empty(0)
+    wide = gates * hidden if two else hidden if late else 0
+    saved = (
+        none if recompute else input.new_empty((rows, gates * hidden)),
+        none if recompute or not wide else input.new_empty((rows, wide)),
+        none if c is None else input.new_empty((rows, hidden)),
+        input.new_empty(0 if recompute else (rows, groups * (2 if two else 1)), dtype=dtype),
+    )
+    return *_recurrent_outputs(input, h, c, cell), *saved
+
+
+@torch.library.register_fake("layernorm::recurrent_backward")
+def _recurrent_backward_fake(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor | None],
+    *rest: object,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    wanted = rest[-1]
+    assert isinstance(wanted, Sequence)  # noqa: S101 - the schema's own type
+
+    def like(tensor: Tensor | None, is_wanted: bool) -> Tensor:
+        return input.new_empty(tensor.shape if tensor is not None and is_wanted else 0)
+
+    first = (like(tensor, want) for tensor, want in zip((input, h, c), wanted[:3], strict=True))
+    grads = [like(tensor, want) for tensor, want in zip(weights, wanted[3:], strict=True)]
+    return *first, grads  # type: ignore[return-value]
+
+
+def _recurrent_composite_backward(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor | None],
+    resets: Tensor | None,
+    batch_sizes: Sequence[int] | None,
+    cell: str,
+    kind: Kind,
+    inputs: Inputs,
+    scope: Scope,
+    cell_norm: CellNorm,
+    eps: float,
+    reverse: bool,
+    grad_output: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The gradients by differentiating the reference, themselves differentiable."""
+    given = [input, h, c, *weights]
+    leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in given]
+    named = zip(WEIGHTS, leaves[3:], strict=True)
+    names = {"gain_ih": "gain"} if kind != "none" and inputs == "summed" else {}
+    parameters = {names.get(name, name): weight for name, weight in named if weight is not None}
+    kernel, _, nonlinearity = cell.partition("_")
+    variant = Variant(
+        kind=kind,
+        inputs=inputs,
+        scope=scope,
+        cell=cell_norm,
+        projection_bias="bias_ih" in parameters,
+        eps=eps,
+    )
+    options: dict[str, Any] = {"reverse": reverse, "batch_sizes": batch_sizes, "resets": resets}
+    if nonlinearity:
+        options["nonlinearity"] = nonlinearity
+    state = leaves[1] if c is None else (leaves[1], leaves[2])
+    with torch.enable_grad():
+        output, final = getattr(reference, kernel)(leaves[0], state, parameters, variant, **options)
+        finals = final if isinstance(final, tuple) else (final,)
+    pairs = [
+        (out, grad)
+        for out, grad in zip((output, *finals), (grad_output, grad_h, grad_c), strict=False)
+        if grad is not None
+    ]
+    outputs, grads = zip(*pairs, strict=True)
+    asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(outputs, asked, grads, create_graph=True, allow_unused=True))
+    result = []
+    for leaf, want in zip(leaves, wanted, strict=True):
+        grad = next(found) if want else input.new_empty(0)
+        result.append(torch.zeros_like(leaf) if grad is None and leaf is not None else grad)
+    return result[0], result[1], result[2], result[3:]
+
+
+torch.library.impl("layernorm::recurrent_composite_backward", "CompositeImplicitAutograd")(
+    _recurrent_composite_backward
+)
 
 
 def _load() -> ModuleType | str:

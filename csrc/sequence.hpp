@@ -1,0 +1,252 @@
+// What forward and backward share: where the rows of a sequence lie, the order of the steps, the
+// parameters prepared for all steps, and working memory.
+#pragma once
+
+#include "cells.hpp"
+#include "gemm.hpp"
+
+namespace layernorm::LAYERNORM_ISA {
+
+// Memory handed out piece by piece. Without memory it only counts.
+struct Arena {
+  char* base;
+  size_t used = 0;
+
+  template <typename E>
+  E* take(int64_t count) {
+    constexpr size_t kAlign = 64;
+    const size_t at = (used + kAlign - 1) / kAlign * kAlign;
+    used = at + static_cast<size_t>(count) * sizeof(E);
+    return base == nullptr ? nullptr : reinterpret_cast<E*>(base + at);
+  }
+};
+
+// The share [begin, end) of count things that the member of this rank has.
+struct Share {
+  int64_t begin, end;
+};
+inline Share share_of(int64_t count, int rank, int members) {
+  return {count * rank / members, count * (rank + 1) / members};
+}
+
+// The rows of a sequence as steps go by: step number k is the k-th that is computed.
+template <typename T>
+struct Rows {
+  const Recurrent& r;
+
+  [[nodiscard]] int64_t time(int64_t k) const { return r.reverse ? r.steps - 1 - k : k; }
+  // How many rows take part in the step.
+  [[nodiscard]] int64_t count(int64_t k) const {
+    return r.batch_sizes == nullptr ? r.batch : r.batch_sizes[time(k)];
+  }
+  // The first row of the step among the rows of all steps.
+  [[nodiscard]] int64_t first(int64_t k) const {
+    return r.batch_sizes == nullptr ? time(k) * r.batch : r.step_offsets[time(k)];
+  }
+  [[nodiscard]] const T* input(int64_t k, int64_t n) const {
+    const int64_t offset = r.batch_sizes == nullptr ? time(k) * r.input_step_stride
+                                                    : first(k) * r.input_row_stride;
+    return static_cast<const T*>(r.input) + offset + n * r.input_row_stride;
+  }
+  [[nodiscard]] T* output(int64_t k, int64_t n) const {
+    return static_cast<T*>(r.output) + (first(k) + n) * r.output_size;
+  }
+  // Whether row n begins anew before step k.
+  [[nodiscard]] bool reset(int64_t k, int64_t n) const {
+    if (r.resets == nullptr) return false;
+    // A reset at time t parts t - 1 from t: backward in time, step t + 1 from step t.
+    if (!r.reverse) return r.resets[first(k) + n] != 0;
+    return k > 0 && n < count(k - 1) && r.resets[first(k - 1) + n] != 0;
+  }
+  // Whether the state before step k is the initial one, and not that of step k - 1.
+  [[nodiscard]] bool begins(int64_t k, int64_t n) const { return k == 0 || n >= count(k - 1); }
+  [[nodiscard]] const T* h_prev(int64_t k, int64_t n, const T* zeros) const {
+    if (reset(k, n)) return zeros;
+    return begins(k, n) ? static_cast<const T*>(r.h0) + n * r.output_size : output(k - 1, n);
+  }
+  // Of c only where it is kept for all steps.
+  [[nodiscard]] const T* c_prev(int64_t k, int64_t n, const T* zeros) const {
+    if (reset(k, n)) return zeros;
+    return begins(k, n) ? static_cast<const T*>(r.c0) + n * r.hidden_size
+                        : static_cast<const T*>(r.saved_c) + (first(k - 1) + n) * r.hidden_size;
+  }
+  // The last step that row n takes part in.
+  [[nodiscard]] int64_t last(int64_t n) const {
+    int64_t k = r.steps - 1;
+    while (n >= count(k)) --k;
+    return k;
+  }
+};
+
+inline int64_t gate_width(const Recurrent& r) { return r.gates * r.hidden_size; }
+
+// The parameters as the kernels read them.
+template <typename T>
+struct Prepared {
+  using A = Accumulate<T>;
+  using O = Operand<T>;
+  static constexpr int kVectors = 8;
+
+  // For products with what they are in W x: packed transposed. For backward as they are.
+  Packed<O> ih, hh, hr;
+  Packed<Numbers<A>> ih_back, hh_back, hr_back;
+  Vectors<A> vectors{};
+  const A *bias_x = nullptr, *bias_h = nullptr;
+  A* all_vectors;
+
+  // What the vectors are in `all_vectors`, one after another.
+  struct Vector {
+    const void* from;
+    const void* also;  // added
+    int64_t size;
+    A otherwise;
+    const A** to;
+  };
+
+  Prepared(const Recurrent& r, bool backward, void* memory)
+      : ih(r.input_size, gate_width(r)),
+        hh(r.output_size, gate_width(r)),
+        hr(r.hidden_size, r.projected ? r.output_size : 0),
+        ih_back(gate_width(r), r.input_size),
+        hh_back(gate_width(r), r.output_size),
+        hr_back(r.output_size, r.projected ? r.hidden_size : 0) {
+    Arena arena{static_cast<char*>(memory)};
+    forward_ = !backward || r.saved_x == nullptr;
+    backward_ = backward;
+    if (forward_) {
+      ih.data = arena.take<typename O::Element>(ih.elements());
+      hh.data = arena.take<typename O::Element>(hh.elements());
+      hr.data = arena.take<typename O::Element>(hr.elements());
+    }
+    if (backward_) {
+      ih_back.data = arena.take<A>(ih_back.elements());
+      hh_back.data = arena.take<A>(hh_back.elements());
+      hr_back.data = arena.take<A>(hr_back.elements());
+    }
+    Vector list[kVectors];
+    int64_t size = 0;
+    list_vectors(r, list);
+    for (const auto& one : list) size += parts_of(one.size, 16) * 16;
+    all_vectors = arena.take<A>(size);
+    bytes = arena.used;
+    const A* next = all_vectors;
+    for (const auto& one : list) {
+      *one.to = next;
+      if (next != nullptr) next += parts_of(one.size, 16) * 16;
+    }
+  }
+
+  size_t bytes;
+
+  void list_vectors(const Recurrent& r, Vector (&list)[kVectors]) {
+    const int64_t width = gate_width(r);
+    const int64_t size = r.hidden_size;
+    const bool two = r.inputs == Inputs::kSeparate;
+    const bool late = r.inputs == Inputs::kLate;
+    const Vector all[kVectors] = {
+        {r.gain_ih, nullptr, width, A{1}, &vectors.gain_x},
+        {r.gain_hh, nullptr, two ? width : 0, A{1}, &vectors.gain_h},
+        {r.bias, nullptr, width, A{0}, &vectors.bias},
+        {r.bias_hn, nullptr, r.cell == CellKind::kGru ? size : 0, A{0}, &vectors.bias_hn},
+        {r.gain_cell, nullptr, size, A{1}, &vectors.gain_cell},
+        {r.bias_cell, nullptr, size, A{0}, &vectors.bias_cell},
+        // Of summed products both biases come with x.
+        {r.bias_ih, two || late ? nullptr : r.bias_hh, width, A{0}, &bias_x},
+        {r.bias_hh, nullptr, two || late ? width : 0, A{0}, &bias_h},
+    };
+    for (int i = 0; i < kVectors; ++i) list[i] = all[i];
+  }
+
+  [[nodiscard]] int64_t parts() const {
+    int64_t count = 1;
+    if (forward_) count += ih.panels() + hh.panels() + hr.panels();
+    if (backward_) count += ih_back.panels() + hh_back.panels() + hr_back.panels();
+    return count;
+  }
+
+  void prepare(const Recurrent& r, int64_t part) {
+    const auto* const weight_ih = static_cast<const T*>(r.weight_ih);
+    const auto* const weight_hh = static_cast<const T*>(r.weight_hh);
+    const auto* const weight_hr = static_cast<const T*>(r.weight_hr);
+    const auto mine = [&](int64_t count) {
+      const bool found = part < count;
+      if (!found) part -= count;
+      return found;
+    };
+    if (forward_) {
+      if (mine(ih.panels())) return pack_transposed<O>(weight_ih, r.input_size, ih, part);
+      if (mine(hh.panels())) return pack_transposed<O>(weight_hh, r.output_size, hh, part);
+      if (mine(hr.panels())) return pack_transposed<O>(weight_hr, r.hidden_size, hr, part);
+    }
+    if (backward_) {
+      if (mine(ih_back.panels())) return pack_matrix(weight_ih, ih_back, part);
+      if (mine(hh_back.panels())) return pack_matrix(weight_hh, hh_back, part);
+      if (mine(hr_back.panels())) return pack_matrix(weight_hr, hr_back, part);
+    }
+    prepare_vectors(r);
+  }
+
+ private:
+  bool forward_, backward_;
+
+  void prepare_vectors(const Recurrent& r) {
+    Vector list[kVectors];
+    list_vectors(r, list);
+    A* next = all_vectors;
+    for (const auto& one : list) {
+      const int64_t size = parts_of(one.size, 16) * 16;
+      const auto* const from = static_cast<const T*>(one.from);
+      const auto* const also = static_cast<const T*>(one.also);
+      for (int64_t i = 0; i < size; ++i) next[i] = one.otherwise;
+      each_vector<A>(one.size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+        if (from != nullptr) put(next + i, get(from + i, part), part);
+        if (also != nullptr) put(next + i, get(next + i, part) + get(also + i, part), part);
+      });
+      next += size;
+    }
+  }
+};
+
+// Rows as a product's left operand: in place where they can be, or copied first.
+template <typename T>
+struct LeftRows {
+  using O = Operand<T>;
+  using E = typename O::Element;
+  const E** rows;  // [most]
+  E* copies;       // [most, depth], shared by the team; null where the rows are read in place
+  int64_t numbers, depth;
+
+  // Pairs of which the last is half a row's end must not read on; other types are converted.
+  static bool copied(int64_t numbers) {
+    if constexpr (std::is_same_v<E, T>) return false;
+    return O::kPerElement == 1 || numbers % O::kPerElement != 0;
+  }
+  LeftRows(Arena& shared, Arena& own, int64_t most, int64_t all_numbers)
+      : rows(own.take<const E*>(most)),
+        copies(copied(all_numbers)
+                   ? shared.take<E>(most * parts_of(all_numbers, O::kPerElement))
+                   : nullptr),
+        numbers(all_numbers),
+        depth(parts_of(all_numbers, O::kPerElement)) {}
+
+  // Row i is at `from`; this member copies it if the row is among its own.
+  void set(int64_t i, const T* from, bool own) {
+    if (copies == nullptr) {
+      rows[i] = reinterpret_cast<const E*>(from);
+      return;
+    }
+    E* const to = copies + i * depth;
+    rows[i] = to;
+    if (!own) return;
+    if constexpr (O::kPerElement == 1) {
+      each_vector<typename O::Sum>(numbers, [&](int64_t j, auto part) LAYERNORM_LAMBDA {
+        put(reinterpret_cast<typename O::Sum*>(to) + j, get(from + j, part), part);
+      });
+    } else {
+      to[depth - 1] = 0;
+      std::memcpy(to, from, static_cast<size_t>(numbers) * sizeof(T));
+    }
+  }
+};
+
+}  // namespace layernorm::LAYERNORM_ISA

@@ -1,0 +1,541 @@
+// The time loop backward, in chunks of steps: the steps of a chunk one by one, then the sums over all
+// rows of the chunk as large products.
+//
+// What is summed over rows is summed in an order that the shapes alone decide: by chunks, and the
+// gradients of gains and biases by blocks of rows, whatever the number of threads.
+#pragma once
+
+#include "cells_backward.hpp"
+#include "sequence_forward.hpp"
+
+namespace layernorm::LAYERNORM_ISA {
+
+// About so many rows are summed in one product.
+inline constexpr int64_t kSumRows = 512;
+
+inline int64_t chunk_steps(const Recurrent& r) {
+  return least(r.steps, parts_of(kSumRows, r.batch > 0 ? r.batch : 1));
+}
+
+// Sums of gains and biases, for each block of rows: of the present chunk, and of those before.
+template <typename A>
+struct BlockSums {
+  static constexpr int kVectors = 8;
+  int64_t sizes[kVectors];
+  int64_t stride = 0;
+
+  BlockSums(const Recurrent& r, const RecurrentGradients& g) {
+    const int64_t width = gate_width(r);
+    const int64_t size = r.hidden_size;
+    const int64_t all[kVectors] = {g.gain_ih != nullptr ? width : 0,  g.gain_hh != nullptr ? width : 0,
+                                   g.bias != nullptr ? width : 0,     g.bias_hn != nullptr ? size : 0,
+                                   g.gain_cell != nullptr ? size : 0, g.bias_cell != nullptr ? size : 0,
+                                   g.bias_ih != nullptr ? width : 0,  g.bias_hh != nullptr ? width : 0};
+    for (int i = 0; i < kVectors; ++i) {
+      sizes[i] = all[i];
+      stride += parts_of(all[i], 16) * 16;
+    }
+  }
+  [[nodiscard]] VectorSums<A> at(A* row) const {
+    A* to[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+      to[i] = sizes[i] > 0 ? row : nullptr;
+      row += parts_of(sizes[i], 16) * 16;
+    }
+    return {to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7]};
+  }
+};
+
+// What all threads share from the first chunk to the last.
+template <typename T>
+struct BackwardShared {
+  using A = Accumulate<T>;
+  BlockSums<A> layout;
+  int64_t blocks;
+  A *grad_h, *grad_c;          // [N, P], [N, H]: of the state between steps
+  A *block_sums, *block_totals;  // [blocks, stride]
+  // Of the rows of a chunk, in their order among all rows:
+  A *grad_x, *grad_wh;        // [rows, G·H]; the same where inputs are summed
+  A *grad_state, *hidden;     // [rows, P], [rows, H], where projected
+  size_t bytes;
+
+  BackwardShared(const Recurrent& r, const RecurrentGradients& g, void* memory)
+      : layout(r, g), blocks(parts_of(r.batch, rows_per_block(r.batch))) {
+    Arena arena{static_cast<char*>(memory)};
+    const int64_t rows = chunk_steps(r) * r.batch;
+    grad_h = arena.take<A>(r.batch * r.output_size);
+    grad_c = arena.take<A>(r.cell == CellKind::kLstm ? r.batch * r.hidden_size : 0);
+    block_sums = arena.take<A>(blocks * layout.stride);
+    block_totals = arena.take<A>(blocks * layout.stride);
+    grad_x = arena.take<A>(rows * gate_width(r));
+    grad_wh = r.inputs == Inputs::kSummed ? grad_x : arena.take<A>(rows * gate_width(r));
+    grad_state = arena.take<A>(r.projected ? rows * r.output_size : 0);
+    hidden = arena.take<A>(r.projected ? rows * r.hidden_size : 0);
+    bytes = arena.used;
+  }
+};
+
+// The rows of a chunk of steps.
+template <typename T>
+struct Chunk {
+  int64_t first, last;  // steps
+  int64_t base;         // its first row among all rows
+  int64_t rows;
+
+  Chunk(const Recurrent& r, int64_t chunk) {
+    const Rows<T> all{r};
+    first = chunk * chunk_steps(r);
+    last = least(r.steps, first + chunk_steps(r));
+    base = all.first(r.reverse ? last - 1 : first);
+    rows = 0;
+    for (int64_t k = first; k < last; ++k) rows += all.count(k);
+  }
+};
+
+// Working memory of the steps.
+template <typename T>
+struct BackwardScratch {
+  using A = Accumulate<T>;
+  A *x, *h, *stats;  // of the rows of a chunk, where forward did not keep them
+  A* grad_hidden;    // [rows, H], where projected
+  T* zeros;
+  LeftRows<T> inputs, states;
+  A **to_x, **to_h, **to;
+  const A** left;
+  A *row_x, *row_h, *gates, *cell;
+  size_t shared_bytes, own_bytes;
+
+  BackwardScratch(const Recurrent& r, int64_t rows, Arena shared, Arena own)
+      : x(shared.take<A>(again(r, rows) * gate_width(r))),
+        h(shared.take<A>(r.inputs == Inputs::kSummed ? 0 : again(r, rows) * gate_width(r))),
+        stats(shared.take<A>(again(r, rows) * 2 * r.gates)),
+        grad_hidden(shared.take<A>(r.projected ? rows * r.hidden_size : 0)),
+        zeros(own.take<T>(r.hidden_size)),
+        inputs(shared, own, again(r, rows), r.input_size),
+        states(shared, own, again(r, rows), r.output_size),
+        to_x(own.take<A*>(again(r, rows))),
+        to_h(own.take<A*>(again(r, rows))),
+        to(own.take<A*>(rows)),
+        left(own.take<const A*>(rows)),
+        row_x(own.take<A>(gate_width(r))),
+        row_h(own.take<A>(gate_width(r))),
+        gates(own.take<A>(4 * r.hidden_size)),
+        cell(own.take<A>(r.hidden_size)),
+        shared_bytes((shared.used + 63) / 64 * 64),
+        own_bytes((own.used + 63) / 64 * 64) {}
+
+ private:
+  // Rows of a chunk that are computed again.
+  static int64_t again(const Recurrent& r, int64_t rows) {
+    return r.saved_x == nullptr ? chunk_steps(r) * rows : 0;
+  }
+};
+
+template <typename T>
+class Backward {
+ public:
+  using A = Accumulate<T>;
+
+  Backward(const Recurrent& r, const RecurrentGradients& g, const void* prepared, void* shared,
+           void* scratch, int64_t chunk, int64_t row_begin, int64_t row_end, Team& team, int rank)
+      : r_(r),
+        g_(g),
+        rows_{r},
+        groups_(groups_of(r)),
+        weights_(r, true, const_cast<void*>(prepared)),
+        shared_(r, g, shared),
+        s_(scratch_of<BackwardScratch<T>>(r, row_end - row_begin, scratch, rank)),
+        chunk_(r, chunk),
+        begin_(row_begin),
+        end_(row_end),
+        team_(team),
+        rank_(rank) {}
+
+  void run() {
+    std::memset(s_.zeros, 0, static_cast<size_t>(r_.hidden_size) * sizeof(T));
+    mine_ = own_rows();
+    if (chunk_.last == r_.steps) begin_state();
+    int64_t computed = 0;
+    if (r_.saved_x == nullptr) computed = compute_again();
+    for (int64_t k = chunk_.last - 1; k >= chunk_.first; --k) {
+      computed -= count(k);
+      step(k, computed);
+    }
+    for (int64_t n = mine_.begin; n < mine_.end; n = block_end(n)) close_block(n);
+  }
+
+ private:
+  const Recurrent& r_;
+  const RecurrentGradients& g_;
+  Rows<T> rows_;
+  Groups groups_;
+  Prepared<T> weights_;
+  BackwardShared<T> shared_;
+  BackwardScratch<T> s_;
+  Chunk<T> chunk_;
+  int64_t begin_, end_;
+  Team& team_;
+  int rank_;
+  Share mine_{};  // rows of the batch whose steps this member computes: whole blocks
+
+  [[nodiscard]] int64_t per_block() const { return rows_per_block(r_.batch); }
+  [[nodiscard]] int64_t block_end(int64_t n) const {
+    return least(mine_.end, (n / per_block() + 1) * per_block());
+  }
+  [[nodiscard]] Share own_rows() const {
+    const int64_t first = begin_ / per_block();
+    const Share blocks =
+        share_of(parts_of(end_, per_block()) - first, rank_, team_.size());
+    return {least(end_, (first + blocks.begin) * per_block()),
+            least(end_, (first + blocks.end) * per_block())};
+  }
+  [[nodiscard]] int64_t count(int64_t k) const {
+    const int64_t end = least(end_, rows_.count(k));
+    return end > begin_ ? end - begin_ : 0;
+  }
+  [[nodiscard]] Share share(int64_t all) const { return share_of(all, rank_, team_.size()); }
+  [[nodiscard]] A* grad_h(int64_t n) const { return shared_.grad_h + n * r_.output_size; }
+  [[nodiscard]] A* grad_c(int64_t n) const { return shared_.grad_c + n * r_.hidden_size; }
+
+  static void widen_row(const void* from, int64_t at, A* to, int64_t count) {
+    const auto* const row = static_cast<const T*>(from) + at;
+    each_vector<A>(count, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+      put(to + i, get(row + i, part), part);
+    });
+  }
+
+  void begin_state() {
+    const auto zero = [](A* row, int64_t count) {
+      std::memset(row, 0, static_cast<size_t>(count) * sizeof(A));
+    };
+    const int64_t stride = shared_.layout.stride;
+    for (int64_t n = mine_.begin; n < mine_.end; n = block_end(n)) {
+      zero(shared_.block_sums + n / per_block() * stride, stride);
+      zero(shared_.block_totals + n / per_block() * stride, stride);
+    }
+    for (int64_t n = mine_.begin; n < mine_.end; ++n) {
+      zero(grad_h(n), r_.output_size);
+      if (r_.cell == CellKind::kLstm) zero(grad_c(n), r_.hidden_size);
+      if (g_.grad_hn != nullptr)
+        widen_row(g_.grad_hn, n * r_.output_size, grad_h(n), r_.output_size);
+      if (g_.grad_cn != nullptr)
+        widen_row(g_.grad_cn, n * r_.hidden_size, grad_c(n), r_.hidden_size);
+    }
+    team_.wait();
+  }
+
+  // x and h of the chunk's rows, once more as forward had them. Returns the rows.
+  int64_t compute_again() {
+    const int64_t width = gate_width(r_);
+    const bool summed = r_.inputs == Inputs::kSummed;
+    int64_t all = 0;
+    for (int64_t k = chunk_.first; k < chunk_.last; ++k) all += count(k);
+    const Share mine = share(all);
+    int64_t i = 0;
+    for (int64_t k = chunk_.first; k < chunk_.last; ++k) {
+      for (int64_t n = begin_; n < begin_ + count(k); ++n, ++i) {
+        const bool own = i >= mine.begin && i < mine.end;
+        s_.inputs.set(i, rows_.input(k, n), own);
+        s_.states.set(i, rows_.h_prev(k, n, s_.zeros), own);
+        s_.to_x[i] = s_.x + i * width;
+        s_.to_h[i] = summed ? s_.to_x[i] : s_.h + i * width;
+      }
+    }
+    team_.wait();
+    const Share panels = share(weights_.ih.panels());
+    product(all, s_.inputs.rows, weights_.ih, weights_.bias_x, false, s_.to_x, panels.begin,
+            panels.end);
+    product(all, s_.states.rows, weights_.hh, weights_.bias_h, summed, s_.to_h, panels.begin,
+            panels.end);
+    team_.wait();
+    for (i = mine.begin; i < mine.end; ++i) {
+      RowStep<T> row{};
+      row.x = s_.to_x[i];
+      row.h = s_.to_h[i];
+      row.stats = s_.stats + i * 2 * r_.gates;
+      if (r_.inputs == Inputs::kSeparate)
+        normalize_groups(r_, groups_, 0, groups_.count, row.x, row.stats);
+      normalize_step<T>(r_, groups_, weights_.vectors, row);
+    }
+    team_.wait();
+    return all;
+  }
+
+  // Step k; its rows are those from `computed` on, where x and h were computed again.
+  void step(int64_t k, int64_t computed) {
+    const int64_t active = count(k);
+    if (active == 0) return;
+    const int64_t at = rows_.first(k) - chunk_.base;  // of the step's rows in the chunk
+    const int64_t width = gate_width(r_);
+    const Share rows{mine_.begin, least(mine_.end, begin_ + active)};
+    for (int64_t n = rows.begin; n < rows.end; ++n) {
+      if (g_.grad_output != nullptr) add_output(rows_.first(k) + n, grad_h(n));
+      if (r_.projected)
+        std::memcpy(shared_.grad_state + (at + n) * r_.output_size, grad_h(n),
+                    static_cast<size_t>(r_.output_size) * sizeof(A));
+    }
+    if (r_.projected) {
+      team_.wait();
+      back_product(active, weights_.hr_back, false, [&](int64_t i) { return grad_h(begin_ + i); },
+                   [&](int64_t i) { return s_.grad_hidden + i * r_.hidden_size; });
+      team_.wait();
+    }
+    for (int64_t n = rows.begin; n < rows.end; ++n)
+      row_backward(k, n, at + n, computed + n - begin_);
+    team_.wait();
+    back_product(active, weights_.hh_back, r_.cell == CellKind::kGru,
+                 [&](int64_t i) { return shared_.grad_wh + (at + begin_ + i) * width; },
+                 [&](int64_t i) { return grad_h(begin_ + i); });
+    team_.wait();
+    for (int64_t n = rows.begin; n < rows.end; ++n) {
+      if (!rows_.reset(k, n)) continue;
+      std::memset(grad_h(n), 0, static_cast<size_t>(r_.output_size) * sizeof(A));
+      if (r_.cell == CellKind::kLstm)
+        std::memset(grad_c(n), 0, static_cast<size_t>(r_.hidden_size) * sizeof(A));
+    }
+  }
+
+  void add_output(int64_t row, A* sum) const {
+    const auto* const grad = static_cast<const T*>(g_.grad_output) + row * r_.output_size;
+    each_vector<A>(r_.output_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+      add_to<A>(sum + i, get(grad + i, part), part);
+    });
+  }
+
+  template <typename From, typename To>
+  void back_product(int64_t active, const Packed<Numbers<A>>& weights, bool add, const From& from,
+                    const To& to) {
+    for (int64_t i = 0; i < active; ++i) {
+      s_.left[i] = from(i);
+      s_.to[i] = to(i);
+    }
+    const Share panels = share(weights.panels());
+    product(active, s_.left, weights, static_cast<const A*>(nullptr), add, s_.to, panels.begin,
+            panels.end);
+  }
+
+  // Row n of step k, which is row `at` of the chunk, and row `computed` of what was computed again.
+  void row_backward(int64_t k, int64_t n, int64_t at, int64_t computed) {
+    const int64_t row = rows_.first(k) + n;
+    const int64_t width = gate_width(r_);
+    const int64_t size = r_.hidden_size;
+    RowGradient<T> step{};
+    if (r_.saved_x == nullptr) {
+      step.x = s_.to_x[computed];
+      step.h = s_.to_h[computed];
+      step.stats = s_.stats + computed * 2 * r_.gates;
+    } else {
+      saved_row(row, step);
+    }
+    step.h_prev = rows_.h_prev(k, n, s_.zeros);
+    step.grad_hidden = r_.projected ? s_.grad_hidden + (n - begin_) * size : grad_h(n);
+    step.grad_direct = grad_h(n);
+    if (r_.cell == CellKind::kLstm) {
+      step.c_prev = rows_.c_prev(k, n, s_.zeros);
+      step.grad_c = grad_c(n);
+    }
+    step.grad_x = shared_.grad_x + at * width;
+    step.grad_h = shared_.grad_wh + at * width;
+    step.hidden = r_.projected ? shared_.hidden + at * size : nullptr;
+    step.gates = s_.gates;
+    step.cell = s_.cell;
+    const auto sums =
+        shared_.layout.at(shared_.block_sums + n / per_block() * shared_.layout.stride);
+    cell_backward<T>(r_, groups_, weights_.vectors, sums, step);
+  }
+
+  void saved_row(int64_t row, RowGradient<T>& step) {
+    const int64_t width = gate_width(r_);
+    const bool two = r_.inputs == Inputs::kSeparate;
+    step.stats = static_cast<const A*>(r_.saved_stats) + row * (two ? 2 : 1) * groups_.count;
+    if constexpr (std::is_same_v<T, A>) {
+      step.x = static_cast<const A*>(r_.saved_x) + row * width;
+      if (two) step.h = static_cast<const A*>(r_.saved_h) + row * width;
+    } else {
+      widen_row(r_.saved_x, row * width, s_.row_x, width);
+      if (two) widen_row(r_.saved_h, row * width, s_.row_h, width);
+      step.x = s_.row_x;
+      step.h = s_.row_h;
+    }
+    if (r_.inputs != Inputs::kLate) return;
+    const int64_t size = r_.hidden_size;
+    widen_row(r_.saved_h, row * size, s_.row_h + 2 * size, size);
+    step.h = s_.row_h;
+  }
+
+  // Adds the chunk's sums of the block that row n is in to those of the chunks before.
+  void close_block(int64_t n) {
+    const int64_t at = n / per_block() * shared_.layout.stride;
+    add_row(shared_.block_totals + at, shared_.block_sums + at, shared_.layout.stride);
+    std::memset(shared_.block_sums + at, 0,
+                static_cast<size_t>(shared_.layout.stride) * sizeof(A));
+  }
+};
+
+// ---- sums over the rows of a chunk ----
+
+// The large products of a chunk. Their parts are tiles of rows of the result.
+enum Sum { kSumWeightIh, kSumWeightHh, kSumWeightHr, kSumInput };
+static_assert(kSumInput + 1 == kSumKinds);
+
+template <typename T>
+struct ChunkSums {
+  using A = Accumulate<T>;
+  const Recurrent& r;
+  const RecurrentGradients& g;
+  BackwardShared<T> shared;
+  Chunk<T> chunk;
+  Rows<T> rows{r};
+
+  ChunkSums(const Recurrent& all, const RecurrentGradients& gradients, void* memory, int64_t which)
+      : r(all), g(gradients), shared(all, gradients, memory), chunk(all, which) {}
+
+  // Rows of the result; 0 where it is not wanted.
+  [[nodiscard]] int64_t result_rows(Sum sum) const {
+    switch (sum) {
+      case kSumWeightIh:
+        return g.weight_ih != nullptr ? gate_width(r) : 0;
+      case kSumWeightHh:
+        return g.weight_hh != nullptr ? gate_width(r) : 0;
+      case kSumWeightHr:
+        return g.weight_hr != nullptr ? r.output_size : 0;
+      default:
+        return g.grad_input != nullptr ? chunk.rows : 0;
+    }
+  }
+  [[nodiscard]] int64_t parts(Sum sum) const { return parts_of(result_rows(sum), kTileRows); }
+
+  static size_t bytes(const Recurrent& r) {
+    const int64_t rows = chunk_steps(r) * r.batch;
+    const int64_t width = gate_width(r) > r.output_size ? gate_width(r) : r.output_size;
+    Arena arena{nullptr};
+    arena.take<A>(parts_of(width, kTileRows) * kTileRows * rows);
+    arena.take<A>(rows * kPanel<A>);
+    arena.take<const T*>(rows);
+    arena.take<A>(kTileRows * r.input_size);
+    return arena.used + r.hidden_size * sizeof(T) + 256;
+  }
+
+  void run(Sum sum, const void* prepared, void* scratch, int64_t begin, int64_t end) const {
+    const int64_t row_end = least(end * kTileRows, result_rows(sum));
+    if (sum == kSumInput)
+      return to_input(prepared, scratch, begin * kTileRows, row_end);
+    const int64_t width = gate_width(r);
+    Arena arena{static_cast<char*>(scratch)};
+    auto* const zeros = arena.take<T>(r.hidden_size);
+    std::memset(zeros, 0, static_cast<size_t>(r.hidden_size) * sizeof(T));
+    const Share part{begin * kTileRows, row_end};
+    if (sum == kSumWeightHr) {
+      const auto right = [&](int64_t i) { return shared.hidden + i * r.hidden_size; };
+      return outer<A>(arena, shared.grad_state, r.output_size, part, right, r.hidden_size,
+                      g.weight_hr);
+    }
+    auto** const right = arena.take<const T*>(chunk.rows);
+    for (int64_t k = chunk.first; k < chunk.last; ++k) {
+      for (int64_t n = 0; n < rows.count(k); ++n)
+        right[rows.first(k) - chunk.base + n] =
+            sum == kSumWeightIh ? rows.input(k, n) : rows.h_prev(k, n, zeros);
+    }
+    const auto row = [&](int64_t i) { return right[i]; };
+    if (sum == kSumWeightIh)
+      outer<T>(arena, shared.grad_x, width, part, row, r.input_size, g.weight_ih);
+    else
+      outer<T>(arena, shared.grad_wh, width, part, row, r.output_size, g.weight_hh);
+  }
+
+  // result[i, :] += sum over the chunk's rows k of left[k, i]·right(k)[:], for the rows in `part`.
+  template <typename Right, typename Row>
+  void outer(Arena arena, const A* left, int64_t left_width, Share part, const Row& right,
+             int64_t columns, void* result) const {
+    const int64_t depth = chunk.rows;
+    const int64_t height = part.end - part.begin;
+    const int64_t tiles = parts_of(height, kTileRows);
+    A* const packed = arena.take<A>(tiles * kTileRows * depth);
+    A* const panel = arena.take<A>(depth * kPanel<A>);
+    for (int64_t i = 0; i < tiles; ++i)
+      pack_rows<kTileRows, A>(
+          depth, [&](int64_t k) { return left + k * left_width; }, part.begin + i * kTileRows,
+          least(kTileRows, height - i * kTileRows), packed + i * kTileRows * depth);
+    for (int64_t column = 0; column < columns; column += kPanel<A>) {
+      const int64_t count = least(kPanel<A>, columns - column);
+      pack_rows<kPanel<A>, Right>(depth, right, column, count, panel);
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int tile_rows = static_cast<int>(least(kTileRows, height - i * kTileRows));
+        const A* a[kTileRows];
+        A* c[kTileRows];
+        for (int q = 0; q < tile_rows; ++q) {
+          a[q] = packed + i * kTileRows * depth + q;
+          c[q] = static_cast<A*>(result) + (part.begin + i * kTileRows + q) * columns + column;
+        }
+        for (int64_t k = 0; k < depth; k += Numbers<A>::kBlock) {
+          const A* block[kTileRows];
+          for (int q = 0; q < tile_rows; ++q) block[q] = a[q] + k * kTileRows;
+          tile_of<Numbers<A>, kTileRows>(tile_rows, block, panel + k * kPanel<A>,
+                                         least(Numbers<A>::kBlock, depth - k), c, c, count);
+        }
+      }
+    }
+  }
+
+  // grad_input = grad_x·W_ih for the chunk's rows [begin, end).
+  void to_input(const void* prepared, void* scratch, int64_t begin, int64_t end) const {
+    const Prepared<T> weights(r, true, const_cast<void*>(prepared));
+    Arena arena{static_cast<char*>(scratch)};
+    A* const wide = arena.take<A>(kTileRows * r.input_size);
+    constexpr int64_t kMost = 96;  // rows for each reading of the weights
+    constexpr bool kSame = std::is_same_v<T, A>;
+    constexpr int64_t kStep = kSame ? kMost : kTileRows;
+    for (int64_t first = begin; first < end; first += kStep) {
+      const int64_t count = least(kStep, end - first);
+      const A* left[kStep];
+      A* to[kStep];
+      for (int64_t i = 0; i < count; ++i) {
+        left[i] = shared.grad_x + (first + i) * gate_width(r);
+        if constexpr (kSame)
+          to[i] = static_cast<T*>(g.grad_input) + (chunk.base + first + i) * r.input_size;
+        else
+          to[i] = wide + i * r.input_size;
+      }
+      product(count, left, weights.ih_back, static_cast<const A*>(nullptr), false, to, 0,
+              weights.ih_back.panels());
+      if constexpr (!kSame) {
+        for (int64_t i = 0; i < count; ++i) {
+          T* const row = static_cast<T*>(g.grad_input) + (chunk.base + first + i) * r.input_size;
+          each_vector<A>(r.input_size, [&](int64_t j, auto part) LAYERNORM_LAMBDA {
+            put(row + j, get(to[i] + j, part), part);
+          });
+        }
+      }
+    }
+  }
+};
+
+// Gradients of the initial state, and of gains and biases from the sums of the blocks.
+template <typename T>
+void finish_backward(const Recurrent& r, const RecurrentGradients& g, void* memory) {
+  using A = Accumulate<T>;
+  const BackwardShared<T> shared(r, g, memory);
+  const auto narrow_all = [](const A* from, void* to, int64_t count) {
+    if (to == nullptr) return;
+    each_vector<A>(count, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+      put(static_cast<T*>(to) + i, get(from + i, part), part);
+    });
+  };
+  narrow_all(shared.grad_h, g.grad_h0, r.batch * r.output_size);
+  narrow_all(shared.grad_c, g.grad_c0, r.batch * r.hidden_size);
+  void* const to[] = {g.gain_ih,   g.gain_hh,   g.bias,    g.bias_hn,
+                      g.gain_cell, g.bias_cell, g.bias_ih, g.bias_hh};
+  const A* from = shared.block_totals;
+  for (int v = 0; v < BlockSums<A>::kVectors; ++v) {
+    const int64_t size = shared.layout.sizes[v];
+    each_vector<A>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+      auto sum = get(from + i, part);
+      for (int64_t block = 1; block < shared.blocks; ++block)
+        sum += get(from + block * shared.layout.stride + i, part);
+      put(static_cast<A*>(to[v]) + i, sum, part);
+    });
+    from += parts_of(size, 16) * 16;
+  }
+}
+
+}  // namespace layernorm::LAYERNORM_ISA

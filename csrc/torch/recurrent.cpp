@@ -1,0 +1,502 @@
+// The recurrent operators on CPU tensors: checks, allocates, and lets PyTorch's threads run the
+// kernels.
+#include "recurrent.hpp"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "../huge_pages.hpp"
+#include "parallel.hpp"
+
+namespace layernorm {
+namespace {
+
+// The member of an enumeration that has this name in a list of all.
+template <typename Enum, size_t kCount>
+Enum named(std::string_view word, const char* what, const std::string_view (&names)[kCount]) {
+  const auto* const found = std::find(std::begin(names), std::end(names), word);
+  TORCH_CHECK(found != std::end(names), "layernorm: ", what, " must be one of ",
+              at::ArrayRef<std::string_view>(names), "; got ", word);
+  return static_cast<Enum>(found - std::begin(names));
+}
+
+ElementType element_type(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return kElementFloat32;
+    case at::kDouble:
+      return kElementFloat64;
+    case at::kBFloat16:
+      return kElementBFloat16;
+    default:
+      return kElementFloat16;
+  }
+}
+
+void read_spec(const RecurrentInputs& inputs, Recurrent& r) {
+  static constexpr std::string_view kCells[] = {"lstm", "gru", "rnn_tanh", "rnn_relu"};
+  static constexpr std::string_view kKinds[] = {"layer", "rms", "none"};
+  static constexpr std::string_view kInputs[] = {"separate", "summed"};
+  static constexpr std::string_view kScopes[] = {"matrix", "all", "gate"};
+  static constexpr std::string_view kCellNorms[] = {"output", "carried", "none"};
+  const int cell = named<int>(inputs.cell, "cell", kCells);
+  r.relu = cell == 3;
+  r.cell = static_cast<CellKind>(std::min(cell, 2));
+  r.norm = named<NormKind>(inputs.kind, "kind", kKinds);
+  r.scope = named<Scope>(inputs.scope, "scope", kScopes);
+  r.cell_norm = named<CellNorm>(inputs.cell_norm, "cell_norm", kCellNorms);
+  r.inputs = named<Inputs>(inputs.inputs, "inputs", kInputs);
+  r.gates = r.cell == CellKind::kLstm ? 4 : r.cell == CellKind::kGru ? 3 : 1;
+  const bool gru = r.cell == CellKind::kGru;
+  if (r.norm == NormKind::kNone) {
+    // Nothing distinguishes the products but the candidate of a GRU.
+    r.inputs = gru ? Inputs::kSeparate : Inputs::kSummed;
+    r.cell_norm = CellNorm::kNone;
+  } else if (gru && r.inputs == Inputs::kSummed && r.scope != Scope::kAll) {
+    r.inputs = Inputs::kLate;
+  }
+  r.eps = inputs.eps;
+  r.reverse = inputs.reverse;
+}
+
+void* data_of(const Tensor& tensor) {
+  return tensor.defined() && tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr;
+}
+const void* data_of(const OptionalTensor& tensor) {
+  return tensor && tensor->defined() ? tensor->const_data_ptr() : nullptr;
+}
+
+}  // namespace
+
+Tensor scratch(size_t bytes) {
+  const Tensor memory = at::empty({static_cast<int64_t>(bytes)}, at::kByte);
+  want_huge_pages(memory.mutable_data_ptr(), bytes);
+  return memory;
+}
+
+Tensor RecurrentLayer::allocate_computed(at::IntArrayRef sizes) const {
+  return at::empty(sizes, options.dtype(computed));
+}
+
+const void* RecurrentLayer::hold(const OptionalTensor& tensor, const char* name,
+                                 at::IntArrayRef shape) {
+  if (!tensor || !tensor->defined()) return nullptr;
+  TORCH_CHECK(tensor->sizes() == shape, "layernorm: ", name, " must be of shape ", shape, ", got ",
+              tensor->sizes());
+  TORCH_CHECK(tensor->scalar_type() == options.dtype().toScalarType() &&
+                  tensor->device().is_cpu() && tensor->layout() == at::kStrided,
+              "layernorm: ", name, " must be a strided tensor of the input's dtype ",
+              options.dtype(), " on the CPU, got ", tensor->scalar_type(), " on ",
+              tensor->device());
+  if (tensor->is_contiguous()) return tensor->const_data_ptr();
+  held_.push_back(tensor->contiguous());
+  return held_.back().const_data_ptr();
+}
+
+RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
+  read_spec(inputs, r);
+  const Tensor& input = inputs.input;
+  const bool packed = inputs.batch_sizes.has_value();
+  TORCH_CHECK(is_supported(input.scalar_type()) && input.device().is_cpu() &&
+                  input.layout() == at::kStrided && input.dim() == (packed ? 2 : 3),
+              "layernorm: input must be a strided tensor of ", packed ? 2 : 3,
+              " dimensions on the CPU, of float32, float64, bfloat16 or float16; got ",
+              input.sizes(), " of ", input.scalar_type(), " on ", input.device());
+  options = input.options();
+  computed = computed_type(input.scalar_type());
+  kernels = &(*capability().recurrences)[element_type(input.scalar_type())];
+  TORCH_CHECK(inputs.weights.size() == kWeights, "layernorm: weights must be a list of ",
+              static_cast<int>(kWeights), ", got ", inputs.weights.size());
+  const auto& weight_ih = inputs.weights[kWeightIh];
+  const auto& weight_hh = inputs.weights[kWeightHh];
+  TORCH_CHECK(weight_ih && weight_hh && weight_ih->dim() == 2 && weight_hh->dim() == 2 &&
+                  weight_hh->size(0) > 0 && weight_hh->size(0) % r.gates == 0 &&
+                  weight_hh->size(1) > 0,
+              "layernorm: weight_ih and weight_hh must be matrices of ", r.gates,
+              " times hidden_size rows");
+  r.input_size = input.size(-1);
+  r.hidden_size = weight_hh->size(0) / r.gates;
+  r.output_size = weight_hh->size(1);
+  r.projected = inputs.weights[kWeightHr].has_value();
+  TORCH_CHECK(r.projected ? r.cell == CellKind::kLstm && r.output_size <= r.hidden_size
+                          : r.output_size == r.hidden_size,
+              "layernorm: weight_hh must have hidden_size=", r.hidden_size,
+              " columns, or those of weight_hr's rows; got ", r.output_size);
+  const int64_t width = r.gates * r.hidden_size;
+  if (packed) {
+    batch_sizes_ = *inputs.batch_sizes;
+    r.steps = static_cast<int64_t>(batch_sizes_.size());
+    r.batch = batch_sizes_.empty() ? 0 : batch_sizes_[0];
+    int64_t before = r.batch;
+    for (const int64_t size : batch_sizes_) {
+      TORCH_CHECK(size > 0 && size <= before,
+                  "layernorm: batch_sizes must be positive and not increasing, got ",
+                  *inputs.batch_sizes);
+      step_offsets_.push_back(rows);
+      rows += size;
+      before = size;
+    }
+    TORCH_CHECK(rows == input.size(0), "layernorm: batch_sizes must sum to the input's rows ",
+                input.size(0), ", got ", *inputs.batch_sizes);
+    r.batch_sizes = batch_sizes_.data();
+    r.step_offsets = step_offsets_.data();
+  } else {
+    r.steps = input.size(0);
+    r.batch = input.size(1);
+    rows = r.steps * r.batch;
+  }
+  TORCH_CHECK(r.steps > 0, "layernorm: Expected sequence length to be larger than 0 in RNN");
+  const bool in_place = input.size(-1) <= 1 || input.stride(-1) == 1;
+  held_.push_back(in_place ? input : input.contiguous());
+  const Tensor& read = held_.back();
+  r.input = read.const_data_ptr();
+  r.input_row_stride = read.stride(packed ? 0 : 1);
+  r.input_step_stride = packed ? 0 : read.stride(0);
+
+  const auto weight = [&](Weight which, const char* name, at::IntArrayRef shape) {
+    return hold(inputs.weights[which], name, shape);
+  };
+  r.weight_ih = weight(kWeightIh, "weight_ih", {width, r.input_size});
+  r.weight_hh = weight(kWeightHh, "weight_hh", {width, r.output_size});
+  r.weight_hr = weight(kWeightHr, "weight_hr", {r.output_size, r.hidden_size});
+  r.bias_ih = weight(kBiasIh, "bias_ih", width);
+  r.bias_hh = weight(kBiasHh, "bias_hh", width);
+  r.gain_ih = weight(kGainIh, "gain_ih", width);
+  r.gain_hh = weight(kGainHh, "gain_hh", width);
+  r.bias = weight(kBias, "bias", width);
+  r.bias_hn = weight(kBiasHn, "bias_hn", r.hidden_size);
+  r.gain_cell = weight(kGainCell, "gain_cell", r.hidden_size);
+  r.bias_cell = weight(kBiasCell, "bias_cell", r.hidden_size);
+  // A gradient is summed where the parameter is used, and nowhere else.
+  const bool two = r.inputs == Inputs::kSeparate && r.norm != NormKind::kNone;
+  const bool normed = r.norm != NormKind::kNone;
+  const bool cell_normed = r.cell == CellKind::kLstm && r.cell_norm != CellNorm::kNone;
+  TORCH_CHECK((normed || (!r.gain_ih && !r.bias)) && (two || !r.gain_hh) &&
+                  ((two && r.cell == CellKind::kGru) || !r.bias_hn) &&
+                  (cell_normed || (!r.gain_cell && !r.bias_cell)),
+              "layernorm: weights has a gain or bias that this variant does not have");
+
+  r.h0 = hold(inputs.h, "h", {r.batch, r.output_size});
+  if (r.cell == CellKind::kLstm) {
+    TORCH_CHECK(inputs.c && inputs.c->defined(), "layernorm: an LSTM's state has a cell, c");
+    r.c0 = hold(*inputs.c, "c", {r.batch, r.hidden_size});
+  }
+  if (inputs.resets && inputs.resets->defined()) {
+    const Tensor& resets = *inputs.resets;
+    TORCH_CHECK(resets.scalar_type() == at::kBool && resets.device().is_cpu() &&
+                    resets.sizes() == input.sizes().slice(0, input.dim() - 1),
+                "layernorm: resets must be bool, of the input's shape but for the features");
+    held_.push_back(resets.contiguous());
+    r.resets = static_cast<const uint8_t*>(held_.back().const_data_ptr());
+  }
+}
+
+std::vector<int64_t> RecurrentLayer::output_shape() const {
+  if (packed()) return {rows, r.output_size};
+  return {r.steps, r.batch, r.output_size};
+}
+
+Saved RecurrentLayer::keep(bool recompute) {
+  Saved saved;
+  const Tensor none = at::empty({0}, options);
+  const bool separate = r.inputs == Inputs::kSeparate;
+  saved.c = r.cell == CellKind::kLstm ? allocate({rows, r.hidden_size}) : none;
+  saved.x = recompute ? none : allocate({rows, r.gates * r.hidden_size});
+  saved.h = recompute || saved_h_width(r) == 0 ? none : allocate({rows, saved_h_width(r)});
+  saved.stats = recompute ? at::empty({0}, options.dtype(computed))
+                          : allocate_computed({rows, statistics_of(r) * (separate ? 2 : 1)});
+  for (const auto& tensor : {saved.x, saved.h, saved.c})
+    if (tensor.numel() > 0) want_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
+  use(saved);
+  return saved;
+}
+
+void RecurrentLayer::use(const Saved& saved) {
+  held_.insert(held_.end(), {saved.x, saved.h, saved.c, saved.stats});
+  r.saved_x = data_of(saved.x);
+  r.saved_h = data_of(saved.h);
+  r.saved_c = data_of(saved.c);
+  r.saved_stats = data_of(saved.stats);
+}
+
+Tensor prepare(const RecurrentLayer& layer, bool backward) {
+  const auto& r = layer.r;
+  const auto& kernels = *layer.kernels;
+  Tensor prepared = scratch(kernels.prepared_bytes(r, backward));
+  void* const memory = prepared.mutable_data_ptr();
+  const int64_t parts = kernels.prepare_parts(r, backward);
+  in_parallel(parts, r.gates * r.hidden_size * (r.input_size + r.output_size) / parts,
+              [&](int64_t begin, int64_t end) {
+                kernels.prepare(r, backward, memory, begin, end);
+              });
+  return prepared;
+}
+
+namespace {
+
+// How the rows of the batch are shared: in ranges of whole units that never meet, or all of them by
+// all members of one team, who share the columns of the products.
+struct Plan {
+  int64_t ranges = 1;  // of rows
+  int64_t unit = 1;    // rows that stay together
+  int members = 1;     // of a team
+  int64_t units = 1;
+
+  [[nodiscard]] int64_t begin(const Recurrent& r, int64_t range) const {
+    return std::min(r.batch, units * range / ranges * unit);
+  }
+};
+
+Plan plan(const RecurrentLayer& layer, int64_t unit) {
+  const auto& r = layer.r;
+  Plan plan;
+  plan.unit = unit;
+  plan.units = (r.batch + unit - 1) / unit;
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t width = r.gates * r.hidden_size;
+  const int64_t products = layer.rows * width * (r.input_size + r.output_size);
+  constexpr int64_t kWorthAThread = int64_t{1} << 21;       // about 40 us
+  constexpr int64_t kWorthABarrier = int64_t{1} << 17;  // 2 us a step of one row
+  if (threads == 1 || products < kWorthAThread) return plan;
+  // A few rows by themselves cost a reading of the weights, as all of them do.
+  constexpr int64_t kFewRows = 4;
+  if (r.batch < kFewRows * threads && width * r.output_size >= kWorthABarrier)
+    plan.members = threads;
+  else
+    plan.ranges = std::min<int64_t>(threads, plan.units);
+  return plan;
+}
+
+// Calls run(row_begin, row_end, scratch, team, rank) as planned; bytes(rows, members) of scratch
+// memory are handed to each team.
+template <typename Bytes, typename Run>
+void run_planned(const Recurrent& r, const Plan& plan, const Bytes& bytes, const Run& run) {
+  if (plan.members > 1) {
+    const Tensor memory = scratch(bytes(r.batch, plan.members));
+    void* const data = memory.mutable_data_ptr();
+    Team team(plan.members);
+    in_parallel_parts(plan.members, 1, [&](int64_t, int64_t) {
+      const int rank = team.join();
+      if (rank >= 0) run(0, r.batch, data, team, rank);
+    });
+    return;
+  }
+  size_t each = 0;
+  for (int64_t i = 0; i < plan.ranges; ++i) {
+    const int64_t count = plan.begin(r, i + 1) - plan.begin(r, i);
+    if (count > 0) each = std::max(each, (bytes(count, 1) + 63) / 64 * 64);
+  }
+  const Tensor memory = scratch(each * static_cast<size_t>(plan.ranges));
+  auto* const data = static_cast<char*>(memory.mutable_data_ptr());
+  in_parallel_parts(plan.ranges, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      Team alone(1);
+      if (plan.begin(r, i) < plan.begin(r, i + 1))
+        run(plan.begin(r, i), plan.begin(r, i + 1), data + each * static_cast<size_t>(i), alone, 0);
+    }
+  });
+}
+
+RecurrentInputs inputs_of(LAYERNORM_RECURRENT_ARGUMENTS) {
+  RecurrentInputs all;
+  all.input = input;
+  all.h = h;
+  all.c = c;
+  all.weights.reserve(weights.size());
+  for (const std::optional<Tensor> one : weights) all.weights.push_back(one);
+  all.resets = resets;
+  if (batch_sizes.has_value()) all.batch_sizes = batch_sizes->vec();
+  all.cell = cell;
+  all.kind = kind;
+  all.inputs = inputs;
+  all.scope = scope;
+  all.cell_norm = cell_norm;
+  all.eps = eps;
+  all.reverse = reverse;
+  return all;
+}
+
+RecurrentOutputs run_forward(RecurrentLayer& layer) {
+  const auto& r = layer.r;
+  Tensor output = layer.allocate(layer.output_shape());
+  want_huge_pages(output.mutable_data_ptr(), output.nbytes());
+  Tensor hn = layer.allocate({r.batch, r.output_size});
+  Tensor cn = r.cell == CellKind::kLstm ? layer.allocate({r.batch, r.hidden_size})
+                                        : layer.allocate({0});
+  if (r.batch > 0) layer.forward(output, hn, cn);
+  return {output, hn, cn};
+}
+
+}  // namespace
+
+void RecurrentLayer::forward(const Tensor& output, const Tensor& hn, const Tensor& cn) {
+  r.output = output.mutable_data_ptr();
+  r.hn = hn.mutable_data_ptr();
+  r.cn = cn.mutable_data_ptr();
+  const Tensor prepared = prepare(*this, false);
+  const void* const weights = prepared.const_data_ptr();
+  run_planned(
+      r, plan(*this, 1),
+      [&](int64_t count, int members) { return kernels->forward_bytes(r, count, members); },
+      [&](int64_t begin, int64_t end, void* memory, Team& team, int rank) {
+        kernels->forward(r, weights, memory, begin, end, team, rank);
+      });
+}
+
+namespace {
+
+RecurrentOutputs recurrent(LAYERNORM_RECURRENT_ARGUMENTS, bool /*recompute*/) {
+  RecurrentLayer layer(inputs_of(input, h, c, weights, resets, batch_sizes, cell, kind, inputs,
+                                 scope, cell_norm, eps, reverse));
+  return run_forward(layer);
+}
+
+RecurrentForwardOutputs recurrent_forward(LAYERNORM_RECURRENT_ARGUMENTS, bool recompute) {
+  RecurrentLayer layer(inputs_of(input, h, c, weights, resets, batch_sizes, cell, kind, inputs,
+                                 scope, cell_norm, eps, reverse));
+  const Saved saved = layer.keep(recompute);
+  const auto [output, hn, cn] = run_forward(layer);
+  return {output, hn, cn, saved.x, saved.h, saved.c, saved.stats};
+}
+
+// Gradients in the type computed in, and what takes them to the type of the parameter.
+struct Found {
+  Tensor grad_input, grad_h, grad_c;
+  std::array<Tensor, kWeights> weights;
+};
+
+Found allocate_gradients(const RecurrentLayer& layer, const RecurrentInputs& inputs,
+                         const std::array<bool, 3 + kWeights>& wanted, RecurrentGradients& g) {
+  const auto& r = layer.r;
+  Found found;
+  if (wanted[0]) found.grad_input = layer.allocate(inputs.input.sizes());
+  if (wanted[1]) found.grad_h = layer.allocate({r.batch, r.output_size});
+  if (wanted[2] && r.cell == CellKind::kLstm)
+    found.grad_c = layer.allocate({r.batch, r.hidden_size});
+  g.grad_input = data_of(found.grad_input);
+  g.grad_h0 = data_of(found.grad_h);
+  g.grad_c0 = data_of(found.grad_c);
+  void** const to[kWeights] = {&g.weight_ih, &g.weight_hh, &g.weight_hr, &g.bias_ih,
+                               &g.bias_hh,   &g.gain_ih,   &g.gain_hh,   &g.bias,
+                               &g.bias_hn,   &g.gain_cell, &g.bias_cell};
+  for (int i = 0; i < kWeights; ++i) {
+    if (!wanted[3 + i] || !inputs.weights[i]) continue;
+    const auto sizes = inputs.weights[i]->sizes();
+    const auto type = layer.options.dtype(layer.computed);
+    found.weights[i] = sizes.size() == 2 || layer.rows == 0 ? at::zeros(sizes, type)
+                                                            : at::empty(sizes, type);
+    *to[i] = found.weights[i].mutable_data_ptr();
+  }
+  return found;
+}
+
+void run_backward(const RecurrentLayer& layer, const RecurrentGradients& g) {
+  const auto& r = layer.r;
+  const auto& kernels = *layer.kernels;
+  const Tensor prepared = prepare(layer, true);
+  const void* const weights = prepared.const_data_ptr();
+  const Tensor shared_memory = scratch(kernels.shared_bytes(r, g));
+  void* const shared = shared_memory.mutable_data_ptr();
+  const Plan rows = plan(layer, rows_per_block(r.batch));
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const size_t sum_bytes = (kernels.sum_bytes(r) + 63) / 64 * 64;
+  const Tensor sum_memory = scratch(sum_bytes * static_cast<size_t>(threads));
+  const int64_t steps = kernels.chunk_steps(r);
+  for (int64_t chunk = (r.steps + steps - 1) / steps - 1; chunk >= 0; --chunk) {
+    run_planned(
+        r, rows,
+        [&](int64_t count, int members) { return kernels.backward_bytes(r, count, members); },
+        [&](int64_t begin, int64_t end, void* memory, Team& team, int rank) {
+          kernels.backward_steps(r, g, weights, shared, memory, chunk, begin, end, team, rank);
+        });
+    for (int kind = 0; kind < kSumKinds; ++kind) {
+      const int64_t parts = kernels.sum_parts(r, g, shared, chunk, kind);
+      if (parts == 0) continue;
+      std::atomic<int> callers{0};
+      const int64_t elements = steps * r.batch * (r.input_size + r.output_size);
+      in_parallel(parts, elements, [&](int64_t begin, int64_t end) {
+        const int caller = callers.fetch_add(1);
+        Tensor more;  // should there be more callers than threads
+        if (caller >= threads) more = scratch(sum_bytes);
+        auto* const memory = caller < threads
+                                 ? static_cast<char*>(sum_memory.mutable_data_ptr()) +
+                                       sum_bytes * static_cast<size_t>(caller)
+                                 : static_cast<char*>(more.mutable_data_ptr());
+        kernels.sum(r, g, weights, shared, memory, chunk, kind, begin, end);
+      });
+    }
+  }
+  kernels.finish(r, g, shared);
+}
+
+RecurrentGrads recurrent_backward(LAYERNORM_RECURRENT_ARGUMENTS, const OptionalTensor& grad_output,
+                                  const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                  const Tensor& output, const Tensor& saved_x,
+                                  const Tensor& saved_h, const Tensor& saved_c,
+                                  const Tensor& saved_stats,
+                                  std::array<bool, 3 + kWeights> wanted) {
+  const auto all = inputs_of(input, h, c, weights, resets, batch_sizes, cell, kind, inputs, scope,
+                             cell_norm, eps, reverse);
+  RecurrentLayer layer(all);
+  auto& r = layer.r;
+  const auto contiguous = [&](const OptionalTensor& grad, at::IntArrayRef shape, const char* name) {
+    if (!grad || !grad->defined()) return Tensor();
+    TORCH_CHECK(grad->sizes() == shape && grad->scalar_type() == input.scalar_type() &&
+                    grad->device().is_cpu(),
+                "layernorm: ", name, " must be of shape ", shape, " and dtype ",
+                input.scalar_type(), ", got ", grad->sizes(), " of ", grad->scalar_type());
+    return grad->contiguous();
+  };
+  const Tensor from_output = contiguous(grad_output, layer.output_shape(), "grad_output");
+  const Tensor from_h = contiguous(grad_h, {r.batch, r.output_size}, "grad_h");
+  Tensor from_c;
+  if (r.cell == CellKind::kLstm)
+    from_c = contiguous(grad_c, {r.batch, r.hidden_size}, "grad_c");
+  // What forward returned, or nothing.
+  const int64_t width = r.gates * r.hidden_size;
+  const bool recompute = saved_x.numel() == 0;
+  const int64_t kept_h = recompute ? 0 : layer.rows * saved_h_width(r);
+  const int64_t kept_stats =
+      recompute ? 0
+                : layer.rows * statistics_of(r) * (r.inputs == Inputs::kSeparate ? 2 : 1);
+  const auto is_kept = [&](const Tensor& tensor, int64_t count, at::ScalarType type) {
+    return tensor.numel() == count && tensor.scalar_type() == type && tensor.is_contiguous();
+  };
+  const auto type = input.scalar_type();
+  TORCH_CHECK(is_kept(output, layer.rows * r.output_size, type) &&
+                  (recompute || is_kept(saved_x, layer.rows * width, type)) &&
+                  is_kept(saved_h, kept_h, type) &&
+                  is_kept(saved_c, r.cell == CellKind::kLstm ? layer.rows * r.hidden_size : 0,
+                          type) &&
+                  is_kept(saved_stats, kept_stats, layer.computed),
+              "layernorm: output and the saved tensors must be those that recurrent_forward "
+              "returned");
+  layer.use({saved_x, saved_h, saved_c, saved_stats});
+  r.output = output.data_ptr();
+  RecurrentGradients g{};
+  g.grad_output = data_of(OptionalTensor(from_output));
+  g.grad_hn = data_of(OptionalTensor(from_h));
+  g.grad_cn = data_of(OptionalTensor(from_c));
+  const Found found = allocate_gradients(layer, all, wanted, g);
+  if (layer.rows > 0) run_backward(layer, g);
+  const Tensor none = at::empty({0}, input.options());
+  std::vector<Tensor> grads;
+  grads.reserve(kWeights);
+  for (const auto& grad : found.weights)
+    grads.push_back(grad.defined() ? grad.to(input.scalar_type()) : none);
+  const auto given = [&](const Tensor& grad) { return grad.defined() ? grad : none; };
+  return {given(found.grad_input), given(found.grad_h), given(found.grad_c), grads};
+}
+
+TORCH_LIBRARY_IMPL(layernorm, CPU, library) {
+  library.impl("recurrent", recurrent);
+  library.impl("recurrent_forward", recurrent_forward);
+  library.impl("recurrent_backward", recurrent_backward);
+}
+
+}  // namespace
+}  // namespace layernorm

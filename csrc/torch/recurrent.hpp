@@ -1,0 +1,139 @@
+// The recurrent operators as PyTorch's dispatcher knows them, and a layer as the kernels see it.
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/ops/empty.h>
+
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "../capability.hpp"
+#include "operators.hpp"
+
+namespace layernorm {
+
+using OptionalTensors = c10::List<std::optional<Tensor>>;
+
+// A layer's parameters, in this order in every list of them.
+enum Weight {
+  kWeightIh,
+  kWeightHh,
+  kWeightHr,
+  kBiasIh,
+  kBiasHh,
+  kGainIh,  // where inputs are summed, the one gain
+  kGainHh,
+  kBias,
+  kBiasHn,
+  kGainCell,
+  kBiasCell,
+  kWeights,
+};
+
+// What is computed, in the words of src/layernorm/variants.py.
+struct RecurrentSpec {
+  std::string_view cell, kind, inputs, scope, cell_norm;
+  double eps;
+  bool reverse;
+};
+
+// The arguments of every recurrent operator but the gradients.
+struct RecurrentInputs {
+  Tensor input, h;
+  OptionalTensor c;
+  std::vector<OptionalTensor> weights;  // [kWeights]
+  OptionalTensor resets;
+  std::optional<std::vector<int64_t>> batch_sizes;
+  std::string cell, kind, inputs, scope, cell_norm;
+  double eps = 0;
+  bool reverse = false;
+};
+
+// What forward keeps for backward.
+struct Saved {
+  Tensor x, h, c, stats;
+};
+
+// A layer with its memory: whatever `r` points to is held by the tensors beside it.
+class RecurrentLayer {
+ public:
+  explicit RecurrentLayer(const RecurrentInputs& inputs);
+
+  Recurrent r{};
+  const RecurrentKernels* kernels;
+  at::TensorOptions options;  // of the elements
+  at::ScalarType computed;    // the type computed in
+  int64_t rows = 0;           // of all steps
+
+  [[nodiscard]] bool packed() const { return r.batch_sizes != nullptr; }
+  [[nodiscard]] std::vector<int64_t> output_shape() const;
+  Tensor allocate(at::IntArrayRef sizes) const { return at::empty(sizes, options); }
+  Tensor allocate_computed(at::IntArrayRef sizes) const;
+
+  // Allocates what is kept for backward: c, and unless it is to be computed again all else.
+  Saved keep(bool recompute);
+  void use(const Saved& saved);
+  // Runs forward into these tensors.
+  void forward(const Tensor& output, const Tensor& hn, const Tensor& cn);
+
+ private:
+  std::vector<Tensor> held_;
+  std::vector<int64_t> batch_sizes_, step_offsets_;
+
+  const void* hold(const OptionalTensor& tensor, const char* name, at::IntArrayRef shape);
+};
+
+// Bytes of uninitialized memory.
+Tensor scratch(size_t bytes);
+// The type that gradients of parameters are summed in.
+inline at::ScalarType computed_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+// Prepares the parameters of a layer.
+Tensor prepare(const RecurrentLayer& layer, bool backward);
+
+#define LAYERNORM_RECURRENT_ARGUMENTS                                                            \
+  const Tensor &input, const Tensor &h, const OptionalTensor &c, const OptionalTensors &weights, \
+      const OptionalTensor &resets, at::OptionalIntArrayRef batch_sizes, std::string_view cell,  \
+      std::string_view kind, std::string_view inputs, std::string_view scope,                    \
+      std::string_view cell_norm, double eps, bool reverse
+
+using RecurrentOutputs = std::tuple<Tensor, Tensor, Tensor>;
+using RecurrentForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using RecurrentGrads = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
+
+using RecurrentOp = RecurrentOutputs(LAYERNORM_RECURRENT_ARGUMENTS, bool recompute);
+using RecurrentForwardOp = RecurrentForwardOutputs(LAYERNORM_RECURRENT_ARGUMENTS, bool recompute);
+using RecurrentBackwardOp = RecurrentGrads(LAYERNORM_RECURRENT_ARGUMENTS,
+                                           const OptionalTensor& grad_output,
+                                           const OptionalTensor& grad_h,
+                                           const OptionalTensor& grad_c, const Tensor& output,
+                                           const Tensor& saved_x, const Tensor& saved_h,
+                                           const Tensor& saved_c, const Tensor& saved_stats,
+                                           std::array<bool, 3 + kWeights> wanted);
+using RecurrentCompositeBackwardOp = RecurrentGrads(LAYERNORM_RECURRENT_ARGUMENTS,
+                                                    const OptionalTensor& grad_output,
+                                                    const OptionalTensor& grad_h,
+                                                    const OptionalTensor& grad_c,
+                                                    std::array<bool, 3 + kWeights> wanted);
+
+inline const auto& recurrent_op() {
+  static const auto op = find<RecurrentOp>("layernorm::recurrent");
+  return op;
+}
+inline const auto& recurrent_forward_op() {
+  static const auto op = find<RecurrentForwardOp>("layernorm::recurrent_forward");
+  return op;
+}
+inline const auto& recurrent_backward_op() {
+  static const auto op = find<RecurrentBackwardOp>("layernorm::recurrent_backward");
+  return op;
+}
+inline const auto& recurrent_composite_backward_op() {
+  static const auto op =
+      find<RecurrentCompositeBackwardOp>("layernorm::recurrent_composite_backward");
+  return op;
+}
+
+}  // namespace layernorm

@@ -1,0 +1,139 @@
+// The derivative of the recurrent operator: a node of PyTorch's own kind.
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include "recurrent.hpp"
+
+namespace layernorm {
+namespace {
+
+using torch::autograd::SavedVariable;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+// Edges: input, h, c, weights. Inputs of the node: the gradients of output, h and c.
+struct RecurrentNode : torch::autograd::Node {
+  static constexpr size_t kEdges = 3 + kWeights;
+
+  SavedVariable input, h, c, output, resets;
+  SavedVariable saved_x, saved_h, saved_c, saved_stats;
+  std::array<SavedVariable, kWeights> weights;
+  std::array<bool, kWeights> has_weight{};
+  bool has_c = false;
+  bool has_resets = false;
+  std::optional<std::vector<int64_t>> batch_sizes;
+  std::string cell, kind, inputs, scope, cell_norm;
+  double eps = 0;
+  bool reverse = false;
+
+  [[nodiscard]] std::string name() const override { return "LayerNormRecurrentBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* saved :
+         {&input, &h, &c, &output, &resets, &saved_x, &saved_h, &saved_c, &saved_stats})
+      saved->reset_data();
+    for (auto& weight : weights) weight.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list result(kEdges);
+    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
+    OptionalTensors all;
+    all.reserve(kWeights);
+    std::array<bool, kEdges> wanted{};
+    for (size_t i = 0; i < 3; ++i) wanted[i] = task_should_compute_output(i) && (i < 2 || has_c);
+    for (size_t i = 0; i < kWeights; ++i) {
+      wanted[3 + i] = has_weight[i] && task_should_compute_output(3 + i);
+      all.push_back(has_weight[i] ? std::optional<Tensor>(weights[i].unpack()) : std::nullopt);
+    }
+    const auto optional = [](const Tensor& tensor) {
+      return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+    };
+    const OptionalTensor from_output = optional(grads[0]);
+    const OptionalTensor from_h = optional(grads[1]);
+    const OptionalTensor from_c = has_c ? optional(grads[2]) : std::nullopt;
+    const Tensor x = input.unpack();
+    const Tensor h0 = h.unpack();
+    const OptionalTensor c0 = has_c ? OptionalTensor(c.unpack()) : std::nullopt;
+    const OptionalTensor mask = has_resets ? OptionalTensor(resets.unpack()) : std::nullopt;
+    const at::OptionalIntArrayRef sizes =
+        batch_sizes ? at::OptionalIntArrayRef(*batch_sizes) : at::OptionalIntArrayRef();
+    const auto found =
+        at::GradMode::is_enabled()
+            ? recurrent_composite_backward_op().call(x, h0, c0, all, mask, sizes, cell, kind,
+                                                     inputs, scope, cell_norm, eps, reverse,
+                                                     from_output, from_h, from_c, wanted)
+            : recurrent_backward_op().call(
+                  x, h0, c0, all, mask, sizes, cell, kind, inputs, scope, cell_norm, eps, reverse,
+                  from_output, from_h, from_c, output.unpack(getptr()), saved_x.unpack(),
+                  saved_h.unpack(), saved_c.unpack(), saved_stats.unpack(), wanted);
+    const auto& [grad_input, grad_h, grad_c, grad_weights] = found;
+    if (wanted[0]) result[0] = grad_input;
+    if (wanted[1]) result[1] = grad_h;
+    if (wanted[2]) result[2] = grad_c;
+    for (size_t i = 0; i < kWeights; ++i)
+      if (wanted[3 + i]) result[3 + i] = grad_weights[i];
+    return result;
+  }
+};
+
+RecurrentOutputs recurrent_autograd(LAYERNORM_RECURRENT_ARGUMENTS, bool recompute) {
+  variable_list edges{input, h, c.value_or(Tensor())};
+  for (const std::optional<Tensor> weight : weights) edges.push_back(weight.value_or(Tensor()));
+  for (const auto& edge : edges)
+    TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(edge),
+                                "layernorm: the compiled recurrent kernels have no forward-mode "
+                                "derivative; use layernorm.backends.use(\"reference\")");
+  if (!torch::autograd::compute_requires_grad(edges)) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return recurrent_op().call(input, h, c, weights, resets, batch_sizes, cell, kind, inputs, scope,
+                               cell_norm, eps, reverse, recompute);
+  }
+  TORCH_CHECK(edges.size() == RecurrentNode::kEdges, "layernorm: weights must be a list of ",
+              static_cast<int>(kWeights), ", got ", weights.size());
+  const auto node = c10::make_intrusive<RecurrentNode>();
+  node->set_next_edges(torch::autograd::collect_next_edges(edges));
+  RecurrentForwardOutputs found;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    found = recurrent_forward_op().call(input, h, c, weights, resets, batch_sizes, cell, kind,
+                                        inputs, scope, cell_norm, eps, reverse, recompute);
+  }
+  auto& [output, hn, cn, saved_x, saved_h, saved_c, saved_stats] = found;
+  node->has_c = c.has_value() && cell == "lstm";
+  torch::autograd::set_history({output, hn, cn}, node);
+  node->input = SavedVariable(input, false);
+  node->h = SavedVariable(h, false);
+  node->c = SavedVariable(edges[2], false);
+  node->output = SavedVariable(output, true);
+  node->has_resets = resets.has_value();
+  node->resets = SavedVariable(resets.value_or(Tensor()), false);
+  node->saved_x = SavedVariable(saved_x, false);
+  node->saved_h = SavedVariable(saved_h, false);
+  node->saved_c = SavedVariable(saved_c, false);
+  node->saved_stats = SavedVariable(saved_stats, false);
+  for (size_t i = 0; i < kWeights; ++i) {
+    node->has_weight[i] = edges[3 + i].defined();
+    node->weights[i] = SavedVariable(edges[3 + i], false);
+  }
+  if (batch_sizes.has_value()) node->batch_sizes = batch_sizes->vec();
+  node->cell = cell;
+  node->kind = kind;
+  node->inputs = inputs;
+  node->scope = scope;
+  node->cell_norm = cell_norm;
+  node->eps = eps;
+  node->reverse = reverse;
+  return {output, hn, cn};
+}
+
+TORCH_LIBRARY_IMPL(layernorm, AutogradCPU, library) {
+  library.impl("recurrent", recurrent_autograd);
+}
+
+}  // namespace
+}  // namespace layernorm

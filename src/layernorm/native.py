@@ -1,0 +1,101 @@
+"""The compiled recurrent kernels, with the names and signatures of ``layernorm.reference``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from layernorm import ops
+from layernorm.variants import Variant
+
+Weights = Mapping[str, Tensor]
+
+
+def lstm(
+    input: Tensor,
+    state: tuple[Tensor, Tensor],
+    weights: Weights,
+    variant: Variant,
+    *,
+    reverse: bool = False,
+    batch_sizes: Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """``layernorm.reference.lstm`` by the compiled kernel."""
+    output, h, c = _recurrent("lstm", input, state, weights, variant, reverse, batch_sizes, resets, recompute)
+    return output, (h, c)
+
+
+def gru(
+    input: Tensor,
+    state: Tensor,
+    weights: Weights,
+    variant: Variant,
+    *,
+    reverse: bool = False,
+    batch_sizes: Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``layernorm.reference.gru`` by the compiled kernel."""
+    output, h, _ = _recurrent(
+        "gru", input, (state,), weights, variant, reverse, batch_sizes, resets, recompute
+    )
+    return output, h
+
+
+def rnn(
+    input: Tensor,
+    state: Tensor,
+    weights: Weights,
+    variant: Variant,
+    *,
+    nonlinearity: str = "tanh",
+    reverse: bool = False,
+    batch_sizes: Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``layernorm.reference.rnn`` by the compiled kernel."""
+    output, h, _ = _recurrent(
+        f"rnn_{nonlinearity}", input, (state,), weights, variant, reverse, batch_sizes, resets, recompute
+    )
+    return output, h
+
+
+def listed(weights: Weights, variant: Variant) -> list[Tensor | None]:
+    """The parameters in the order in which the operators list them."""
+    summed = variant.kind != "none" and variant.inputs == "summed"
+    return [weights.get("gain" if summed and name == "gain_ih" else name) for name in ops.WEIGHTS]
+
+
+def spec(variant: Variant) -> tuple[str, str, str, str, float]:
+    """The variant as the operators take it: kind, inputs, scope, cell norm and eps."""
+    return variant.kind, variant.inputs, variant.scope, variant.cell, variant.eps
+
+
+def _recurrent(
+    cell: str,
+    input: Tensor,
+    state: Sequence[Tensor],
+    weights: Weights,
+    variant: Variant,
+    reverse: bool,
+    batch_sizes: Sequence[int] | None,
+    resets: Tensor | None,
+    recompute: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors: list[Tensor | None] = [input, state[0], state[1] if len(state) > 1 else None]
+    tensors += listed(weights, variant)
+    if torch.is_autocast_enabled("cpu"):  # as torch.nn's do: everything in the lower precision
+        dtype = torch.get_autocast_dtype("cpu")
+        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    x, h, c, *parameters = tensors
+    sizes = None if batch_sizes is None else list(batch_sizes)
+    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.layernorm.recurrent(
+        x, h, c, parameters, resets, sizes, cell, *spec(variant), reverse, recompute
+    )
+    return outputs
