@@ -1,8 +1,9 @@
-// Vectors of sigmoid and tanh.
+// Sigmoid and tanh of several vectors in step: each is a long chain of dependent instructions, and
+// chains side by side fill the time that one waits.
 //
-// Both come from one exponential of a number that is not positive, and so neither overflows. The
-// error is at most 2 units in the last place for sigmoid and 3 for tanh in float, 2 and 3 in double,
-// over all of their range, denormal results aside (tests/test_recurrent_kernels.py). A NaN stays one.
+// Both come from one exponential. In float the error is at most 3 units in the last place for
+// sigmoid and tanh, in double likewise, over all of their range but denormal results
+// (tests/test_recurrent_kernels.py). A NaN stays one.
 #pragma once
 
 #include "simd.hpp"
@@ -15,80 +16,103 @@ struct Exponential;
 template <>
 struct Exponential<float> {
   using Bits = uint32_t;
-  static constexpr int kDegree = 7;  // the rest of the series is below 2^-26 of the sum
   static constexpr int kMantissa = 23;
-  static constexpr float kLeast = -87.0F;     // below, 2^n would be denormal
+  static constexpr float kMost = 87.0F;         // beyond, 2^n would not be a normal number
   static constexpr float kRounder = 0x1.8p23F;  // a sum with it is rounded to an integer
   static constexpr Bits kBias = 127;
   static constexpr float kLog2High = 0x1.62e4p-1F, kLog2Low = 0x1.7f7d1cp-20F;
+  // (e^r - 1 - r)/r^2 within 1.4e-8 of r for |r| <= log(2)/2: by linear programming.
+  static constexpr float kSeries[] = {0.5F, 0x1.5554aep-3F, 0x1.555486p-5F, 0x1.12288p-7F,
+                                      0x1.6d99c2p-10F};
 };
 template <>
 struct Exponential<double> {
   using Bits = uint64_t;
-  static constexpr int kDegree = 13;
   static constexpr int kMantissa = 52;
-  static constexpr double kLeast = -708.0;
+  static constexpr double kMost = 708.0;
   static constexpr double kRounder = 0x1.8p52;
   static constexpr Bits kBias = 1023;
   static constexpr double kLog2High = 0x1.62e42feep-1, kLog2Low = 0x1.a39ef35793c76p-33;
+  // Taylor's: 1/2!, 1/3!, ...
+  static constexpr double kSeries[] = {1.0 / 2,         1.0 / 6,          1.0 / 24,
+                                       1.0 / 120,       1.0 / 720,        1.0 / 5040,
+                                       1.0 / 40320,     1.0 / 362880,     1.0 / 3628800,
+                                       1.0 / 39916800,  1.0 / 479001600,  1.0 / 6227020800};
 };
 
+// 2^n and e^r - 1 with n·log 2 + r = y, for y between -kMost and kMost.
 template <typename A, int k>
-inline constexpr A kInverseFactorial = kInverseFactorial<A, k - 1> / A(k);
-template <typename A>
-inline constexpr A kInverseFactorial<A, 0> = A(1);
-
-// The terms of the exponential series from r^k/k! on, divided by r^k.
-template <typename A, int k>
-LAYERNORM_INLINE Vec<A> series(Vec<A> r) {
-  if constexpr (k == Exponential<A>::kDegree)
-    return splat(kInverseFactorial<A, k>);
-  else
-    return fma(series<A, k + 1>(r), r, splat(kInverseFactorial<A, k>));
-}
-
-// 2^n and e^r - 1 with n·log 2 + r = y, for y <= 0.
-template <typename A>
 struct Power {
-  Vec<A> scale;
-  Vec<A> rest;
+  Part<A, k> scale;
+  Part<A, k> rest;
 };
-template <typename A>
-LAYERNORM_INLINE Power<A> power(Vec<A> y) {
+template <typename A, int k>
+LAYERNORM_INLINE Power<A, k> power(const Part<A, k>& y) {
   using E = Exponential<A>;
   using Bits = Vec<typename E::Bits>;
-  y = y < splat(E::kLeast) ? splat(E::kLeast) : y;
-  const Vec<A> shifted = fma(y, splat(A(1.4426950408889634)), splat(E::kRounder));
-  const Vec<A> n = shifted - splat(E::kRounder);
-  const Vec<A> r = fma(n, splat(-E::kLog2Low), fma(n, splat(-E::kLog2High), y));
-  const Bits scale = (reinterpret_cast<Bits>(shifted) + E::kBias) << E::kMantissa;
-  return {reinterpret_cast<Vec<A>>(scale), fma(r * r, series<A, 2>(r), r)};
+  const auto shifted = fma(y, A(1.4426950408889634), A(E::kRounder));
+  const auto n = shifted - E::kRounder;
+  const auto r = fma(n, -E::kLog2Low, fma(n, -E::kLog2High, y));
+  constexpr int kTerms = sizeof E::kSeries / sizeof(A);
+  auto sum = each<A, k>([&](int) { return splat(E::kSeries[kTerms - 1]); });
+#pragma GCC unroll 16
+  for (int term = kTerms - 2; term >= 0; --term)
+    sum = each<A, k>([&](int i) { return fma(sum.v[i], r.v[i], splat(E::kSeries[term])); });
+  const auto scale = each<A, k>([&](int i) {
+    return reinterpret_cast<Vec<A>>((reinterpret_cast<Bits>(shifted.v[i]) + E::kBias)
+                                    << E::kMantissa);
+  });
+  return {scale, fma(r * r, sum, r)};
 }
 
 template <typename A>
-LAYERNORM_INLINE Vec<A> minus_magnitude(Vec<A> v) {
+inline constexpr auto kSignBit = typename Exponential<A>::Bits{1} << (8 * sizeof(A) - 1);
+
+// Between -kMost and kMost, with the sign turned.
+template <typename A>
+LAYERNORM_INLINE Vec<A> minus_bounded(Vec<A> x) {
+  constexpr A kMost = Exponential<A>::kMost;
+  return at_least(at_most(-x, kMost), -kMost);
+}
+// -2|x|, at least -kMost.
+template <typename A>
+LAYERNORM_INLINE Vec<A> minus_twice_magnitude(Vec<A> x) {
   using Bits = Vec<typename Exponential<A>::Bits>;
-  constexpr auto kSign = typename Exponential<A>::Bits{1} << (8 * sizeof(A) - 1);
-  return reinterpret_cast<Vec<A>>(reinterpret_cast<Bits>(v) | kSign);
+  const auto less = reinterpret_cast<Vec<A>>(reinterpret_cast<Bits>(x) | kSignBit<A>);
+  return at_least(less + less, -Exponential<A>::kMost);
 }
-
+// tanh from e^-2|x| - 1, which is exact to the last places near 0 too, where scale is 1.
 template <typename A>
-LAYERNORM_INLINE Vec<A> sigmoid(Vec<A> x) {
-  const auto p = power<A>(minus_magnitude<A>(x));
-  const Vec<A> e = fma(p.rest, p.scale, p.scale);
-  return (x < Vec<A>{} ? e : splat(A{1})) / (splat(A{1}) + e);
-}
-
-template <typename A>
-LAYERNORM_INLINE Vec<A> tanh(Vec<A> x) {
+LAYERNORM_INLINE Vec<A> tanh_from(Vec<A> x, Vec<A> less) {
   using Bits = Vec<typename Exponential<A>::Bits>;
-  constexpr auto kSign = typename Exponential<A>::Bits{1} << (8 * sizeof(A) - 1);
-  const auto p = power<A>(minus_magnitude<A>(x) * splat(A{2}));
-  // e^-2|x| - 1, exact to the last places near 0 too, where scale is 1.
-  const Vec<A> less = fma(p.rest, p.scale, p.scale - splat(A{1}));
   const Vec<A> magnitude = less / (splat(A{-2}) - less);
-  return reinterpret_cast<Vec<A>>((reinterpret_cast<Bits>(magnitude) & ~kSign) |
-                                  (reinterpret_cast<Bits>(x) & kSign));
+  return reinterpret_cast<Vec<A>>((reinterpret_cast<Bits>(magnitude) & ~kSignBit<A>) |
+                                  (reinterpret_cast<Bits>(x) & kSignBit<A>));
+}
+
+// Of each vector of x the sigmoid, or where its bit in kTanh is set the tanh.
+template <unsigned kTanh, typename A, int k>
+LAYERNORM_INLINE Part<A, k> activation(const Part<A, k>& x) {
+  const auto is_tanh = [](int i) { return (kTanh >> i & 1U) != 0; };
+  const auto y = each<A, k>([&](int i) {
+    return is_tanh(i) ? minus_twice_magnitude<A>(x.v[i]) : minus_bounded<A>(x.v[i]);
+  });
+  const auto p = power<A, k>(y);
+  const auto e = each<A, k>([&](int i) {
+    const Vec<A> base = is_tanh(i) ? p.scale.v[i] - splat(A{1}) : p.scale.v[i];
+    return fma(p.rest.v[i], p.scale.v[i], base);
+  });
+  return each<A, k>([&](int i) {
+    return is_tanh(i) ? tanh_from<A>(x.v[i], e.v[i]) : splat(A{1}) / (splat(A{1}) + e.v[i]);
+  });
+}
+template <typename A, int k>
+LAYERNORM_INLINE Part<A, k> sigmoid(const Part<A, k>& x) {
+  return activation<0U, A, k>(x);
+}
+template <typename A, int k>
+LAYERNORM_INLINE Part<A, k> tanh(const Part<A, k>& x) {
+  return activation<~0U, A, k>(x);
 }
 
 }  // namespace layernorm::LAYERNORM_ISA

@@ -30,224 +30,306 @@ struct RowGradient {
   A* cell;               // [H]
 };
 
+// Backward reads rows that were kept long ago: while one is computed, the next may be fetched.
+template <bool kTwo>
+LAYERNORM_INLINE void fetch_next(const Recurrent& r, const auto& row, int64_t i) {
+  for (int64_t k = i; k < r.gates * r.hidden_size; k += r.hidden_size) {
+    __builtin_prefetch(row.x + r.gates * r.hidden_size + k);
+    if constexpr (kTwo) __builtin_prefetch(row.h + r.gates * r.hidden_size + k);
+  }
+}
+
 template <typename A>
-LAYERNORM_INLINE void add_to(A* sum, Vec<A> v, auto part) {
-  put(sum, get(sum, part) + v, part);
+LAYERNORM_INLINE void add_to(A* sum, const auto& a, auto part) {
+  if (sum != nullptr) put(sum, load(sum, part) + a, part);
+}
+template <typename A>
+LAYERNORM_INLINE void add_product_to(A* sum, const auto& a, const auto& b, auto part) {
+  if (sum != nullptr) put(sum, fma(a, b, load(sum, part)), part);
+}
+// Where element k of a row of sums is, if there is such a row.
+template <typename A>
+LAYERNORM_INLINE A* at(A* sums, int64_t k) {
+  return sums == nullptr ? nullptr : sums + k;
 }
 template <typename A>
 void add_row(A* sum, const A* row, int64_t count) {
   if (sum == nullptr) return;
-  each_vector<A>(count, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-    add_to<A>(sum + i, get(row + i, part), part);
+  each_block<A, 4>(count, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    add_to(sum + i, load(row + i, part), part);
   });
 }
 
-// What the norm's statistics take from t, the gradient of the normalized n: with them
-// rstd·(t - along_one - n·along_n) is the gradient of what was normalized.
+// Of the gradient t of a normalized n: sums of t and of t·n.
+template <typename A>
+struct NormSums {
+  Vec<A> t = {}, tn = {};
+  template <int k>
+  LAYERNORM_INLINE void add(const Part<A, k>& some_t, const Part<A, k>& n) {
+#pragma GCC unroll 4
+    for (int i = 0; i < k; ++i) t += some_t.v[i], tn = fma(some_t.v[i], n.v[i], tn);
+  }
+};
+// What the statistics take from t: rstd·(t - one - n·along) is the gradient of what was normalized.
 template <typename A>
 struct Along {
   A one, n;
 };
 template <typename A>
-Along<A> along(const Recurrent& r, Vec<A> sum_t, Vec<A> sum_tn, int64_t width) {
+Along<A> along(const Recurrent& r, const NormSums<A>* sums, int count, int64_t width) {
+  NormSums<A> all = sums[0];
+  for (int i = 1; i < count; ++i) all.t += sums[i].t, all.tn += sums[i].tn;
   const double inverse = 1.0 / static_cast<double>(width);
   const bool centred = r.norm == NormKind::kLayer;
-  return {centred ? static_cast<A>(static_cast<double>(add_lanes(sum_t)) * inverse) : A{0},
-          static_cast<A>(static_cast<double>(add_lanes(sum_tn)) * inverse)};
+  return {centred ? static_cast<A>(static_cast<double>(add_lanes(all.t)) * inverse) : A{0},
+          static_cast<A>(static_cast<double>(add_lanes(all.tn)) * inverse)};
 }
 
-// Groups [begin, end) of a row: from grad, that of the gates, to that of the products; may be in
-// place. n is the normalized row.
+// In place: from the gradient of the gates to that of the products, over [begin, begin + width).
 template <typename A>
-void groups_backward(const Recurrent& r, const Groups& groups, int begin, int end, const A* grad,
-                     const A* n, const A* gain, const A* rstd, A* sum_gain, A* result) {
-  for (int g = begin; g < end; ++g) {
-    const int64_t from = groups.begin(g);
-    const int64_t width = groups.width(g);
-    Vec<A> sum_t = {};
-    Vec<A> sum_tn = {};
-    each_vector<A>(width, [&](int64_t at, auto part) LAYERNORM_LAMBDA {
-      const int64_t i = from + at;
-      const auto d = get(grad + i, part);
-      const auto v = get(n + i, part);
-      const auto t = d * get(gain + i, part);
-      sum_t += t;
-      sum_tn = fma(t, v, sum_tn);
-      if (sum_gain != nullptr) put(sum_gain + i, fma(d, v, get(sum_gain + i, part)), part);
-    });
-    const auto a = along<A>(r, sum_t, sum_tn, width);
-    each_vector<A>(width, [&](int64_t at, auto part) LAYERNORM_LAMBDA {
-      const int64_t i = from + at;
-      const auto t = fma(get(grad + i, part), get(gain + i, part), splat(-a.one));
-      put(result + i, splat(rstd[g]) * fma(get(n + i, part), splat(-a.n), t), part);
-    });
+void norm_backward(const Along<A>& a, A rstd, const A* n, const A* gain, int64_t begin,
+                   int64_t width, A* grad) {
+  each_block<A, 4>(width, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    const int64_t k = begin + i;
+    const auto t = load(grad + k, part) * load(gain + k, part) - a.one;
+    put(grad + k, fma(load(n + k, part), -a.n, t) * rstd, part);
+  });
+}
+
+// Collects the gradients of the gates of one row, feature by feature, with all sums that they are
+// part of; then takes them through the norms.
+template <typename A, bool kTwo, bool kNorm>
+class GateGradients {
+ public:
+  GateGradients(const Recurrent& r, const Vectors<A>& v, const VectorSums<A>& sums, const auto& row)
+      : r_(r), v_(v), sums_(sums), x_(row.x), h_(row.h), grad_x_(row.grad_x), grad_h_(row.grad_h) {}
+
+  // Feature i of this gate; d_h is that of h's part, where it has one.
+  LAYERNORM_INLINE void add(int gate, int64_t i, const auto& d_x, const auto& d_h, auto part) {
+    const int64_t k = gate * r_.hidden_size + i;
+    put(grad_x_ + k, d_x, part);
+    if constexpr (kTwo) put(grad_h_ + k, d_h, part);
+    if constexpr (kNorm) {
+      add_to(at(sums_.bias, k), d_x, part);
+      const auto x = load(x_ + k, part);
+      add_product_to(at(sums_.gain_x, k), d_x, x, part);
+      of_x_[gate].add(d_x * load(v_.gain_x + k, part), x);
+      if constexpr (kTwo) {
+        const auto h = load(h_ + k, part);
+        add_product_to(at(sums_.gain_h, k), d_h, h, part);
+        of_h_[gate].add(d_h * load(v_.gain_h + k, part), h);
+      }
+    }
   }
-}
 
-// From the gradients of the gates, in grad_x and for separate inputs also in grad_h, to those of the
-// products.
-template <typename T>
-void through_norms(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
-                   const VectorSums<Accumulate<T>>& sums, const RowGradient<T>& row) {
-  add_row(sums.bias, row.grad_x, r.gates * r.hidden_size);
-  if (r.inputs == Inputs::kSeparate)
-    groups_backward(r, groups, 0, groups.count, row.grad_h, row.h, v.gain_h,
-                    row.stats + groups.count, sums.gain_h, row.grad_h);
-  groups_backward(r, groups, 0, groups.count, row.grad_x, row.x, v.gain_x, row.stats, sums.gain_x,
-                  row.grad_x);
-}
+  void finish(const Groups& groups, const A* stats) {
+    through_norms(groups, stats);
+    add_biases();
+  }
+  void through_norms(const Groups& groups, const A* stats) {
+    if constexpr (kNorm) {
+      for (int g = 0; g < groups.count; ++g) {
+        const int64_t begin = groups.begin(g);
+        const int64_t width = groups.width(g);
+        const auto first = begin / r_.hidden_size;
+        const auto count = static_cast<int>(width / r_.hidden_size);
+        norm_backward(along(r_, of_x_ + first, count, width), stats[g], x_, v_.gain_x, begin, width,
+                      grad_x_);
+        if constexpr (kTwo)
+          norm_backward(along(r_, of_h_ + first, count, width), stats[groups.count + g], h_,
+                        v_.gain_h, begin, width, grad_h_);
+      }
+    }
+  }
+  // Of the biases inside the norm.
+  void add_biases() {
+    const int64_t all = r_.gates * r_.hidden_size;
+    add_row(sums_.bias_ih, grad_x_, all);
+    add_row(sums_.bias_hh, grad_h_, all);
+  }
 
-template <typename T, bool kTwo>
-void lstm_backward(const Recurrent& r, const Vectors<Accumulate<T>>& v,
+ private:
+  const Recurrent& r_;
+  const Vectors<A>& v_;
+  const VectorSums<A>& sums_;
+  const A *x_, *h_;
+  A *grad_x_, *grad_h_;
+  NormSums<A> of_x_[4], of_h_[4];
+};
+
+template <typename T, bool kTwo, bool kNorm>
+void lstm_backward(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
                    const VectorSums<Accumulate<T>>& sums, const RowGradient<T>& row) {
   using A = Accumulate<T>;
   const int64_t size = r.hidden_size;
-  const auto one = splat(A{1});
   A* const gates = row.gates;
   A* const cell = row.cell;
   each_vector<A>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-    const auto input = sigmoid<A>(gate_at<A, kTwo>(v, row.x, row.h, i, part));
-    const auto forget = sigmoid<A>(gate_at<A, kTwo>(v, row.x, row.h, size + i, part));
-    const auto candidate = tanh<A>(gate_at<A, kTwo>(v, row.x, row.h, 2 * size + i, part));
-    put(gates + i, input, part);
-    put(gates + size + i, forget, part);
-    put(gates + 2 * size + i, candidate, part);
-    put(gates + 3 * size + i,
-        sigmoid<A>(gate_at<A, kTwo>(v, row.x, row.h, 3 * size + i, part)), part);
-    put(cell + i, rounded<T>(fma(forget, get(row.c_prev + i, part), input * candidate)), part);
+    fetch_next<kTwo>(r, row, i);
+    const auto all = lstm_gates<kTwo, false>(v, row, size, i, part);
+    const auto gate = [&](int which) { return piece<1>(all, which); };
+#pragma GCC unroll 4
+    for (int which = 0; which < 4; ++which) put(gates + which * size + i, gate(which), part);
+    const auto c = fma(gate(1), load(row.c_prev + i, part), gate(0) * gate(2));
+    put(cell + i, rounded<T>(c), part);
   });
   const bool normed = r.cell_norm != CellNorm::kNone;
   const bool carried = r.cell_norm == CellNorm::kCarried;
-  const A rstd = normed ? normalize(r, cell, size) : A{1};
-  // grad_x takes the output gate's gradient, and in the candidate's place for now that of the cell.
-  A* const grad_cell = row.grad_x + 2 * size;
-  Vec<A> sum_t = {};
-  Vec<A> sum_tn = {};
-  each_vector<A>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-    const auto n = get(cell + i, part);
+  RowStats<A> s{A{0}, A{0}, A{1}};
+  A rstd{1};
+  if (normed) measure(r, &cell, 1, size, &s, &rstd);
+  // The output gate's gradient replaces that gate, and in grad_h for now is that of the cell.
+  A* const grad_cell = row.grad_h;
+  NormSums<A> of_cell;
+  each_block<A, 4>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    auto n = load(cell + i, part);
     auto seen = n;
-    if (normed) seen = fma(n, get(v.gain_cell + i, part), get(v.bias_cell + i, part));
-    if (carried) seen = rounded<T>(seen);
-    const auto shown = tanh<A>(seen);
-    const auto output = get(gates + 3 * size + i, part);
-    const auto grad = get(row.grad_hidden + i, part);
-    if (row.hidden != nullptr) put(row.hidden + i, rounded<T>(output * shown), part);
-    put(row.grad_x + 3 * size + i, grad * shown * output * (one - output), part);
-    auto d = grad * output * fma(-shown, shown, one);
-    if (carried || !normed) d += get(row.grad_c + i, part);
     if (normed) {
-      if (sums.gain_cell != nullptr)
-        put(sums.gain_cell + i, fma(d, n, get(sums.gain_cell + i, part)), part);
-      if (sums.bias_cell != nullptr) add_to<A>(sums.bias_cell + i, d, part);
-      d = d * get(v.gain_cell + i, part);
-      sum_t += d;  // 0 beyond the row, as all that was loaded
-      sum_tn = fma(d, n, sum_tn);
+      n = fma(n - s.mean, s.rstd, -s.rest * s.rstd);
+      put(cell + i, n, part);
+      seen = fma(n, load(v.gain_cell + i, part), load(v.bias_cell + i, part));
+    }
+    if (carried) seen = rounded<T>(seen);
+    const auto shown = tanh(seen);
+    const auto output = load(gates + 3 * size + i, part);
+    const auto grad = load(row.grad_hidden + i, part);
+    if (row.hidden != nullptr) put(row.hidden + i, rounded<T>(output * shown), part);
+    put(gates + 3 * size + i, grad * shown * output * one_minus(output), part);
+    auto d = grad * output * one_minus_square(shown);
+    if (carried || !normed) d = d + load(row.grad_c + i, part);
+    if (normed) {
+      add_product_to(at(sums.gain_cell, i), d, n, part);
+      add_to(at(sums.bias_cell, i), d, part);
+      d = d * load(v.gain_cell + i, part);
+      of_cell.add(d, n);
     }
     put(grad_cell + i, d, part);
   });
   Along<A> a{};
-  if (normed) a = along<A>(r, sum_t, sum_tn, size);
+  if (normed) a = along(r, &of_cell, 1, size);
+  GateGradients<A, kTwo, kNorm> gradients(r, v, sums, row);
   each_vector<A>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-    auto d = get(grad_cell + i, part);
-    if (normed) d = splat(rstd) * fma(get(cell + i, part), splat(-a.n), d - splat(a.one));
-    if (normed && !carried) d += get(row.grad_c + i, part);
-    const auto input = get(gates + i, part);
-    const auto forget = get(gates + size + i, part);
-    const auto candidate = get(gates + 2 * size + i, part);
-    put(row.grad_x + i, d * candidate * input * (one - input), part);
-    put(row.grad_x + size + i, d * get(row.c_prev + i, part) * forget * (one - forget), part);
-    put(row.grad_x + 2 * size + i, d * input * fma(-candidate, candidate, one), part);
+    auto d = load(grad_cell + i, part);
+    if (normed) d = fma(load(cell + i, part), -a.n, d - a.one) * rstd;
+    if (normed && !carried) d = d + load(row.grad_c + i, part);
+    const auto gate = [&](int which) { return load(gates + which * size + i, part); };
+    const auto input = gate(0);
+    const auto forget = gate(1);
+    const auto candidate = gate(2);
     put(row.grad_c + i, d * forget, part);
+    const auto of_input = d * candidate * input * one_minus(input);
+    const auto of_forget = d * load(row.c_prev + i, part) * forget * one_minus(forget);
+    const auto of_candidate = d * input * one_minus_square(candidate);
+    const auto of_output = gate(3);
+    gradients.add(0, i, of_input, of_input, part);
+    gradients.add(1, i, of_forget, of_forget, part);
+    gradients.add(2, i, of_candidate, of_candidate, part);
+    gradients.add(3, i, of_output, of_output, part);
   });
-  if (r.inputs == Inputs::kSeparate)
-    std::memcpy(row.grad_h, row.grad_x, static_cast<size_t>(4 * size) * sizeof(A));
+  gradients.finish(groups, row.stats);
 }
 
-template <typename T>
+template <typename T, bool kTwo, bool kNorm>
 void gru_backward(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
                   const VectorSums<Accumulate<T>>& sums, const RowGradient<T>& row) {
   using A = Accumulate<T>;
-  const int64_t size = r.hidden_size;
-  const auto one = splat(A{1});
-  const bool late = r.inputs == Inputs::kLate;
-  const bool two = r.inputs == Inputs::kSeparate;
-  each_vector<A>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-    const auto gates = gru_gates<A>(r, v, row.x, row.h, i, part);
-    const auto grad = get(row.grad_hidden + i, part);
-    const auto z = gates.update;
-    const auto n = gates.candidate;
-    const auto d = grad * (one - z) * fma(-n, n, one);
-    const auto reset_slope = gates.reset * (one - gates.reset);
-    put(row.grad_x + size + i, grad * (get(row.h_prev + i, part) - n) * z * (one - z), part);
+  GateGradients<A, kTwo, kNorm> gradients(r, v, sums, row);
+  each_block<A, 2>(r.hidden_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    const auto gates = gru_gates<false>(r, v, row, i, part);
+    const auto& n = gates.candidate;
+    const auto& z = gates.update;
+    const auto grad = load(row.grad_hidden + i, part);
+    const auto of_update = grad * (load(row.h_prev + i, part) - n) * z * one_minus(z);
     put(row.grad_direct + i, grad * z, part);
-    if (late) {
-      put(row.grad_x + 2 * size + i, d, part);
-      put(row.gates + i, gates.reset, part);
-      return;
-    }
+    const auto d = grad * one_minus(z) * one_minus_square(n);
     const auto through = d * gates.reset;
-    put(row.grad_x + i, d * gates.reset_of * reset_slope, part);
-    put(row.grad_x + 2 * size + i, two ? d : through, part);
-    if (!two) return;
-    put(row.grad_h + 2 * size + i, through, part);
-    if (sums.bias_hn != nullptr) add_to<A>(sums.bias_hn + i, through, part);
+    const auto of_reset = d * gates.reset_of * gates.reset * one_minus(gates.reset);
+    if constexpr (kTwo) add_to(at(sums.bias_hn, i), through, part);
+    gradients.add(0, i, of_reset, of_reset, part);
+    gradients.add(1, i, of_update, of_update, part);
+    gradients.add(2, i, kTwo ? d : through, through, part);
   });
-  if (two) std::memcpy(row.grad_h, row.grad_x, static_cast<size_t>(2 * size) * sizeof(A));
-  if (!late) return through_norms<T>(r, groups, v, sums, row);
-  // The candidate's norm first: the reset gate is inside of it.
-  const int last = groups.count - 1;
-  const int64_t at = 2 * size;
-  if (sums.bias != nullptr) add_row(sums.bias + at, row.grad_x + at, size);
-  groups_backward(r, groups, last, groups.count, row.grad_x, row.x, v.gain_x, row.stats,
-                  sums.gain_x, row.grad_x);
-  each_vector<A>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-    const auto d = get(row.grad_x + at + i, part);
-    const auto reset = get(row.gates + i, part);
-    put(row.grad_x + i, d * get(row.h + at + i, part) * reset * (one - reset), part);
-    put(row.grad_h + at + i, d * reset, part);
-  });
-  add_row(sums.bias, row.grad_x, at);
-  groups_backward(r, groups, 0, last, row.grad_x, row.x, v.gain_x, row.stats, sums.gain_x,
-                  row.grad_x);
-  std::memcpy(row.grad_h, row.grad_x, static_cast<size_t>(at) * sizeof(A));
+  gradients.finish(groups, row.stats);
 }
 
+// Where the candidate is summed after the reset its norm comes first: the reset gate is inside of it.
 template <typename T>
-void rnn_backward(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowGradient<T>& row) {
+void gru_backward_late(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
+                       const VectorSums<Accumulate<T>>& sums, const RowGradient<T>& row) {
   using A = Accumulate<T>;
-  const bool two = r.inputs == Inputs::kSeparate;
-  each_vector<A>(r.hidden_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-    const auto a = two ? gate_at<A, true>(v, row.x, row.h, i, part)
-                       : gate_at<A, false>(v, row.x, row.h, i, part);
-    const auto grad = get(row.grad_hidden + i, part);
-    Vec<A> d;
-    if (r.relu) {
-      d = a <= Vec<A>{} ? Vec<A>{} : grad;
-    } else {
-      const auto hidden = tanh<A>(a);
-      d = grad * fma(-hidden, hidden, splat(A{1}));
-    }
-    put(row.grad_x + i, d, part);
-    if (two) put(row.grad_h + i, d, part);
+  const int64_t size = r.hidden_size;
+  const int64_t last = 2 * size;
+  NormSums<A> of_last;
+  each_block<A, 2>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    const auto gates = gru_gates<false>(r, v, row, i, part);
+    const auto& n = gates.candidate;
+    const auto& z = gates.update;
+    const auto grad = load(row.grad_hidden + i, part);
+    put(row.grad_direct + i, grad * z, part);
+    put(row.gates + i, gates.reset, part);
+    put(row.gates + size + i, grad * (load(row.h_prev + i, part) - n) * z * one_minus(z), part);
+    const auto d = grad * one_minus(z) * one_minus_square(n);
+    put(row.grad_x + last + i, d, part);
+    const auto x = load(row.x + last + i, part);
+    add_to(at(sums.bias, last + i), d, part);
+    add_product_to(at(sums.gain_x, last + i), d, x, part);
+    of_last.add(d * load(v.gain_x + last + i, part), x);
   });
+  const int g = groups.count - 1;
+  norm_backward(along(r, &of_last, 1, size), row.stats[g], row.x, v.gain_x, last, size, row.grad_x);
+  GateGradients<A, false, true> gradients(r, v, sums, row);
+  each_block<A, 2>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    const auto d = load(row.grad_x + last + i, part);
+    const auto reset = load(row.gates + i, part);
+    const auto of_reset = d * load(row.h + last + i, part) * reset * one_minus(reset);
+    put(row.grad_h + last + i, d * reset, part);
+    gradients.add(0, i, of_reset, of_reset, part);
+    const auto of_update = load(row.gates + size + i, part);
+    gradients.add(1, i, of_update, of_update, part);
+  });
+  gradients.through_norms({groups.first, groups.size, g}, row.stats);
+  std::memcpy(row.grad_h, row.grad_x, static_cast<size_t>(last) * sizeof(A));
+  gradients.add_biases();
+}
+
+template <typename T, bool kTwo, bool kNorm>
+void rnn_backward(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
+                  const VectorSums<Accumulate<T>>& sums, const RowGradient<T>& row) {
+  using A = Accumulate<T>;
+  GateGradients<A, kTwo, kNorm> gradients(r, v, sums, row);
+  each_block<A, 4>(r.hidden_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    const auto a = gate_at<kTwo, false>(v, row, 0, r.hidden_size, i, part);
+    auto d = load(row.grad_hidden + i, part);
+    if (r.relu)
+      d = each<A, part.kVectors>([&](int k) { return a.v[k] <= Vec<A>{} ? Vec<A>{} : d.v[k]; });
+    else
+      d = d * one_minus_square(tanh(a));
+    gradients.add(0, i, d, d, part);
+  });
+  gradients.finish(groups, row.stats);
 }
 
 template <typename T>
 void cell_backward(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
                    const VectorSums<Accumulate<T>>& sums, const RowGradient<T>& row) {
-  if (r.cell == CellKind::kGru) {
-    gru_backward<T>(r, groups, v, sums, row);
-  } else {
-    if (r.cell == CellKind::kRnn)
-      rnn_backward<T>(r, v, row);
-    else if (r.inputs == Inputs::kSeparate)
-      lstm_backward<T, true>(r, v, sums, row);
-    else
-      lstm_backward<T, false>(r, v, sums, row);
-    through_norms<T>(r, groups, v, sums, row);
+  if (r.inputs == Inputs::kLate) return gru_backward_late<T>(r, groups, v, sums, row);
+  const bool two = r.inputs == Inputs::kSeparate;
+  const bool normed = r.norm != NormKind::kNone;
+  const auto call = [&](auto function) { function(r, groups, v, sums, row); };
+  switch (r.cell) {
+    case CellKind::kLstm:
+      return call(!normed ? lstm_backward<T, false, false>
+                  : two   ? lstm_backward<T, true, true>
+                          : lstm_backward<T, false, true>);
+    case CellKind::kGru:
+      return call(!normed ? gru_backward<T, true, false>
+                  : two   ? gru_backward<T, true, true>
+                          : gru_backward<T, false, true>);
+    default:
+      return call(!normed ? rnn_backward<T, false, false>
+                  : two   ? rnn_backward<T, true, true>
+                          : rnn_backward<T, false, true>);
   }
-  add_row(sums.bias_ih, row.grad_x, r.gates * r.hidden_size);
-  add_row(sums.bias_hh, row.grad_h, r.gates * r.hidden_size);
 }
 
 }  // namespace layernorm::LAYERNORM_ISA

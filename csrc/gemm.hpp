@@ -57,26 +57,30 @@ template <typename T>
 using Operand = Numbers<Accumulate<T>>;
 #endif
 
-// c = from + a·b for rows at a[r] and the panel b, over count elements of k. Elements of a row of
-// the left operand are kStride apart. from[r] may be null, for 0.
+// What a product is added to: nothing, one row for all of its rows, or what is there.
+enum class Onto { kZero, kBias, kSelf };
+
+// c = onto + a·b over `count` elements of k, for the `columns` first columns of the panel b. The rows
+// of a and c begin at a[r] + k and c[r] + column; elements of a row of a are kStride apart.
 template <typename O, int kRows, int kStride>
-[[gnu::noinline]] void tile(const typename O::Element* const* a, const typename O::Element* b,
-                            int64_t count, const typename O::Sum* const* from,
-                            typename O::Sum* const* c, int64_t columns) {
+[[gnu::noinline]] void tile(const typename O::Element* const* a, int64_t k,
+                            const typename O::Element* b, int64_t count, Onto onto,
+                            const typename O::Sum* bias, typename O::Sum* const* c, int64_t column,
+                            int64_t columns) {
   using A = typename O::Sum;
   using V = Vec<A>;
   V sum[kRows][kTileVectors] = {};
   const typename O::Element* row[kRows];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) row[r] = a[r];
-  for (int64_t k = 0; k < count; ++k) {
+  for (int r = 0; r < kRows; ++r) row[r] = a[r] + k;
+  for (int64_t i = 0; i < count; ++i) {
     V right[kTileVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < kTileVectors; ++j)
-      std::memcpy(&right[j], b + k * kPanel<A> + j * kLanes<A>, sizeof(V));
+      std::memcpy(&right[j], b + i * kPanel<A> + j * kLanes<A>, sizeof(V));
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const V left = O::splat_of(row[r] + k * kStride);
+      const V left = O::splat_of(row[r] + i * kStride);
 #pragma GCC unroll 8
       for (int j = 0; j < kTileVectors; ++j)
         sum[r][j] = O::multiply_add(left, right[j], sum[r][j]);
@@ -84,39 +88,38 @@ template <typename O, int kRows, int kStride>
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    const A* const base = from[r];
+    A* const to = c[r] + column;
+    const A* const base = onto == Onto::kSelf ? to : bias + column;
     if (columns == kPanel<A>) {
 #pragma GCC unroll 8
       for (int j = 0; j < kTileVectors; ++j) {
-        V v = sum[r][j];
-        if (base != nullptr) v = load(base + j * kLanes<A>, Whole{}).v[0] + v;
-        store<false>(c[r] + j * kLanes<A>, Part<A, 1>{{v}}, Whole{});
+        Part<A, 1> v{{sum[r][j]}};
+        if (onto != Onto::kZero) v = load(base + j * kLanes<A>, Whole{}) + v;
+        store<false>(to + j * kLanes<A>, v, Whole{});
       }
     } else {
       alignas(kVectorBytes) A all[kPanel<A>];
       std::memcpy(all, sum[r], sizeof all);
-      for (int64_t i = 0; i < columns; ++i) c[r][i] = (base != nullptr ? base[i] : A{0}) + all[i];
+      for (int64_t i = 0; i < columns; ++i) to[i] = onto == Onto::kZero ? all[i] : base[i] + all[i];
     }
   }
 }
 
-template <typename O, int kStride>
-void tile_of(int rows, const typename O::Element* const* a, const typename O::Element* b,
-             int64_t count, const typename O::Sum* const* from, typename O::Sum* const* c,
-             int64_t columns) {
+template <typename O, int kStride, typename... Arguments>
+LAYERNORM_INLINE void tile_of(int64_t rows, const Arguments&... arguments) {
   switch (rows) {
     case 1:
-      return tile<O, 1, kStride>(a, b, count, from, c, columns);
+      return tile<O, 1, kStride>(arguments...);
     case 2:
-      return tile<O, 2, kStride>(a, b, count, from, c, columns);
+      return tile<O, 2, kStride>(arguments...);
     case 3:
-      return tile<O, 3, kStride>(a, b, count, from, c, columns);
+      return tile<O, 3, kStride>(arguments...);
     case 4:
-      return tile<O, 4, kStride>(a, b, count, from, c, columns);
+      return tile<O, 4, kStride>(arguments...);
     case 5:
-      return tile<O, 5, kStride>(a, b, count, from, c, columns);
+      return tile<O, 5, kStride>(arguments...);
     default:
-      return tile<O, 6, kStride>(a, b, count, from, c, columns);
+      return tile<O, 6, kStride>(arguments...);
   }
 }
 
@@ -142,34 +145,23 @@ struct Packed {
   [[nodiscard]] int64_t columns_of(int64_t p) const { return least(kWidth, columns - p * kWidth); }
 };
 
-// Rows [0, rows) of c = from + a·b in the panels [panel_begin, panel_end). a[i], from[i] and c[i] are
-// where the rows begin; from is null for 0, and from[i] may be c[i]. The first `biases` rows... all
-// rows share `bias` where it is not null, in place of from.
+// c = onto + a·b for the columns of the panels [panel_begin, panel_end); a[i] and c[i] are where the
+// rows begin.
 template <typename O>
-void product(int64_t rows, const typename O::Element* const* a, const Packed<O>& b,
-             const typename O::Sum* bias, bool add, typename O::Sum* const* c, int64_t panel_begin,
+void product(int64_t rows, const typename O::Element* const* a, const Packed<O>& b, Onto onto,
+             const typename O::Sum* bias, typename O::Sum* const* c, int64_t panel_begin,
              int64_t panel_end) {
   using A = typename O::Sum;
   const int64_t blocks = parts_of(rows, kTileRows);
   for (int64_t p = panel_begin; p < panel_end; ++p) {
-    const int64_t column = p * kPanel<A>;
     for (int64_t k = 0; k == 0 || k < b.depth; k += O::kBlock) {
       const int64_t count = least(O::kBlock, b.depth - k);
+      int64_t row = 0;
       for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t begin = block * rows / blocks;  // tiles of about the same height
-        const int64_t end = (block + 1) * rows / blocks;
-        const typename O::Element* left[kTileRows];
-        const A* from[kTileRows];
-        A* to[kTileRows];
-        for (int64_t i = begin; i < end; ++i) {
-          left[i - begin] = a[i] + k;
-          to[i - begin] = c[i] + column;
-          from[i - begin] = k > 0 || add        ? to[i - begin]
-                            : bias != nullptr ? bias + column
-                                              : nullptr;
-        }
-        tile_of<O, 1>(static_cast<int>(end - begin), left, b.panel(p) + k * kPanel<A>, count, from,
-                      to, b.columns_of(p));
+        const int64_t next = (block + 1) * rows / blocks;  // tiles of about the same height
+        tile_of<O, 1>(next - row, a + row, k, b.panel(p) + k * kPanel<A>, count,
+                      k == 0 ? onto : Onto::kSelf, bias, c + row, p * kPanel<A>, b.columns_of(p));
+        row = next;
       }
     }
   }
@@ -228,22 +220,38 @@ void pack_transposed(const T* matrix, int64_t numbers, const Packed<O>& b, int64
   }
 }
 
-// Packs columns [begin, begin + count) of rows that begin at row(k), into lines of kWidth; what is
+// Packs columns [begin, begin + count) of rows that begin at row(k), into lines of kPanel; what is
 // beyond count is 0.
-template <int kWidth, typename T, typename Row>
+template <typename T, typename Row>
 void pack_rows(int64_t depth, const Row& row, int64_t begin, int64_t count, Accumulate<T>* to) {
   using A = Accumulate<T>;
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = 0; k < depth; ++k, to += kPanel<A>) {
     const T* const from = static_cast<const T*>(row(k)) + begin;
-    A* const line = to + k * kWidth;
-    if constexpr (kWidth % kLanes<A> == 0) {
-      if (count == kWidth) {
-        for (int i = 0; i < kWidth; i += kLanes<A>)
-          store<false>(line + i, load(from + i, Whole{}), Whole{});
-        continue;
-      }
+    if (count == kPanel<A>) {
+      store<false>(to, load(from, Block<kTileVectors>{}), Block<kTileVectors>{});
+    } else {
+      for (int64_t i = 0; i < kPanel<A>; ++i)
+        to[i] = i < count ? load(from + i, First{1}).v[0][0] : A{0};
     }
-    for (int64_t i = 0; i < kWidth; ++i) line[i] = i < count ? load(from + i, First{1}).v[0][0] : A{0};
+  }
+}
+
+// Packs columns [begin, end) of rows `width` apart, depth of them, as left operands of tiles: of
+// kTileRows columns each, within a tile row after row. Beyond the end of the last one is nothing.
+template <typename A>
+void pack_columns(int64_t depth, const A* rows, int64_t width, int64_t begin, int64_t end, A* to) {
+  constexpr int64_t kAtOnce = 8;  // tiles, so that a line of a cache is read once
+  const int64_t tile = kTileRows * depth;
+  for (; begin < end; begin += kAtOnce * kTileRows, to += kAtOnce * tile) {
+    const int64_t whole = least(kAtOnce, (end - begin) / kTileRows);
+    const int64_t rest = least(kAtOnce * kTileRows, end - begin) - whole * kTileRows;
+    for (int64_t k = 0; k < depth; ++k) {
+      const A* const from = rows + k * width + begin;
+      A* const line = to + k * kTileRows;
+      for (int64_t i = 0; i < whole; ++i)
+        std::memcpy(line + i * tile, from + i * kTileRows, kTileRows * sizeof(A));
+      for (int64_t i = 0; i < rest; ++i) line[whole * tile + i] = from[whole * kTileRows + i];
+    }
   }
 }
 
@@ -251,7 +259,7 @@ void pack_rows(int64_t depth, const Row& row, int64_t begin, int64_t count, Accu
 template <typename A, typename T>
 void pack_matrix(const T* matrix, const Packed<Numbers<A>>& b, int64_t p) {
   const auto row = [&](int64_t k) { return matrix + k * b.columns; };
-  pack_rows<kPanel<A>, T>(b.depth, row, p * kPanel<A>, b.columns_of(p), b.panel(p));
+  pack_rows<T>(b.depth, row, p * kPanel<A>, b.columns_of(p), b.panel(p));
 }
 
 }  // namespace layernorm::LAYERNORM_ISA

@@ -6,15 +6,8 @@
 namespace layernorm::LAYERNORM_ISA {
 namespace {
 
-// Rows that are worked on together: while one waits for its sums, another goes on, and they share
-// what is read of gain and bias. Four need the registers of AVX-512. Wide rows do better alone, and
-// so do rows that come from memory and not from a cache (all measured): what is read and written of
-// them should stay in the first cache.
-#if defined(LAYERNORM_AVX512)
-constexpr int kTogether = 4;
-#else
-constexpr int kTogether = 2;
-#endif
+// Rows are worked on together where they are not wide, which do better alone, and come from a cache
+// and not from memory (all measured): what is read and written of them should stay in the first cache.
 constexpr int64_t kWide = 3072;                // bytes of a row
 constexpr int64_t kCached = int64_t{1} << 20;  // bytes of a tensor
 // From this size on a tensor is written past the caches, which spares fetching it first.

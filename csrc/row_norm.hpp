@@ -10,6 +10,14 @@
 
 namespace layernorm::LAYERNORM_ISA {
 
+// Rows that are worked on together: while one waits for its sums, another goes on, and they share
+// what is read of gain and bias. Four need the registers of AVX-512.
+#if defined(LAYERNORM_AVX512)
+inline constexpr int kTogether = 4;
+#else
+inline constexpr int kTogether = 2;
+#endif
+
 // How many elements are summed in vectors, 32 in each lane of a pair, before the sums are put
 // together in double; the squares by eights, so that none of them is rounded more than 12 times.
 template <typename T>

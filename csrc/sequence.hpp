@@ -199,8 +199,8 @@ struct Prepared {
       const auto* const also = static_cast<const T*>(one.also);
       for (int64_t i = 0; i < size; ++i) next[i] = one.otherwise;
       each_vector<A>(one.size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-        if (from != nullptr) put(next + i, get(from + i, part), part);
-        if (also != nullptr) put(next + i, get(next + i, part) + get(also + i, part), part);
+        if (from != nullptr) put(next + i, load(from + i, part), part);
+        if (also != nullptr) put(next + i, load(next + i, part) + load(also + i, part), part);
       });
       next += size;
     }
@@ -240,7 +240,7 @@ struct LeftRows {
     if (!own) return;
     if constexpr (O::kPerElement == 1) {
       each_vector<typename O::Sum>(numbers, [&](int64_t j, auto part) LAYERNORM_LAMBDA {
-        put(reinterpret_cast<typename O::Sum*>(to) + j, get(from + j, part), part);
+        put(reinterpret_cast<typename O::Sum*>(to) + j, load(from + j, part), part);
       });
     } else {
       to[depth - 1] = 0;

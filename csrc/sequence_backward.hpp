@@ -200,7 +200,7 @@ class Backward {
   static void widen_row(const void* from, int64_t at, A* to, int64_t count) {
     const auto* const row = static_cast<const T*>(from) + at;
     each_vector<A>(count, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-      put(to + i, get(row + i, part), part);
+      put(to + i, load(row + i, part), part);
     });
   }
 
@@ -243,22 +243,28 @@ class Backward {
     }
     team_.wait();
     const Share panels = share(weights_.ih.panels());
-    product(all, s_.inputs.rows, weights_.ih, weights_.bias_x, false, s_.to_x, panels.begin,
+    product(all, s_.inputs.rows, weights_.ih, Onto::kBias, weights_.bias_x, s_.to_x, panels.begin,
             panels.end);
-    product(all, s_.states.rows, weights_.hh, weights_.bias_h, summed, s_.to_h, panels.begin,
-            panels.end);
+    product(all, s_.states.rows, weights_.hh, summed ? Onto::kSelf : Onto::kBias, weights_.bias_h,
+            s_.to_h, panels.begin, panels.end);
     team_.wait();
     for (i = mine.begin; i < mine.end; ++i) {
       RowStep<T> row{};
       row.x = s_.to_x[i];
       row.h = s_.to_h[i];
       row.stats = s_.stats + i * 2 * r_.gates;
-      if (r_.inputs == Inputs::kSeparate)
-        normalize_groups(r_, groups_, 0, groups_.count, row.x, row.stats);
-      normalize_step<T>(r_, groups_, weights_.vectors, row);
+      normalize_row(row);
     }
     team_.wait();
     return all;
+  }
+
+  void normalize_row(const RowStep<T>& row) {
+    if (r_.inputs == Inputs::kLate) return normalize_late<T>(r_, groups_, weights_.vectors, row);
+    const int count = groups_.count;
+    normalize_groups(r_, groups_, 0, count, row.x, row.stats);
+    if (r_.inputs == Inputs::kSeparate)
+      normalize_groups(r_, groups_, 0, count, row.h, row.stats + count);
   }
 
   // Step k; its rows are those from `computed` on, where x and h were computed again.
@@ -276,14 +282,15 @@ class Backward {
     }
     if (r_.projected) {
       team_.wait();
-      back_product(active, weights_.hr_back, false, [&](int64_t i) { return grad_h(begin_ + i); },
+      back_product(active, weights_.hr_back, Onto::kZero, [&](int64_t i) { return grad_h(begin_ + i); },
                    [&](int64_t i) { return s_.grad_hidden + i * r_.hidden_size; });
       team_.wait();
     }
     for (int64_t n = rows.begin; n < rows.end; ++n)
       row_backward(k, n, at + n, computed + n - begin_);
     team_.wait();
-    back_product(active, weights_.hh_back, r_.cell == CellKind::kGru,
+    back_product(active, weights_.hh_back,
+                 r_.cell == CellKind::kGru ? Onto::kSelf : Onto::kZero,
                  [&](int64_t i) { return shared_.grad_wh + (at + begin_ + i) * width; },
                  [&](int64_t i) { return grad_h(begin_ + i); });
     team_.wait();
@@ -298,20 +305,19 @@ class Backward {
   void add_output(int64_t row, A* sum) const {
     const auto* const grad = static_cast<const T*>(g_.grad_output) + row * r_.output_size;
     each_vector<A>(r_.output_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-      add_to<A>(sum + i, get(grad + i, part), part);
+      add_to(sum + i, load(grad + i, part), part);
     });
   }
 
   template <typename From, typename To>
-  void back_product(int64_t active, const Packed<Numbers<A>>& weights, bool add, const From& from,
+  void back_product(int64_t active, const Packed<Numbers<A>>& weights, Onto onto, const From& from,
                     const To& to) {
     for (int64_t i = 0; i < active; ++i) {
       s_.left[i] = from(i);
       s_.to[i] = to(i);
     }
     const Share panels = share(weights.panels());
-    product(active, s_.left, weights, static_cast<const A*>(nullptr), add, s_.to, panels.begin,
-            panels.end);
+    product<Numbers<A>>(active, s_.left, weights, onto, nullptr, s_.to, panels.begin, panels.end);
   }
 
   // Row n of step k, which is row `at` of the chunk, and row `computed` of what was computed again.
@@ -412,8 +418,9 @@ struct ChunkSums {
     arena.take<A>(parts_of(width, kTileRows) * kTileRows * rows);
     arena.take<A>(rows * kPanel<A>);
     arena.take<const T*>(rows);
+    arena.take<A*>(2 * (width + kTileRows));
     arena.take<A>(kTileRows * r.input_size);
-    return arena.used + r.hidden_size * sizeof(T) + 256;
+    return arena.used + static_cast<size_t>(r.hidden_size) * sizeof(T) + 512;
   }
 
   void run(Sum sum, const void* prepared, void* scratch, int64_t begin, int64_t end) const {
@@ -452,28 +459,22 @@ struct ChunkSums {
     const int64_t tiles = parts_of(height, kTileRows);
     A* const packed = arena.take<A>(tiles * kTileRows * depth);
     A* const panel = arena.take<A>(depth * kPanel<A>);
-    for (int64_t i = 0; i < tiles; ++i)
-      pack_rows<kTileRows, A>(
-          depth, [&](int64_t k) { return left + k * left_width; }, part.begin + i * kTileRows,
-          least(kTileRows, height - i * kTileRows), packed + i * kTileRows * depth);
+    pack_columns(depth, left, left_width, part.begin, part.end, packed);
+    auto** const a = arena.take<const A*>(tiles * kTileRows);
+    auto** const c = arena.take<A*>(tiles * kTileRows);
+    for (int64_t i = 0; i < height; ++i) {
+      a[i] = packed + i / kTileRows * kTileRows * depth + i % kTileRows;
+      c[i] = static_cast<A*>(result) + (part.begin + i) * columns;
+    }
+    using O = Numbers<A>;
     for (int64_t column = 0; column < columns; column += kPanel<A>) {
       const int64_t count = least(kPanel<A>, columns - column);
-      pack_rows<kPanel<A>, Right>(depth, right, column, count, panel);
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int tile_rows = static_cast<int>(least(kTileRows, height - i * kTileRows));
-        const A* a[kTileRows];
-        A* c[kTileRows];
-        for (int q = 0; q < tile_rows; ++q) {
-          a[q] = packed + i * kTileRows * depth + q;
-          c[q] = static_cast<A*>(result) + (part.begin + i * kTileRows + q) * columns + column;
-        }
-        for (int64_t k = 0; k < depth; k += Numbers<A>::kBlock) {
-          const A* block[kTileRows];
-          for (int q = 0; q < tile_rows; ++q) block[q] = a[q] + k * kTileRows;
-          tile_of<Numbers<A>, kTileRows>(tile_rows, block, panel + k * kPanel<A>,
-                                         least(Numbers<A>::kBlock, depth - k), c, c, count);
-        }
-      }
+      pack_rows<Right>(depth, right, column, count, panel);
+      for (int64_t k = 0; k < depth; k += O::kBlock)
+        for (int64_t i = 0; i < height; i += kTileRows)
+          tile_of<O, kTileRows>(least(kTileRows, height - i), a + i, k * kTileRows,
+                                panel + k * kPanel<A>, least(O::kBlock, depth - k), Onto::kSelf,
+                                static_cast<const A*>(nullptr), c + i, column, count);
     }
   }
 
@@ -496,13 +497,13 @@ struct ChunkSums {
         else
           to[i] = wide + i * r.input_size;
       }
-      product(count, left, weights.ih_back, static_cast<const A*>(nullptr), false, to, 0,
-              weights.ih_back.panels());
+      product<Numbers<A>>(count, left, weights.ih_back, Onto::kZero, nullptr, to, 0,
+                          weights.ih_back.panels());
       if constexpr (!kSame) {
         for (int64_t i = 0; i < count; ++i) {
           T* const row = static_cast<T*>(g.grad_input) + (chunk.base + first + i) * r.input_size;
           each_vector<A>(r.input_size, [&](int64_t j, auto part) LAYERNORM_LAMBDA {
-            put(row + j, get(to[i] + j, part), part);
+            put(row + j, load(to[i] + j, part), part);
           });
         }
       }
@@ -518,7 +519,7 @@ void finish_backward(const Recurrent& r, const RecurrentGradients& g, void* memo
   const auto narrow_all = [](const A* from, void* to, int64_t count) {
     if (to == nullptr) return;
     each_vector<A>(count, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-      put(static_cast<T*>(to) + i, get(from + i, part), part);
+      put(static_cast<T*>(to) + i, load(from + i, part), part);
     });
   };
   narrow_all(shared.grad_h, g.grad_h0, r.batch * r.output_size);
@@ -529,9 +530,9 @@ void finish_backward(const Recurrent& r, const RecurrentGradients& g, void* memo
   for (int v = 0; v < BlockSums<A>::kVectors; ++v) {
     const int64_t size = shared.layout.sizes[v];
     each_vector<A>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-      auto sum = get(from + i, part);
+      auto sum = load(from + i, part);
       for (int64_t block = 1; block < shared.blocks; ++block)
-        sum += get(from + block * shared.layout.stride + i, part);
+        sum = sum + load(from + block * shared.layout.stride + i, part);
       put(static_cast<A*>(to[v]) + i, sum, part);
     });
     from += parts_of(size, 16) * 16;

@@ -22,6 +22,7 @@ struct ForwardScratch {
   LeftRows<T> inputs, states, hiddens;
   A **to_x, **to_h, **to_wide;
   A *out_gate, *cell;
+  GateNorm<A>* norms;  // of the rows of x, where they are their own
   size_t shared_bytes, own_bytes;
 
   // Null memory only counts.
@@ -42,8 +43,9 @@ struct ForwardScratch {
         to_x(own.take<A*>(chunk * rows)),
         to_h(own.take<A*>(rows)),
         to_wide(own.take<A*>(rows)),
-        out_gate(own.take<A>(r.hidden_size)),
-        cell(own.take<A>(r.hidden_size)),
+        out_gate(own.take<A>(kTogether * r.hidden_size)),
+        cell(own.take<A>(kTogether * r.hidden_size)),
+        norms(shared.take<GateNorm<A>>(r.inputs == Inputs::kSeparate ? chunk * rows : 0)),
         shared_bytes((shared.used + 63) / 64 * 64),
         own_bytes((own.used + 63) / 64 * 64) {}
 };
@@ -85,7 +87,7 @@ class Forward {
       const int64_t last = least(r_.steps, first + s_.chunk);
       const int64_t count = project(first, last);
       int64_t at = 0;
-      for (int64_t k = first; k < last && at < count; ++k) at += step(k, s_.to_x + at);
+      for (int64_t k = first; k < last && at < count; ++k) at += step(k, at);
     }
     keep_final_state();
   }
@@ -127,22 +129,31 @@ class Forward {
     }
     if (s_.inputs.copies != nullptr) team_.wait();
     const Share panels = share(weights_.ih.panels());
-    product(all, s_.inputs.rows, weights_.ih, weights_.bias_x, false, s_.to_x, panels.begin,
-            panels.end);
+    product(all, s_.inputs.rows, weights_.ih, Onto::kBias, weights_.bias_x, s_.to_x,
+            panels.begin, panels.end);
     team_.wait();
     if (r_.inputs != Inputs::kSeparate || groups_.count == 0) return all;
+    A* kept[kTogether];
+    int waiting = 0;
+    const auto measure_waiting = [&](int64_t end) {
+      measure_groups(r_, groups_, s_.to_x + end - waiting, waiting, s_.norms + end - waiting, kept);
+      waiting = 0;
+    };
     i = 0;
-    for (int64_t k = first; k < last; ++k)
-      for (int64_t n = begin_; n < begin_ + count(k); ++n, ++i)
-        if (i >= mine.begin && i < mine.end)
-          normalize_groups(r_, groups_, 0, groups_.count, s_.to_x[i],
-                           stats_of(rows_.first(k) + n));
+    for (int64_t k = first; k < last; ++k) {
+      for (int64_t n = begin_; n < begin_ + count(k); ++n, ++i) {
+        if (i < mine.begin || i >= mine.end) continue;
+        kept[waiting++] = stats_of(rows_.first(k) + n);
+        if (waiting == kTogether) measure_waiting(i + 1);
+      }
+    }
+    measure_waiting(mine.end);
     team_.wait();
     return all;
   }
 
-  // One step; x_rows are its rows of x. Returns how many these are.
-  int64_t step(int64_t k, A* const* x_rows) {
+  // One step; its rows of x begin with number `at`. Returns how many these are.
+  int64_t step(int64_t k, int64_t at) {
     const int64_t active = count(k);
     if (active == 0) return 0;
     const int64_t width = gate_width(r_);
@@ -151,49 +162,56 @@ class Forward {
     for (int64_t i = 0; i < active; ++i) {
       const int64_t n = begin_ + i;
       s_.states.set(i, rows_.h_prev(k, n, s_.zeros), i >= mine.begin && i < mine.end);
-      s_.to_h[i] = summed      ? x_rows[i]
+      s_.to_h[i] = summed      ? s_.to_x[at + i]
                    : s_.keep_h ? static_cast<A*>(r_.saved_h) + (rows_.first(k) + n) * width
                                : s_.h + i * width;
     }
     if (s_.states.copies != nullptr) team_.wait();
     const Share panels = share(weights_.hh.panels());
-    product(active, s_.states.rows, weights_.hh, weights_.bias_h, summed, s_.to_h, panels.begin,
-            panels.end);
+    product(active, s_.states.rows, weights_.hh, summed ? Onto::kSelf : Onto::kBias, weights_.bias_h,
+            s_.to_h, panels.begin, panels.end);
     team_.wait();
-    for (int64_t i = mine.begin; i < mine.end; ++i) finish_row(k, i, x_rows[i]);
+    for (int64_t i = mine.begin; i < mine.end; i += kTogether) {
+      const int some = static_cast<int>(least(kTogether, mine.end - i));
+      RowStep<T> rows[kTogether];
+      for (int j = 0; j < some; ++j) rows[j] = row_step(k, i + j, at + i + j, j);
+      cell_steps<T>(r_, groups_, weights_.vectors, rows, some);
+      for (int j = 0; j < some; ++j) keep(rows_.first(k) + begin_ + i + j, rows[j]);
+    }
     team_.wait();
     if (r_.projected) project_state(k, active);
     return active;
   }
 
-  // Norms, gates and the new state of one row.
-  void finish_row(int64_t k, int64_t i, A* x) {
+  // Row i of step k, whose x is number `at`; `place` is that of its working memory.
+  RowStep<T> row_step(int64_t k, int64_t i, int64_t at, int place) const {
     const int64_t n = begin_ + i;
     const int64_t row = rows_.first(k) + n;
     const int64_t size = r_.hidden_size;
-    RowStep<T> step{};
-    step.x = x;
+    RowStep<T> step;
+    step.x = s_.to_x[at];
     step.h = s_.to_h[i];
+    if (r_.inputs == Inputs::kSeparate) step.norm_x = s_.norms[at];
     step.stats = stats_of(row);
+    step.keep = r_.saved_x != nullptr;
     step.h_prev = rows_.h_prev(k, n, s_.zeros);
     step.hidden = r_.projected ? s_.hidden + i * size : rows_.output(k, n);
-    step.out_gate = s_.out_gate;
-    step.cell = s_.cell;
-    if (r_.cell == CellKind::kLstm) {
-      if (r_.saved_c != nullptr) {
-        step.c = static_cast<T*>(r_.saved_c) + row * size;
-        step.c_prev = rows_.c_prev(k, n, s_.zeros);
-      } else {
-        step.c = s_.c + i * size;
-        const bool begins = rows_.begins(k, n) && !rows_.reset(k, n);
-        step.c_prev = begins                 ? static_cast<const T*>(r_.c0) + n * size
-                      : rows_.reset(k, n) ? s_.zeros
-                                          : step.c;
-      }
+    step.out_gate = s_.out_gate + place * size;
+    step.cell = s_.cell + place * size;
+    if (r_.cell != CellKind::kLstm) return step;
+    if (r_.saved_c != nullptr) {
+      step.c = static_cast<T*>(r_.saved_c) + row * size;
+      step.c_prev = rows_.c_prev(k, n, s_.zeros);
+      return step;
     }
-    normalize_step<T>(r_, groups_, weights_.vectors, step);
-    cell_step<T>(r_, weights_.vectors, step);
-    keep(row, step);
+    step.c = s_.c + i * size;
+    if (rows_.reset(k, n))
+      step.c_prev = s_.zeros;
+    else if (rows_.begins(k, n))
+      step.c_prev = static_cast<const T*>(r_.c0) + n * size;
+    else
+      step.c_prev = step.c;
+    return step;
   }
 
   // What backward needs and the products were not written to already.
@@ -201,7 +219,7 @@ class Forward {
     const int64_t width = gate_width(r_);
     const auto copy = [](const A* from, T* to, int64_t count) {
       each_vector<A>(count, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-        put(to + i, get(from + i, part), part);
+        put(to + i, load(from + i, part), part);
       });
     };
     if (r_.saved_x != nullptr && !s_.keep_x)
@@ -223,14 +241,14 @@ class Forward {
     }
     if (s_.hiddens.copies != nullptr) team_.wait();
     const Share panels = share(weights_.hr.panels());
-    product(active, s_.hiddens.rows, weights_.hr, static_cast<const A*>(nullptr), false, s_.to_wide,
-            panels.begin, panels.end);
+    product<Operand<T>>(active, s_.hiddens.rows, weights_.hr, Onto::kZero, nullptr, s_.to_wide,
+                        panels.begin, panels.end);
     team_.wait();
     if constexpr (!ForwardScratch<T>::kSame) {
       for (int64_t i = mine.begin; i < mine.end; ++i) {
         T* const to = rows_.output(k, begin_ + i);
         each_vector<A>(r_.output_size, [&](int64_t j, auto part) LAYERNORM_LAMBDA {
-          put(to + j, get(s_.to_wide[i] + j, part), part);
+          put(to + j, load(s_.to_wide[i] + j, part), part);
         });
       }
       team_.wait();

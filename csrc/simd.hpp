@@ -91,6 +91,32 @@ LAYERNORM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
+// The larger and the smaller of each lane and a number; a NaN stays one.
+LAYERNORM_INLINE Vec<float> at_least(Vec<float> v, float least) {
+#if defined(LAYERNORM_AVX512)
+  return _mm512_max_ps(splat(least), v);
+#elif defined(LAYERNORM_AVX2)
+  return _mm256_max_ps(splat(least), v);
+#else
+  return v < splat(least) ? splat(least) : v;
+#endif
+}
+LAYERNORM_INLINE Vec<float> at_most(Vec<float> v, float most) {
+#if defined(LAYERNORM_AVX512)
+  return _mm512_min_ps(splat(most), v);
+#elif defined(LAYERNORM_AVX2)
+  return _mm256_min_ps(splat(most), v);
+#else
+  return v > splat(most) ? splat(most) : v;
+#endif
+}
+LAYERNORM_INLINE Vec<double> at_least(Vec<double> v, double least) {
+  return v < splat(least) ? splat(least) : v;
+}
+LAYERNORM_INLINE Vec<double> at_most(Vec<double> v, double most) {
+  return v > splat(most) ? splat(most) : v;
+}
+
 // Adds the lanes pairwise: 16 -> 8 -> ... -> 1.
 template <int... kIndex, typename V>
 LAYERNORM_INLINE auto add_halves(V v, std::integer_sequence<int, kIndex...>) {
@@ -243,6 +269,11 @@ struct First {
   static constexpr int kVectors = 1;
   int64_t count;
 };
+// Some whole vectors, side by side whatever the type of the row.
+template <int k>
+struct Block {
+  static constexpr int kVectors = k;
+};
 
 template <typename A, int kVectors>
 struct Part {
@@ -252,7 +283,7 @@ struct Part {
 template <typename A, int kVectors, typename Function>
 LAYERNORM_INLINE Part<A, kVectors> each(const Function& function) {
   Part<A, kVectors> result;
-#pragma GCC unroll 2
+#pragma GCC unroll 8
   for (int k = 0; k < kVectors; ++k) result.v[k] = function(k);
   return result;
 }
@@ -264,6 +295,18 @@ LAYERNORM_INLINE Part<A, k> operator+(const Part<A, k>& a, const Part<A, k>& b) 
 template <typename A, int k>
 LAYERNORM_INLINE Part<A, k> operator*(const Part<A, k>& a, const Part<A, k>& b) {
   return each<A, k>([&](int i) { return a.v[i] * b.v[i]; });
+}
+template <typename A, int k>
+LAYERNORM_INLINE Part<A, k> operator-(const Part<A, k>& a, const Part<A, k>& b) {
+  return each<A, k>([&](int i) { return a.v[i] - b.v[i]; });
+}
+template <typename A, int k>
+LAYERNORM_INLINE Part<A, k> operator/(const Part<A, k>& a, const Part<A, k>& b) {
+  return each<A, k>([&](int i) { return a.v[i] / b.v[i]; });
+}
+template <typename A, int k>
+LAYERNORM_INLINE Part<A, k> operator-(const Part<A, k>& a) {
+  return each<A, k>([&](int i) { return -a.v[i]; });
 }
 template <typename A, int k>
 LAYERNORM_INLINE Part<A, k> operator*(const Part<A, k>& a, A b) {
@@ -338,6 +381,11 @@ LAYERNORM_INLINE Part<Accumulate<T>, 2> load(const T* p, Pair) {
     return {{load(p, Whole{}).v[0], load(p + kLanes<Accumulate<T>>, Whole{}).v[0]}};
   }
 }
+template <typename T, int k>
+LAYERNORM_INLINE Part<Accumulate<T>, k> load(const T* p, Block<k>) {
+  return each<Accumulate<T>, k>(
+      [&](int i) { return load(p + i * kLanes<Accumulate<T>>, Whole{}).v[0]; });
+}
 // The first part.count of them, 0 < part.count < lanes, and zeros.
 template <typename T>
 LAYERNORM_INLINE Part<Accumulate<T>, 1> load(const T* p, First part) {
@@ -397,6 +445,12 @@ LAYERNORM_INLINE void store(T* p, const Part<Accumulate<T>, 2>& a, Pair) {
     write<kStream>(p, narrow(a.v[0], T{}));
     write<kStream>(p + kLanes<Accumulate<T>>, narrow(a.v[1], T{}));
   }
+}
+template <bool kStream, typename T, int k>
+LAYERNORM_INLINE void store(T* p, const Part<Accumulate<T>, k>& a, Block<k>) {
+#pragma GCC unroll 8
+  for (int i = 0; i < k; ++i)
+    write<kStream>(p + i * kLanes<Accumulate<T>>, narrow(a.v[i], T{}));
 }
 template <bool kStream, typename T>
 LAYERNORM_INLINE void store(T* p, const Part<Accumulate<T>, 1>& a, First part) {
