@@ -81,38 +81,46 @@ LAYERNORM_INLINE Vec<A> minus_twice_magnitude(Vec<A> x) {
   const auto less = reinterpret_cast<Vec<A>>(reinterpret_cast<Bits>(x) | kSignBit<A>);
   return at_least(less + less, -Exponential<A>::kMost);
 }
-// tanh from e^-2|x| - 1, which is exact to the last places near 0 too, where scale is 1.
 template <typename A>
-LAYERNORM_INLINE Vec<A> tanh_from(Vec<A> x, Vec<A> less) {
+LAYERNORM_INLINE Vec<A> with_sign_of(Vec<A> magnitude, Vec<A> sign) {
   using Bits = Vec<typename Exponential<A>::Bits>;
-  const Vec<A> magnitude = less / (splat(A{-2}) - less);
   return reinterpret_cast<Vec<A>>((reinterpret_cast<Bits>(magnitude) & ~kSignBit<A>) |
-                                  (reinterpret_cast<Bits>(x) & kSignBit<A>));
+                                  (reinterpret_cast<Bits>(sign) & kSignBit<A>));
 }
+
+// A quotient that is not divided yet: of a product of such one division is enough. `below` is at most
+// 2^126, a sigmoid's, or 2, a tanh's.
+template <typename A, int k>
+struct Quotient {
+  Part<A, k> above, below;
+  [[nodiscard]] LAYERNORM_INLINE Part<A, k> divided() const { return above / below; }
+};
 
 // Of each vector of x the sigmoid, or where its bit in kTanh is set the tanh.
 template <unsigned kTanh, typename A, int k>
-LAYERNORM_INLINE Part<A, k> activation(const Part<A, k>& x) {
+LAYERNORM_INLINE Quotient<A, k> activation(const Part<A, k>& x) {
   const auto is_tanh = [](int i) { return (kTanh >> i & 1U) != 0; };
   const auto y = each<A, k>([&](int i) {
     return is_tanh(i) ? minus_twice_magnitude<A>(x.v[i]) : minus_bounded<A>(x.v[i]);
   });
   const auto p = power<A, k>(y);
+  // Of tanh e^y - 1, which is exact to the last places near 0 too, where scale is 1.
   const auto e = each<A, k>([&](int i) {
     const Vec<A> base = is_tanh(i) ? p.scale.v[i] - splat(A{1}) : p.scale.v[i];
     return fma(p.rest.v[i], p.scale.v[i], base);
   });
-  return each<A, k>([&](int i) {
-    return is_tanh(i) ? tanh_from<A>(x.v[i], e.v[i]) : splat(A{1}) / (splat(A{1}) + e.v[i]);
-  });
+  return {each<A, k>([&](int i) {
+            return is_tanh(i) ? with_sign_of<A>(e.v[i], x.v[i]) : splat(A{1});
+          }),
+          each<A, k>([&](int i) { return splat(is_tanh(i) ? A{2} : A{1}) + e.v[i]; })};
 }
 template <typename A, int k>
 LAYERNORM_INLINE Part<A, k> sigmoid(const Part<A, k>& x) {
-  return activation<0U, A, k>(x);
+  return activation<0U, A, k>(x).divided();
 }
 template <typename A, int k>
 LAYERNORM_INLINE Part<A, k> tanh(const Part<A, k>& x) {
-  return activation<~0U, A, k>(x);
+  return activation<~0U, A, k>(x).divided();
 }
 
 }  // namespace layernorm::LAYERNORM_ISA

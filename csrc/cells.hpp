@@ -183,8 +183,8 @@ struct RowStep {
   const T* h_prev;
   T* c;         // LSTM: what is carried on
   T* hidden;    // h before any projection
-  A* out_gate;  // [H], LSTM: working memory, and
-  A* cell;      // [H]
+  A* below_out;  // [H], LSTM: working memory for what divides the output gate, and
+  A* cell;       // [H]
 };
 
 // A candidate that is summed after the reset: both norms in place, the reset gate's first.
@@ -242,7 +242,7 @@ LAYERNORM_INLINE Part<Accumulate<T>, k> rounded(const Part<Accumulate<T>, k>& a)
   return a;
 }
 
-// Input, forget and output gate and candidate, in the order of memory: i, f, g, o.
+// Input gate, forget gate, candidate and output gate, in the order of memory.
 template <bool kTwo, bool kNorm, typename A>
 LAYERNORM_INLINE auto lstm_gates(const Vectors<A>& v, const auto& row, int64_t size, int64_t i,
                                  auto part) {
@@ -258,15 +258,24 @@ void lstm_cell(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowSte
   const bool normed = r.cell_norm != CellNorm::kNone;
   each_vector<A>(r.hidden_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
     const auto gates = lstm_gates<kTwo, kNorm>(v, row, r.hidden_size, i, part);
-    const auto gate = [&](int which) { return piece<1>(gates, which); };
-    const auto c = rounded<T>(fma(gate(1), load(row.c_prev + i, part), gate(0) * gate(2)));
+    const auto above = [&](int which) { return piece<1>(gates.above, which); };
+    const auto below = [&](int which) { return piece<1>(gates.below, which); };
+    const auto entering = above(2) / (below(0) * below(2));
+    const auto forget = above(1) / below(1);
+    const auto c = rounded<T>(fma(forget, load(row.c_prev + i, part), entering));
     if (normed) put(row.cell + i, c, part);
-    put(row.out_gate + i, gate(3), part);
+    put(row.below_out + i, below(3), part);
     put(row.c + i, c, part);
   });
 }
 
-// The cell's norm and what is seen of it; mean, rstd and rest as in GateNorm.
+// h = σ(o)·tanh(seen) at feature i.
+LAYERNORM_INLINE void put_hidden(const auto& row, const auto& seen, int64_t i, auto part) {
+  const auto shown = activation<~0U>(seen);
+  put(row.hidden + i, shown.above / (shown.below * load(row.below_out + i, part)), part);
+}
+
+// The cell's norm, and what is seen of it.
 template <typename T>
 void lstm_output(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowStep<T>& row,
                  const RowStats<Accumulate<T>>& s) {
@@ -280,7 +289,7 @@ void lstm_output(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowS
       seen = rounded<T>(seen);
       put(row.c + i, seen, part);
     }
-    put(row.hidden + i, load(row.out_gate + i, part) * tanh(seen), part);
+    put_hidden(row, seen, i, part);
   });
 }
 
@@ -299,8 +308,7 @@ void lstm_steps(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowSt
   if (r.cell_norm == CellNorm::kNone) {
     for (int i = 0; i < count; ++i)
       each_block<A, 4>(r.hidden_size, [&](int64_t k, auto part) LAYERNORM_LAMBDA {
-        const auto& row = rows[i];
-        put(row.hidden + k, load(row.out_gate + k, part) * tanh(load(row.c + k, part)), part);
+        put_hidden(rows[i], load(rows[i].c + k, part), k, part);
       });
     return;
   }

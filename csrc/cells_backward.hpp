@@ -166,7 +166,7 @@ void lstm_backward(const Recurrent& r, const Groups& groups, const Vectors<Accum
   A* const cell = row.cell;
   each_vector<A>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
     fetch_next<kTwo>(r, row, i);
-    const auto all = lstm_gates<kTwo, false>(v, row, size, i, part);
+    const auto all = lstm_gates<kTwo, false>(v, row, size, i, part).divided();
     const auto gate = [&](int which) { return piece<1>(all, which); };
 #pragma GCC unroll 4
     for (int which = 0; which < 4; ++which) put(gates + which * size + i, gate(which), part);

@@ -248,8 +248,14 @@ void pack_columns(int64_t depth, const A* rows, int64_t width, int64_t begin, in
     for (int64_t k = 0; k < depth; ++k) {
       const A* const from = rows + k * width + begin;
       A* const line = to + k * kTileRows;
-      for (int64_t i = 0; i < whole; ++i)
-        std::memcpy(line + i * tile, from + i * kTileRows, kTileRows * sizeof(A));
+      // What is copied too much is written again with the next row; the last row has none.
+      constexpr int64_t kCopied = 8;
+      if (k + 1 < depth)
+        for (int64_t i = 0; i < whole; ++i)
+          std::memcpy(line + i * tile, from + i * kTileRows, kCopied * sizeof(A));
+      else
+        for (int64_t i = 0; i < whole; ++i)
+          std::memcpy(line + i * tile, from + i * kTileRows, kTileRows * sizeof(A));
       for (int64_t i = 0; i < rest; ++i) line[whole * tile + i] = from[whole * kTileRows + i];
     }
   }

@@ -21,7 +21,7 @@ struct ForwardScratch {
   T *c, *hidden, *zeros;
   LeftRows<T> inputs, states, hiddens;
   A **to_x, **to_h, **to_wide;
-  A *out_gate, *cell;
+  A *below_out, *cell;
   GateNorm<A>* norms;  // of the rows of x, where they are their own
   size_t shared_bytes, own_bytes;
 
@@ -43,7 +43,7 @@ struct ForwardScratch {
         to_x(own.take<A*>(chunk * rows)),
         to_h(own.take<A*>(rows)),
         to_wide(own.take<A*>(rows)),
-        out_gate(own.take<A>(kTogether * r.hidden_size)),
+        below_out(own.take<A>(kTogether * r.hidden_size)),
         cell(own.take<A>(kTogether * r.hidden_size)),
         norms(shared.take<GateNorm<A>>(r.inputs == Inputs::kSeparate ? chunk * rows : 0)),
         shared_bytes((shared.used + 63) / 64 * 64),
@@ -196,7 +196,7 @@ class Forward {
     step.keep = r_.saved_x != nullptr;
     step.h_prev = rows_.h_prev(k, n, s_.zeros);
     step.hidden = r_.projected ? s_.hidden + i * size : rows_.output(k, n);
-    step.out_gate = s_.out_gate + place * size;
+    step.below_out = s_.below_out + place * size;
     step.cell = s_.cell + place * size;
     if (r_.cell != CellKind::kLstm) return step;
     if (r_.saved_c != nullptr) {

@@ -8,6 +8,7 @@
 
 #include "../capability.hpp"
 #include "operators.hpp"
+#include "stream.hpp"
 
 namespace layernorm {
 namespace {
@@ -188,5 +189,13 @@ PyMODINIT_FUNC PyInit__native() {
                                nullptr,
                                nullptr,
                                nullptr};
-  return PyModule_Create(&module);
+  PyObject* const created = PyModule_Create(&module);
+  PyObject* const stream = created == nullptr ? nullptr : stream_type();
+  if (stream == nullptr || PyModule_AddObjectRef(created, "Stream", stream) != 0) {
+    Py_XDECREF(stream);
+    Py_XDECREF(created);
+    return nullptr;
+  }
+  Py_DECREF(stream);
+  return created;
 }
