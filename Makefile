@@ -30,7 +30,8 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n auto
 
-# The tests of the compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer. The package
+# The recurrent kernels by several threads under ThreadSanitizer, which wants addresses that are not
+# random; then the tests of the compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer. The package
 # built with them is in a folder of its own, and so is the Python that runs it: .venv's would import
 # the editable installation, whatever comes first on its path.
 SANITIZE := $(CURDIR)/build/sanitize
@@ -38,6 +39,10 @@ SANITIZED_PYTHON = PYTHONPATH=$(SANITIZE)/site:$(wildcard $(CURDIR)/.venv/lib/py
 	LD_PRELOAD="$(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(SANITIZE)/venv/bin/python
 sanitize: install
+	@mkdir -p $(SANITIZE)
+	$(CXX) -std=c++20 -O1 -g1 -fsanitize=thread -DLAYERNORM_ISA=threads -DLAYERNORM_SANITIZE -ffp-contract=off -Wno-psabi \
+		tests/threads.cpp csrc/recurrent.cpp csrc/team.cpp csrc/sequence_shapes.cpp -o $(SANITIZE)/threads
+	setarch $(shell uname -m) -R $(SANITIZE)/threads
 	$(BIN)/python -m venv --without-pip $(SANITIZE)/venv
 	LAYERNORM_NATIVE=1 CXX=$(CXX) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--no-build-isolation --upgrade --target $(SANITIZE)/site -C build-dir=$(SANITIZE)/cmake \
@@ -49,13 +54,13 @@ sanitize: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) tests/threads.cpp
 	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(CSRC) tests/threads.cpp
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

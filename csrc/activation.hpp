@@ -34,10 +34,9 @@ struct Exponential<double> {
   static constexpr Bits kBias = 1023;
   static constexpr double kLog2High = 0x1.62e42feep-1, kLog2Low = 0x1.a39ef35793c76p-33;
   // Taylor's: 1/2!, 1/3!, ...
-  static constexpr double kSeries[] = {1.0 / 2,         1.0 / 6,          1.0 / 24,
-                                       1.0 / 120,       1.0 / 720,        1.0 / 5040,
-                                       1.0 / 40320,     1.0 / 362880,     1.0 / 3628800,
-                                       1.0 / 39916800,  1.0 / 479001600,  1.0 / 6227020800};
+  static constexpr double kSeries[] = {
+      1.0 / 2,     1.0 / 6,      1.0 / 24,      1.0 / 120,      1.0 / 720,       1.0 / 5040,
+      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
 };
 
 // 2^n and e^r - 1 with n·log 2 + r = y, for y between -kMost and kMost.
@@ -88,8 +87,8 @@ LAYERNORM_INLINE Vec<A> with_sign_of(Vec<A> magnitude, Vec<A> sign) {
                                   (reinterpret_cast<Bits>(sign) & kSignBit<A>));
 }
 
-// A quotient that is not divided yet: of a product of such one division is enough. `below` is at most
-// 2^126, a sigmoid's, or 2, a tanh's.
+// A quotient that is not divided yet: of a product of such one division is enough. `below` is at
+// most 2^126, a sigmoid's, or 2, a tanh's.
 template <typename A, int k>
 struct Quotient {
   Part<A, k> above, below;
@@ -109,10 +108,9 @@ LAYERNORM_INLINE Quotient<A, k> activation(const Part<A, k>& x) {
     const Vec<A> base = is_tanh(i) ? p.scale.v[i] - splat(A{1}) : p.scale.v[i];
     return fma(p.rest.v[i], p.scale.v[i], base);
   });
-  return {each<A, k>([&](int i) {
-            return is_tanh(i) ? with_sign_of<A>(e.v[i], x.v[i]) : splat(A{1});
-          }),
-          each<A, k>([&](int i) { return splat(is_tanh(i) ? A{2} : A{1}) + e.v[i]; })};
+  return {
+      each<A, k>([&](int i) { return is_tanh(i) ? with_sign_of<A>(e.v[i], x.v[i]) : splat(A{1}); }),
+      each<A, k>([&](int i) { return splat(is_tanh(i) ? A{2} : A{1}) + e.v[i]; })};
 }
 template <typename A, int k>
 LAYERNORM_INLINE Part<A, k> sigmoid(const Part<A, k>& x) {

@@ -1,7 +1,8 @@
 // One row of one step: the norms of what meets at the gates, the gates and the new state; forward.
 //
 // A is the type computed in, T that of states and parameters. Rows are contiguous. The words are
-// those of src/layernorm/variants.py: x is W_ih x, and where Inputs are summed the sum; h is W_hh h.
+// those of src/layernorm/variants.py: x is W_ih x, and where Inputs are summed the sum; h is W_hh
+// h.
 #pragma once
 
 #include "activation.hpp"
@@ -35,7 +36,7 @@ LAYERNORM_INLINE void put(T* p, const auto& a, auto part) {
 template <typename A, int k, typename... Parts>
 LAYERNORM_INLINE auto join(const Part<A, k>& first, const Parts&... others) {
   const Part<A, k> all[] = {first, others...};
-  return each<A, k * static_cast<int>(1 + sizeof...(others))>(
+  return each<A, k* static_cast<int>(1 + sizeof...(others))>(
       [&](int i) { return all[i / k].v[i % k]; });
 }
 template <int k, typename A, int kAll>
@@ -181,16 +182,16 @@ struct RowStep {
   bool keep;
   const T* c_prev;  // LSTM
   const T* h_prev;
-  T* c;         // LSTM: what is carried on
-  T* hidden;    // h before any projection
+  T* c;          // LSTM: what is carried on
+  T* hidden;     // h before any projection
   A* below_out;  // [H], LSTM: working memory for what divides the output gate, and
   A* cell;       // [H]
 };
 
 // A candidate that is summed after the reset: both norms in place, the reset gate's first.
 template <typename T>
-void normalize_late(const Recurrent& r, const Groups& groups,
-                    const Vectors<Accumulate<T>>& vectors, const RowStep<T>& row) {
+void normalize_late(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& vectors,
+                    const RowStep<T>& row) {
   using A = Accumulate<T>;
   const int64_t size = r.hidden_size;
   each_vector<A>(2 * size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
@@ -198,8 +199,8 @@ void normalize_late(const Recurrent& r, const Groups& groups,
   });
   normalize_groups(r, groups, 0, groups.count - 1, row.x, row.stats);
   each_vector<A>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-    const auto reset = sigmoid(fma(load(row.x + i, part), load(vectors.gain_x + i, part),
-                                   load(vectors.bias + i, part)));
+    const auto reset = sigmoid(
+        fma(load(row.x + i, part), load(vectors.gain_x + i, part), load(vectors.bias + i, part)));
     const int64_t n = 2 * size + i;
     put(row.x + n, fma(reset, load(row.h + n, part), load(row.x + n, part)), part);
   });

@@ -55,9 +55,8 @@ LAYERNORM_INLINE A* at(A* sums, int64_t k) {
 template <typename A>
 void add_row(A* sum, const A* row, int64_t count) {
   if (sum == nullptr) return;
-  each_block<A, 4>(count, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-    add_to(sum + i, load(row + i, part), part);
-  });
+  each_block<A, 4>(count, [&](int64_t i, auto part)
+                              LAYERNORM_LAMBDA { add_to(sum + i, load(row + i, part), part); });
 }
 
 // Of the gradient t of a normalized n: sums of t and of t·n.
@@ -252,7 +251,8 @@ void gru_backward(const Recurrent& r, const Groups& groups, const Vectors<Accumu
   gradients.finish(groups, row.stats);
 }
 
-// Where the candidate is summed after the reset its norm comes first: the reset gate is inside of it.
+// Where the candidate is summed after the reset its norm comes first: the reset gate is inside of
+// it.
 template <typename T>
 void gru_backward_late(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
                        const VectorSums<Accumulate<T>>& sums, const RowGradient<T>& row) {

@@ -1,9 +1,9 @@
 // Matrix products with few rows: one register tile, and operands packed in the order in which it
 // reads them.
 //
-// Each element of a product is the sum over k of one product after another, in blocks of kBlock that
-// are added up in order. That order is the same in every tile, so a row of the result has the same
-// bits alone, in any batch and in any thread.
+// Each element of a product is the sum over k of one product after another, in blocks of kBlock
+// that are added up in order. That order is the same in every tile, so a row of the result has the
+// same bits alone, in any batch and in any thread.
 #pragma once
 
 #include "simd.hpp"
@@ -60,8 +60,8 @@ using Operand = Numbers<Accumulate<T>>;
 // What a product is added to: nothing, one row for all of its rows, or what is there.
 enum class Onto { kZero, kBias, kSelf };
 
-// c = onto + a·b over `count` elements of k, for the `columns` first columns of the panel b. The rows
-// of a and c begin at a[r] + k and c[r] + column; elements of a row of a are kStride apart.
+// c = onto + a·b over `count` elements of k, for the `columns` first columns of the panel b. The
+// rows of a and c begin at a[r] + k and c[r] + column; elements of a row of a are kStride apart.
 template <typename O, int kRows, int kStride>
 [[gnu::noinline]] void tile(const typename O::Element* const* a, int64_t k,
                             const typename O::Element* b, int64_t count, Onto onto,
@@ -82,8 +82,7 @@ template <typename O, int kRows, int kStride>
     for (int r = 0; r < kRows; ++r) {
       const V left = O::splat_of(row[r] + i * kStride);
 #pragma GCC unroll 8
-      for (int j = 0; j < kTileVectors; ++j)
-        sum[r][j] = O::multiply_add(left, right[j], sum[r][j]);
+      for (int j = 0; j < kTileVectors; ++j) sum[r][j] = O::multiply_add(left, right[j], sum[r][j]);
     }
   }
 #pragma GCC unroll 8
@@ -145,8 +144,8 @@ struct Packed {
   [[nodiscard]] int64_t columns_of(int64_t p) const { return least(kWidth, columns - p * kWidth); }
 };
 
-// c = onto + a·b for the columns of the panels [panel_begin, panel_end); a[i] and c[i] are where the
-// rows begin.
+// c = onto + a·b for the columns of the panels [panel_begin, panel_end); a[i] and c[i] are where
+// the rows begin.
 template <typename O>
 void product(int64_t rows, const typename O::Element* const* a, const Packed<O>& b, Onto onto,
              const typename O::Sum* bias, typename O::Sum* const* c, int64_t panel_begin,

@@ -7,7 +7,8 @@ namespace layernorm::LAYERNORM_ISA {
 namespace {
 
 // Rows are worked on together where they are not wide, which do better alone, and come from a cache
-// and not from memory (all measured): what is read and written of them should stay in the first cache.
+// and not from memory (all measured): what is read and written of them should stay in the first
+// cache.
 constexpr int64_t kWide = 3072;                // bytes of a row
 constexpr int64_t kCached = int64_t{1} << 20;  // bytes of a tensor
 // From this size on a tensor is written past the caches, which spares fetching it first.

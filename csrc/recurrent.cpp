@@ -18,9 +18,8 @@ constexpr RecurrentKernels kernels() {
         return scratch_bytes<ForwardScratch<T>>(r, rows, team_size);
       },
       [](const Recurrent& r, const void* prepared, void* scratch, int64_t row_begin,
-         int64_t row_end, Team& team, int rank) {
-        Forward<T>(r, prepared, scratch, row_begin, row_end, team, rank).run();
-      },
+         int64_t row_end, Team& team,
+         int rank) { Forward<T>(r, prepared, scratch, row_begin, row_end, team, rank).run(); },
       chunk_steps,
       [](const Recurrent& r, const RecurrentGradients& g) {
         return BackwardShared<T>(r, g, nullptr).bytes;
@@ -46,7 +45,7 @@ constexpr RecurrentKernels kernels() {
 
 }  // namespace
 
-extern const RecurrentTable recurrences = {kernels<float>(), kernels<double>(),
-                                           kernels<bfloat16>(), kernels<float16>()};
+extern const RecurrentTable recurrences = {kernels<float>(), kernels<double>(), kernels<bfloat16>(),
+                                           kernels<float16>()};
 
 }  // namespace layernorm::LAYERNORM_ISA

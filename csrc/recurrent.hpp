@@ -62,7 +62,8 @@ struct Recurrent {
   void* saved_x;      // [rows, G·H]: normalized; where summed, of the sum
   void* saved_h;      // [rows, saved_h_width]
   void* saved_c;      // [rows, H], LSTM
-  void* saved_stats;  // [rows, rstd of x's groups and, where inputs are separate, of h's], as computed
+  void* saved_stats;  // [rows, rstd of x's groups and, where inputs are separate, of h's], as
+                      // computed
 };
 
 // Gradients of one layer and direction; null where not wanted.
@@ -121,7 +122,13 @@ struct RecurrentKernels {
 };
 
 // By the type of the elements: float, double, bfloat16, float16.
-enum ElementType { kElementFloat32, kElementFloat64, kElementBFloat16, kElementFloat16, kElementTypes };
+enum ElementType {
+  kElementFloat32,
+  kElementFloat64,
+  kElementBFloat16,
+  kElementFloat16,
+  kElementTypes
+};
 using RecurrentTable = RecurrentKernels[kElementTypes];
 
 }  // namespace layernorm

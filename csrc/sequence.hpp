@@ -44,8 +44,8 @@ struct Rows {
     return r.batch_sizes == nullptr ? time(k) * r.batch : r.step_offsets[time(k)];
   }
   [[nodiscard]] const T* input(int64_t k, int64_t n) const {
-    const int64_t offset = r.batch_sizes == nullptr ? time(k) * r.input_step_stride
-                                                    : first(k) * r.input_row_stride;
+    const int64_t offset =
+        r.batch_sizes == nullptr ? time(k) * r.input_step_stride : first(k) * r.input_row_stride;
     return static_cast<const T*>(r.input) + offset + n * r.input_row_stride;
   }
   [[nodiscard]] T* output(int64_t k, int64_t n) const {
@@ -223,9 +223,8 @@ struct LeftRows {
   }
   LeftRows(Arena& shared, Arena& own, int64_t most, int64_t all_numbers)
       : rows(own.take<const E*>(most)),
-        copies(copied(all_numbers)
-                   ? shared.take<E>(most * parts_of(all_numbers, O::kPerElement))
-                   : nullptr),
+        copies(copied(all_numbers) ? shared.take<E>(most * parts_of(all_numbers, O::kPerElement))
+                                   : nullptr),
         numbers(all_numbers),
         depth(parts_of(all_numbers, O::kPerElement)) {}
 

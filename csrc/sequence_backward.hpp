@@ -1,5 +1,5 @@
-// The time loop backward, in chunks of steps: the steps of a chunk one by one, then the sums over all
-// rows of the chunk as large products.
+// The time loop backward, in chunks of steps: the steps of a chunk one by one, then the sums over
+// all rows of the chunk as large products.
 //
 // What is summed over rows is summed in an order that the shapes alone decide: by chunks, and the
 // gradients of gains and biases by blocks of rows, whatever the number of threads.
@@ -27,10 +27,11 @@ struct BlockSums {
   BlockSums(const Recurrent& r, const RecurrentGradients& g) {
     const int64_t width = gate_width(r);
     const int64_t size = r.hidden_size;
-    const int64_t all[kVectors] = {g.gain_ih != nullptr ? width : 0,  g.gain_hh != nullptr ? width : 0,
-                                   g.bias != nullptr ? width : 0,     g.bias_hn != nullptr ? size : 0,
-                                   g.gain_cell != nullptr ? size : 0, g.bias_cell != nullptr ? size : 0,
-                                   g.bias_ih != nullptr ? width : 0,  g.bias_hh != nullptr ? width : 0};
+    const int64_t all[kVectors] = {
+        g.gain_ih != nullptr ? width : 0,  g.gain_hh != nullptr ? width : 0,
+        g.bias != nullptr ? width : 0,     g.bias_hn != nullptr ? size : 0,
+        g.gain_cell != nullptr ? size : 0, g.bias_cell != nullptr ? size : 0,
+        g.bias_ih != nullptr ? width : 0,  g.bias_hh != nullptr ? width : 0};
     for (int i = 0; i < kVectors; ++i) {
       sizes[i] = all[i];
       stride += parts_of(all[i], 16) * 16;
@@ -52,11 +53,11 @@ struct BackwardShared {
   using A = Accumulate<T>;
   BlockSums<A> layout;
   int64_t blocks;
-  A *grad_h, *grad_c;          // [N, P], [N, H]: of the state between steps
+  A *grad_h, *grad_c;            // [N, P], [N, H]: of the state between steps
   A *block_sums, *block_totals;  // [blocks, stride]
   // Of the rows of a chunk, in their order among all rows:
-  A *grad_x, *grad_wh;        // [rows, G·H]; the same where inputs are summed
-  A *grad_state, *hidden;     // [rows, P], [rows, H], where projected
+  A *grad_x, *grad_wh;     // [rows, G·H]; the same where inputs are summed
+  A *grad_state, *hidden;  // [rows, P], [rows, H], where projected
   size_t bytes;
 
   BackwardShared(const Recurrent& r, const RecurrentGradients& g, void* memory)
@@ -184,8 +185,7 @@ class Backward {
   }
   [[nodiscard]] Share own_rows() const {
     const int64_t first = begin_ / per_block();
-    const Share blocks =
-        share_of(parts_of(end_, per_block()) - first, rank_, team_.size());
+    const Share blocks = share_of(parts_of(end_, per_block()) - first, rank_, team_.size());
     return {least(end_, (first + blocks.begin) * per_block()),
             least(end_, (first + blocks.end) * per_block())};
   }
@@ -199,9 +199,8 @@ class Backward {
 
   static void widen_row(const void* from, int64_t at, A* to, int64_t count) {
     const auto* const row = static_cast<const T*>(from) + at;
-    each_vector<A>(count, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-      put(to + i, load(row + i, part), part);
-    });
+    each_vector<A>(count, [&](int64_t i, auto part)
+                              LAYERNORM_LAMBDA { put(to + i, load(row + i, part), part); });
   }
 
   void begin_state() {
@@ -282,17 +281,18 @@ class Backward {
     }
     if (r_.projected) {
       team_.wait();
-      back_product(active, weights_.hr_back, Onto::kZero, [&](int64_t i) { return grad_h(begin_ + i); },
-                   [&](int64_t i) { return s_.grad_hidden + i * r_.hidden_size; });
+      back_product(
+          active, weights_.hr_back, Onto::kZero, [&](int64_t i) { return grad_h(begin_ + i); },
+          [&](int64_t i) { return s_.grad_hidden + i * r_.hidden_size; });
       team_.wait();
     }
     for (int64_t n = rows.begin; n < rows.end; ++n)
       row_backward(k, n, at + n, computed + n - begin_);
     team_.wait();
-    back_product(active, weights_.hh_back,
-                 r_.cell == CellKind::kGru ? Onto::kSelf : Onto::kZero,
-                 [&](int64_t i) { return shared_.grad_wh + (at + begin_ + i) * width; },
-                 [&](int64_t i) { return grad_h(begin_ + i); });
+    back_product(
+        active, weights_.hh_back, r_.cell == CellKind::kGru ? Onto::kSelf : Onto::kZero,
+        [&](int64_t i) { return shared_.grad_wh + (at + begin_ + i) * width; },
+        [&](int64_t i) { return grad_h(begin_ + i); });
     team_.wait();
     for (int64_t n = rows.begin; n < rows.end; ++n) {
       if (!rows_.reset(k, n)) continue;
@@ -373,8 +373,7 @@ class Backward {
   void close_block(int64_t n) {
     const int64_t at = n / per_block() * shared_.layout.stride;
     add_row(shared_.block_totals + at, shared_.block_sums + at, shared_.layout.stride);
-    std::memset(shared_.block_sums + at, 0,
-                static_cast<size_t>(shared_.layout.stride) * sizeof(A));
+    std::memset(shared_.block_sums + at, 0, static_cast<size_t>(shared_.layout.stride) * sizeof(A));
   }
 };
 
@@ -425,8 +424,7 @@ struct ChunkSums {
 
   void run(Sum sum, const void* prepared, void* scratch, int64_t begin, int64_t end) const {
     const int64_t row_end = least(end * kTileRows, result_rows(sum));
-    if (sum == kSumInput)
-      return to_input(prepared, scratch, begin * kTileRows, row_end);
+    if (sum == kSumInput) return to_input(prepared, scratch, begin * kTileRows, row_end);
     const int64_t width = gate_width(r);
     Arena arena{static_cast<char*>(scratch)};
     auto* const zeros = arena.take<T>(r.hidden_size);

@@ -129,8 +129,8 @@ class Forward {
     }
     if (s_.inputs.copies != nullptr) team_.wait();
     const Share panels = share(weights_.ih.panels());
-    product(all, s_.inputs.rows, weights_.ih, Onto::kBias, weights_.bias_x, s_.to_x,
-            panels.begin, panels.end);
+    product(all, s_.inputs.rows, weights_.ih, Onto::kBias, weights_.bias_x, s_.to_x, panels.begin,
+            panels.end);
     team_.wait();
     if (r_.inputs != Inputs::kSeparate || groups_.count == 0) return all;
     A* kept[kTogether];
@@ -168,8 +168,8 @@ class Forward {
     }
     if (s_.states.copies != nullptr) team_.wait();
     const Share panels = share(weights_.hh.panels());
-    product(active, s_.states.rows, weights_.hh, summed ? Onto::kSelf : Onto::kBias, weights_.bias_h,
-            s_.to_h, panels.begin, panels.end);
+    product(active, s_.states.rows, weights_.hh, summed ? Onto::kSelf : Onto::kBias,
+            weights_.bias_h, s_.to_h, panels.begin, panels.end);
     team_.wait();
     for (int64_t i = mine.begin; i < mine.end; i += kTogether) {
       const int some = static_cast<int>(least(kTogether, mine.end - i));
@@ -218,9 +218,8 @@ class Forward {
   void keep(int64_t row, const RowStep<T>& step) {
     const int64_t width = gate_width(r_);
     const auto copy = [](const A* from, T* to, int64_t count) {
-      each_vector<A>(count, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-        put(to + i, load(from + i, part), part);
-      });
+      each_vector<A>(count, [&](int64_t i, auto part)
+                                LAYERNORM_LAMBDA { put(to + i, load(from + i, part), part); });
     };
     if (r_.saved_x != nullptr && !s_.keep_x)
       copy(step.x, static_cast<T*>(r_.saved_x) + row * width, width);

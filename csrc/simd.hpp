@@ -449,8 +449,7 @@ LAYERNORM_INLINE void store(T* p, const Part<Accumulate<T>, 2>& a, Pair) {
 template <bool kStream, typename T, int k>
 LAYERNORM_INLINE void store(T* p, const Part<Accumulate<T>, k>& a, Block<k>) {
 #pragma GCC unroll 8
-  for (int i = 0; i < k; ++i)
-    write<kStream>(p + i * kLanes<Accumulate<T>>, narrow(a.v[i], T{}));
+  for (int i = 0; i < k; ++i) write<kStream>(p + i * kLanes<Accumulate<T>>, narrow(a.v[i], T{}));
 }
 template <bool kStream, typename T>
 LAYERNORM_INLINE void store(T* p, const Part<Accumulate<T>, 1>& a, First part) {

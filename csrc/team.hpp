@@ -1,8 +1,8 @@
 // Threads that work on the same rows and meet at barriers.
 //
-// A parallel loop promises that all its parts are run, not that they run at the same time: so a team
-// is made of those threads that have come within a short while. The results do not depend on how
-// many that are.
+// A parallel loop promises that all its parts are run, not that they run at the same time: so a
+// team is made of those threads that have come within a short while. The results do not depend on
+// how many that are.
 #pragma once
 
 #include <atomic>

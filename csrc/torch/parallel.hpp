@@ -8,8 +8,8 @@
 
 namespace layernorm {
 
-// Calls function(begin, end) for parts of [0, count), each of at least `grain`. Not at::parallel_for,
-// which would be compiled here with a pool of its own.
+// Calls function(begin, end) for parts of [0, count), each of at least `grain`. Not
+// at::parallel_for, which would be compiled here with a pool of its own.
 template <typename Function>
 void in_parallel_parts(int64_t count, int64_t grain, const Function& function) {
   if (count <= grain) {

@@ -229,10 +229,9 @@ Tensor prepare(const RecurrentLayer& layer, bool backward) {
   Tensor prepared = scratch(kernels.prepared_bytes(r, backward));
   void* const memory = prepared.mutable_data_ptr();
   const int64_t parts = kernels.prepare_parts(r, backward);
-  in_parallel(parts, r.gates * r.hidden_size * (r.input_size + r.output_size) / parts,
-              [&](int64_t begin, int64_t end) {
-                kernels.prepare(r, backward, memory, begin, end);
-              });
+  in_parallel(
+      parts, r.gates * r.hidden_size * (r.input_size + r.output_size) / parts,
+      [&](int64_t begin, int64_t end) { kernels.prepare(r, backward, memory, begin, end); });
   return prepared;
 }
 
@@ -259,7 +258,7 @@ Plan plan(const RecurrentLayer& layer, int64_t unit) {
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t width = r.gates * r.hidden_size;
   const int64_t products = layer.rows * width * (r.input_size + r.output_size);
-  constexpr int64_t kWorthAThread = int64_t{1} << 21;       // about 40 us
+  constexpr int64_t kWorthAThread = int64_t{1} << 21;   // about 40 us
   constexpr int64_t kWorthABarrier = int64_t{1} << 17;  // 2 us a step of one row
   if (threads == 1 || products < kWorthAThread) return plan;
   // A few rows by themselves cost a reading of the weights, as all of them do.
@@ -325,8 +324,8 @@ RecurrentOutputs run_forward(RecurrentLayer& layer) {
   Tensor output = layer.allocate(layer.output_shape());
   want_huge_pages(output.mutable_data_ptr(), output.nbytes());
   Tensor hn = layer.allocate({r.batch, r.output_size});
-  Tensor cn = r.cell == CellKind::kLstm ? layer.allocate({r.batch, r.hidden_size})
-                                        : layer.allocate({0});
+  Tensor cn =
+      r.cell == CellKind::kLstm ? layer.allocate({r.batch, r.hidden_size}) : layer.allocate({0});
   if (r.batch > 0) layer.forward(output, hn, cn);
   return {output, hn, cn};
 }
@@ -387,8 +386,8 @@ Found allocate_gradients(const RecurrentLayer& layer, const RecurrentInputs& inp
     if (!wanted[3 + i] || !inputs.weights[i]) continue;
     const auto sizes = inputs.weights[i]->sizes();
     const auto type = layer.options.dtype(layer.computed);
-    found.weights[i] = sizes.size() == 2 || layer.rows == 0 ? at::zeros(sizes, type)
-                                                            : at::empty(sizes, type);
+    found.weights[i] =
+        sizes.size() == 2 || layer.rows == 0 ? at::zeros(sizes, type) : at::empty(sizes, type);
     *to[i] = found.weights[i].mutable_data_ptr();
   }
   return found;
@@ -422,10 +421,9 @@ void run_backward(const RecurrentLayer& layer, const RecurrentGradients& g) {
         const int caller = callers.fetch_add(1);
         Tensor more;  // should there be more callers than threads
         if (caller >= threads) more = scratch(sum_bytes);
-        auto* const memory = caller < threads
-                                 ? static_cast<char*>(sum_memory.mutable_data_ptr()) +
-                                       sum_bytes * static_cast<size_t>(caller)
-                                 : static_cast<char*>(more.mutable_data_ptr());
+        auto* const memory = caller < threads ? static_cast<char*>(sum_memory.mutable_data_ptr()) +
+                                                    sum_bytes * static_cast<size_t>(caller)
+                                              : static_cast<char*>(more.mutable_data_ptr());
         kernels.sum(r, g, weights, shared, memory, chunk, kind, begin, end);
       });
     }
@@ -454,27 +452,25 @@ RecurrentGrads recurrent_backward(LAYERNORM_RECURRENT_ARGUMENTS, const OptionalT
   const Tensor from_output = contiguous(grad_output, layer.output_shape(), "grad_output");
   const Tensor from_h = contiguous(grad_h, {r.batch, r.output_size}, "grad_h");
   Tensor from_c;
-  if (r.cell == CellKind::kLstm)
-    from_c = contiguous(grad_c, {r.batch, r.hidden_size}, "grad_c");
+  if (r.cell == CellKind::kLstm) from_c = contiguous(grad_c, {r.batch, r.hidden_size}, "grad_c");
   // What forward returned, or nothing.
   const int64_t width = r.gates * r.hidden_size;
   const bool recompute = saved_x.numel() == 0;
   const int64_t kept_h = recompute ? 0 : layer.rows * saved_h_width(r);
   const int64_t kept_stats =
-      recompute ? 0
-                : layer.rows * statistics_of(r) * (r.inputs == Inputs::kSeparate ? 2 : 1);
+      recompute ? 0 : layer.rows * statistics_of(r) * (r.inputs == Inputs::kSeparate ? 2 : 1);
   const auto is_kept = [&](const Tensor& tensor, int64_t count, at::ScalarType type) {
     return tensor.numel() == count && tensor.scalar_type() == type && tensor.is_contiguous();
   };
   const auto type = input.scalar_type();
-  TORCH_CHECK(is_kept(output, layer.rows * r.output_size, type) &&
-                  (recompute || is_kept(saved_x, layer.rows * width, type)) &&
-                  is_kept(saved_h, kept_h, type) &&
-                  is_kept(saved_c, r.cell == CellKind::kLstm ? layer.rows * r.hidden_size : 0,
-                          type) &&
-                  is_kept(saved_stats, kept_stats, layer.computed),
-              "layernorm: output and the saved tensors must be those that recurrent_forward "
-              "returned");
+  TORCH_CHECK(
+      is_kept(output, layer.rows * r.output_size, type) &&
+          (recompute || is_kept(saved_x, layer.rows * width, type)) &&
+          is_kept(saved_h, kept_h, type) &&
+          is_kept(saved_c, r.cell == CellKind::kLstm ? layer.rows * r.hidden_size : 0, type) &&
+          is_kept(saved_stats, kept_stats, layer.computed),
+      "layernorm: output and the saved tensors must be those that recurrent_forward "
+      "returned");
   layer.use({saved_x, saved_h, saved_c, saved_stats});
   r.output = output.data_ptr();
   RecurrentGradients g{};

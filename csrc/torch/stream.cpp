@@ -10,8 +10,8 @@
 namespace layernorm {
 namespace {
 
-// Nothing stands between such a tensor and its memory: no conjugate or negative view, no wrapper of a
-// transform or of a subclass, no other layout or device.
+// Nothing stands between such a tensor and its memory: no conjugate or negative view, no wrapper of
+// a transform or of a subclass, no other layout or device.
 bool is_plain(const Tensor& tensor) {
   static const uint64_t others = ~(c10::DispatchKeySet(c10::DispatchKey::CPU) |
                                    c10::DispatchKeySet(c10::DispatchKey::AutogradCPU) |
@@ -42,16 +42,18 @@ Stream::Stream(const std::vector<RecurrentInputs>& layers) {
     TORCH_CHECK(r.steps == 1 && r.batch > 0 && !r.reverse && inputs.h.is_contiguous() &&
                     (!inputs.c || inputs.c->is_contiguous()),
                 "layernorm: a stream must have a row, and a contiguous state");
-    TORCH_CHECK(layers_.size() == 1 || r.input_size == output_size_,
-                "layernorm: a layer of ", output_size_, " features before one that reads ",
-                r.input_size);
+    TORCH_CHECK(layers_.size() == 1 || r.input_size == output_size_, "layernorm: a layer of ",
+                output_size_, " features before one that reads ", r.input_size);
     one.prepared = prepare(one.layer, false);
     one.output = one.layer.allocate({r.batch, r.output_size});
     // A step has read a row's state before it writes that row's next.
     r.hn = inputs.h.mutable_data_ptr();
     r.cn = r.c0 == nullptr ? nullptr : inputs.c->mutable_data_ptr();
     output_size_ = r.output_size;
-    products_ += r.batch * r.gates * r.hidden_size * (r.input_size + r.output_size);
+    const int64_t products = r.gates * r.hidden_size * (r.input_size + r.output_size) +
+                             (r.projected ? r.hidden_size * r.output_size : 0);
+    products_ += r.batch * products;
+    weight_bytes_ += products * static_cast<int64_t>(inputs.h.element_size());
   }
   const auto& first = layers_.front().layer;
   batch_ = first.r.batch;
@@ -87,9 +89,8 @@ bool Stream::writes(const Tensor& output) const {
 
 Tensor Stream::allocate(const Tensor& input) const {
   const int64_t sizes[] = {batch_, output_size_};
-  return at::detail::empty_cpu(input.dim() == 2 ? at::IntArrayRef(sizes, 2)
-                                                : at::IntArrayRef(sizes + 1, 1),
-                               type_);
+  return at::detail::empty_cpu(
+      input.dim() == 2 ? at::IntArrayRef(sizes, 2) : at::IntArrayRef(sizes + 1, 1), type_);
 }
 
 StridedRows Stream::rows_of(const Tensor& tensor) const {
@@ -144,7 +145,7 @@ void Stream::plan(int threads) {
   threads_ = threads;
   members_ = 1;
   ranges_ = 1;
-  if (threads > 1 && products_ >= kWorthAThread) {
+  if (threads > 1 && (products_ >= kWorthAThread || weight_bytes_ > kWorthATeam)) {
     if (batch_ < 4 * threads)
       members_ = threads;
     else
@@ -153,8 +154,8 @@ void Stream::plan(int threads) {
   scratch_bytes_ = 0;
   const int64_t rows = (batch_ + ranges_ - 1) / ranges_;
   for (const auto& one : layers_)
-    scratch_bytes_ = std::max(
-        scratch_bytes_, one.layer.kernels->forward_bytes(one.layer.r, rows, members_));
+    scratch_bytes_ =
+        std::max(scratch_bytes_, one.layer.kernels->forward_bytes(one.layer.r, rows, members_));
   scratch_bytes_ = (scratch_bytes_ + 63) / 64 * 64;
   scratch_ = scratch(scratch_bytes_ * static_cast<size_t>(ranges_));
 }

@@ -1,4 +1,4 @@
-// Recurrent layers one step at a time: their parameters are packed once, their memory is taken once.
+// Recurrent layers one step at a time: parameters are packed once, memory is taken once.
 #pragma once
 
 #include <Python.h>
@@ -39,12 +39,17 @@ class Stream {
     Tensor output;  // [N, P]
   };
   static constexpr int64_t kWorthAThread = int64_t{1} << 21;  // multiplications, about 40 us
+  // Bytes of weights from which two threads are faster than one in a step of a row: a parallel
+  // region and its barriers cost 5 us, and these do not stay in the cache of one core. Measured on
+  // two cores of a Zen 4: 2.0 MiB 25 us by one and 19 by two, 2.3 MiB 28 and 21, 3.1 MiB 37 and 27,
+  // 8 MiB 91 and 49; where the second core is busy the second thread is a loss.
+  static constexpr int64_t kWorthATeam = int64_t{1} << 21;
 
   std::vector<Layer> layers_;
   Tensor input_;  // [N, F], for rows that are not contiguous
   at::ScalarType type_;
   int64_t batch_, input_size_, output_size_;
-  int64_t products_ = 0;
+  int64_t products_ = 0, weight_bytes_ = 0;
   size_t element_;
 
   // How the work is shared, by so many threads.

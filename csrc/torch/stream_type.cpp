@@ -8,7 +8,7 @@ namespace layernorm {
 namespace {
 
 struct PyStream {
-  PyObject_HEAD
+  PyObject object;  // as PyObject_HEAD
   Stream* stream;
   bool busy;  // a step is running without the interpreter's lock
 };
@@ -80,8 +80,8 @@ void destroy(PyObject* self) {
   Py_DECREF(type);
 }
 
-// step(input, out): the result, which is `out` unless that is None. NotImplemented where an argument
-// does not fit: src/layernorm/streaming.py says why.
+// step(input, out): the result, which is `out` unless that is None. NotImplemented where an
+// argument does not fit: src/layernorm/streaming.py says why.
 PyObject* step(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   auto& held = *reinterpret_cast<PyStream*>(self);
