@@ -1,5 +1,5 @@
-// One row of one step, backward: from the gradient of the new state to that of the products x and
-// W_hh h, of the state before, and of gains and biases. Words and types as in cells.hpp.
+// A few rows of one step, backward: from the gradient of the new state to that of the products x
+// and W_hh h, of the state before, and of gains and biases. Words and types as in cells.hpp.
 #pragma once
 
 #include "cells.hpp"
@@ -84,80 +84,108 @@ Along<A> along(const Recurrent& r, const NormSums<A>* sums, int count, int64_t w
           static_cast<A>(static_cast<double>(add_lanes(all.tn)) * inverse)};
 }
 
-// In place: from the gradient of the gates to that of the products, over [begin, begin + width).
+// Where the gradient of a gate begins as h's part has it: the candidate of a GRU, inside of the
+// reset product, has one of its own.
+template <typename T>
+LAYERNORM_INLINE const Accumulate<T>* gate_grad_of_h(const Recurrent& r, const RowGradient<T>& row,
+                                                     int gate) {
+  const bool own = r.cell == CellKind::kGru && gate == 2;
+  return (own ? row.grad_h : row.grad_x) + gate * r.hidden_size;
+}
+
+// The sums that one gate of kRows rows is part of: over the rows those of gains and biases, over
+// the features those of the norms.
+template <typename T, bool kTwo, int kRows>
+void sum_gate(const Recurrent& r, const Vectors<Accumulate<T>>& v,
+              const VectorSums<Accumulate<T>>& sums, int gate, const RowGradient<T>* rows,
+              NormSums<Accumulate<T>> (*of_x)[4], NormSums<Accumulate<T>> (*of_h)[4]) {
+  using A = Accumulate<T>;
+  const int64_t begin = gate * r.hidden_size;
+  NormSums<A> x_sums[kRows], h_sums[kRows];
+  const A *x[kRows], *h[kRows], *d_x[kRows], *d_h[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    x[i] = rows[i].x + begin;
+    h[i] = kTwo ? rows[i].h + begin : nullptr;
+    d_x[i] = rows[i].grad_x + begin;
+    d_h[i] = gate_grad_of_h(r, rows[i], gate);
+  }
+  each_vector<A>(r.hidden_size, [&](int64_t k, auto part) LAYERNORM_LAMBDA {
+    const auto gain_x = load(v.gain_x + begin + k, part);
+    Part<A, 1> gain_h{}, bias{}, to_gain_x{}, to_gain_h{};
+    if constexpr (kTwo) gain_h = load(v.gain_h + begin + k, part);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const auto d = load(d_x[i] + k, part);
+      const auto n = load(x[i] + k, part);
+      bias = bias + d;
+      to_gain_x = fma(d, n, to_gain_x);
+      x_sums[i].add(d * gain_x, n);
+      if constexpr (kTwo) {
+        const auto e = load(d_h[i] + k, part);
+        const auto m = load(h[i] + k, part);
+        to_gain_h = fma(e, m, to_gain_h);
+        h_sums[i].add(e * gain_h, m);
+      }
+    }
+    add_to(at(sums.bias, begin + k), bias, part);
+    add_to(at(sums.gain_x, begin + k), to_gain_x, part);
+    if constexpr (kTwo) add_to(at(sums.gain_h, begin + k), to_gain_h, part);
+  });
+  for (int i = 0; i < kRows; ++i) of_x[i][gate] = x_sums[i], of_h[i][gate] = h_sums[i];
+}
+
+// result = rstd·(grad·gain - one - n·along), the gradient of what was normalized.
 template <typename A>
-void norm_backward(const Along<A>& a, A rstd, const A* n, const A* gain, int64_t begin,
-                   int64_t width, A* grad) {
-  each_block<A, 4>(width, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-    const int64_t k = begin + i;
+void norm_backward(const Along<A>& a, A rstd, const A* n, const A* gain, const A* grad,
+                   int64_t width, A* result) {
+  each_block<A, 4>(width, [&](int64_t k, auto part) LAYERNORM_LAMBDA {
     const auto t = load(grad + k, part) * load(gain + k, part) - a.one;
-    put(grad + k, fma(load(n + k, part), -a.n, t) * rstd, part);
+    put(result + k, fma(load(n + k, part), -a.n, t) * rstd, part);
   });
 }
 
-// Collects the gradients of the gates of one row, feature by feature, with all sums that they are
-// part of; then takes them through the norms.
-template <typename A, bool kTwo, bool kNorm>
-class GateGradients {
- public:
-  GateGradients(const Recurrent& r, const Vectors<A>& v, const VectorSums<A>& sums, const auto& row)
-      : r_(r), v_(v), sums_(sums), x_(row.x), h_(row.h), grad_x_(row.grad_x), grad_h_(row.grad_h) {}
-
-  // Feature i of this gate; d_h is that of h's part, where it has one.
-  LAYERNORM_INLINE void add(int gate, int64_t i, const auto& d_x, const auto& d_h, auto part) {
-    const int64_t k = gate * r_.hidden_size + i;
-    put(grad_x_ + k, d_x, part);
-    if constexpr (kTwo) put(grad_h_ + k, d_h, part);
-    if constexpr (kNorm) {
-      add_to(at(sums_.bias, k), d_x, part);
-      const auto x = load(x_ + k, part);
-      add_product_to(at(sums_.gain_x, k), d_x, x, part);
-      of_x_[gate].add(d_x * load(v_.gain_x + k, part), x);
-      if constexpr (kTwo) {
-        const auto h = load(h_ + k, part);
-        add_product_to(at(sums_.gain_h, k), d_h, h, part);
-        of_h_[gate].add(d_h * load(v_.gain_h + k, part), h);
-      }
-    }
+// Takes the gradients of the gates of these groups, of at most kTogether rows, through the norms:
+// to those of the products, in grad_x and, for two, in grad_h.
+template <typename T, bool kTwo>
+void through_norms(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
+                   const VectorSums<Accumulate<T>>& sums, const RowGradient<T>* rows, int count) {
+  using A = Accumulate<T>;
+  const int64_t size = r.hidden_size;
+  NormSums<A> of_x[kTogether][4], of_h[kTogether][4];
+  const auto first_of = [&](int g) { return static_cast<int>(groups.begin(g) / size); };
+  const int gates =
+      first_of(groups.count - 1) + static_cast<int>(groups.width(groups.count - 1) / size);
+  for (int gate = 0; gate < gates; ++gate) {
+    if (count == kTogether)
+      sum_gate<T, kTwo, kTogether>(r, v, sums, gate, rows, of_x, of_h);
+    else
+      for (int i = 0; i < count; ++i)
+        sum_gate<T, kTwo, 1>(r, v, sums, gate, rows + i, of_x + i, of_h + i);
   }
-
-  void finish(const Groups& groups, const A* stats) {
-    through_norms(groups, stats);
-    add_biases();
-  }
-  void through_norms(const Groups& groups, const A* stats) {
-    if constexpr (kNorm) {
-      for (int g = 0; g < groups.count; ++g) {
-        const int64_t begin = groups.begin(g);
-        const int64_t width = groups.width(g);
-        const auto first = begin / r_.hidden_size;
-        const auto count = static_cast<int>(width / r_.hidden_size);
-        norm_backward(along(r_, of_x_ + first, count, width), stats[g], x_, v_.gain_x, begin, width,
-                      grad_x_);
+  for (int i = 0; i < count; ++i) {
+    const auto& row = rows[i];
+    for (int g = 0; g < groups.count; ++g) {
+      const int first = first_of(g);
+      const int64_t width = groups.width(g);
+      const int number = static_cast<int>(width / size);
+      const auto a = along(r, of_x[i] + first, number, width);
+      Along<A> b{};
+      if (kTwo) b = along(r, of_h[i] + first, number, width);
+      for (int gate = first; gate < first + number; ++gate) {
+        const int64_t k = gate * size;
         if constexpr (kTwo)
-          norm_backward(along(r_, of_h_ + first, count, width), stats[groups.count + g], h_,
-                        v_.gain_h, begin, width, grad_h_);
+          norm_backward(b, row.stats[groups.count + g], row.h + k, v.gain_h + k,
+                        gate_grad_of_h(r, row, gate), size, row.grad_h + k);
+        norm_backward(a, row.stats[g], row.x + k, v.gain_x + k, row.grad_x + k, size,
+                      row.grad_x + k);
       }
     }
   }
-  // Of the biases inside the norm.
-  void add_biases() {
-    const int64_t all = r_.gates * r_.hidden_size;
-    add_row(sums_.bias_ih, grad_x_, all);
-    add_row(sums_.bias_hh, grad_h_, all);
-  }
+}
 
- private:
-  const Recurrent& r_;
-  const Vectors<A>& v_;
-  const VectorSums<A>& sums_;
-  const A *x_, *h_;
-  A *grad_x_, *grad_h_;
-  NormSums<A> of_x_[4], of_h_[4];
-};
-
-template <typename T, bool kTwo, bool kNorm>
-void lstm_backward(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
+// The gates of an LSTM's row: their gradients, before their nonlinearities, to grad_x.
+template <typename T, bool kTwo>
+void lstm_backward(const Recurrent& r, const Vectors<Accumulate<T>>& v,
                    const VectorSums<Accumulate<T>>& sums, const RowGradient<T>& row) {
   using A = Accumulate<T>;
   const int64_t size = r.hidden_size;
@@ -206,7 +234,6 @@ void lstm_backward(const Recurrent& r, const Groups& groups, const Vectors<Accum
   });
   Along<A> a{};
   if (normed) a = along(r, &of_cell, 1, size);
-  GateGradients<A, kTwo, kNorm> gradients(r, v, sums, row);
   each_vector<A>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
     auto d = load(grad_cell + i, part);
     if (normed) d = fma(load(cell + i, part), -a.n, d - a.one) * rstd;
@@ -220,83 +247,68 @@ void lstm_backward(const Recurrent& r, const Groups& groups, const Vectors<Accum
     const auto of_forget = d * load(row.c_prev + i, part) * forget * one_minus(forget);
     const auto of_candidate = d * input * one_minus_square(candidate);
     const auto of_output = gate(3);
-    gradients.add(0, i, of_input, of_input, part);
-    gradients.add(1, i, of_forget, of_forget, part);
-    gradients.add(2, i, of_candidate, of_candidate, part);
-    gradients.add(3, i, of_output, of_output, part);
+    put(row.grad_x + i, of_input, part);
+    put(row.grad_x + size + i, of_forget, part);
+    put(row.grad_x + 2 * size + i, of_candidate, part);
+    put(row.grad_x + 3 * size + i, of_output, part);
   });
-  gradients.finish(groups, row.stats);
 }
 
-template <typename T, bool kTwo, bool kNorm>
-void gru_backward(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
+// Likewise of a GRU's; of the candidate's part of h to grad_h.
+template <typename T, bool kTwo>
+void gru_backward(const Recurrent& r, const Vectors<Accumulate<T>>& v,
                   const VectorSums<Accumulate<T>>& sums, const RowGradient<T>& row) {
   using A = Accumulate<T>;
-  GateGradients<A, kTwo, kNorm> gradients(r, v, sums, row);
-  each_block<A, 2>(r.hidden_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+  const int64_t size = r.hidden_size;
+  const bool late = r.inputs == Inputs::kLate;
+  each_block<A, 2>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
     const auto gates = gru_gates<false>(r, v, row, i, part);
     const auto& n = gates.candidate;
     const auto& z = gates.update;
     const auto grad = load(row.grad_hidden + i, part);
     const auto of_update = grad * (load(row.h_prev + i, part) - n) * z * one_minus(z);
     put(row.grad_direct + i, grad * z, part);
+    put(row.grad_x + size + i, of_update, part);
     const auto d = grad * one_minus(z) * one_minus_square(n);
+    if (late) {
+      put(row.gates + i, gates.reset, part);
+      return put(row.grad_x + 2 * size + i, d, part);
+    }
     const auto through = d * gates.reset;
-    const auto of_reset = d * gates.reset_of * gates.reset * one_minus(gates.reset);
-    if constexpr (kTwo) add_to(at(sums.bias_hn, i), through, part);
-    gradients.add(0, i, of_reset, of_reset, part);
-    gradients.add(1, i, of_update, of_update, part);
-    gradients.add(2, i, kTwo ? d : through, through, part);
+    put(row.grad_x + i, d * gates.reset_of * gates.reset * one_minus(gates.reset), part);
+    put(row.grad_x + 2 * size + i, kTwo ? d : through, part);
+    if constexpr (kTwo) {
+      put(row.grad_h + 2 * size + i, through, part);
+      add_to(at(sums.bias_hn, i), through, part);
+    }
   });
-  gradients.finish(groups, row.stats);
 }
 
 // Where the candidate is summed after the reset its norm comes first: the reset gate is inside of
 // it.
 template <typename T>
-void gru_backward_late(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
-                       const VectorSums<Accumulate<T>>& sums, const RowGradient<T>& row) {
+void late_norm_backward(const Recurrent& r, const Vectors<Accumulate<T>>& v,
+                        const VectorSums<Accumulate<T>>& sums, const RowGradient<T>& row,
+                        Accumulate<T> rstd) {
   using A = Accumulate<T>;
   const int64_t size = r.hidden_size;
   const int64_t last = 2 * size;
-  NormSums<A> of_last;
-  each_block<A, 2>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-    const auto gates = gru_gates<false>(r, v, row, i, part);
-    const auto& n = gates.candidate;
-    const auto& z = gates.update;
-    const auto grad = load(row.grad_hidden + i, part);
-    put(row.grad_direct + i, grad * z, part);
-    put(row.gates + i, gates.reset, part);
-    put(row.gates + size + i, grad * (load(row.h_prev + i, part) - n) * z * one_minus(z), part);
-    const auto d = grad * one_minus(z) * one_minus_square(n);
-    put(row.grad_x + last + i, d, part);
-    const auto x = load(row.x + last + i, part);
-    add_to(at(sums.bias, last + i), d, part);
-    add_product_to(at(sums.gain_x, last + i), d, x, part);
-    of_last.add(d * load(v.gain_x + last + i, part), x);
-  });
-  const int g = groups.count - 1;
-  norm_backward(along(r, &of_last, 1, size), row.stats[g], row.x, v.gain_x, last, size, row.grad_x);
-  GateGradients<A, false, true> gradients(r, v, sums, row);
+  NormSums<A> of_x[1][4], of_h[1][4];
+  sum_gate<T, false, 1>(r, v, sums, 2, &row, of_x, of_h);
+  norm_backward(along(r, of_x[0] + 2, 1, size), rstd, row.x + last, v.gain_x + last,
+                row.grad_x + last, size, row.grad_x + last);
   each_block<A, 2>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
     const auto d = load(row.grad_x + last + i, part);
     const auto reset = load(row.gates + i, part);
-    const auto of_reset = d * load(row.h + last + i, part) * reset * one_minus(reset);
+    put(row.grad_x + i, d * load(row.h + last + i, part) * reset * one_minus(reset), part);
     put(row.grad_h + last + i, d * reset, part);
-    gradients.add(0, i, of_reset, of_reset, part);
-    const auto of_update = load(row.gates + size + i, part);
-    gradients.add(1, i, of_update, of_update, part);
   });
-  gradients.through_norms({groups.first, groups.size, g}, row.stats);
-  std::memcpy(row.grad_h, row.grad_x, static_cast<size_t>(last) * sizeof(A));
-  gradients.add_biases();
 }
 
-template <typename T, bool kTwo, bool kNorm>
-void rnn_backward(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
-                  const VectorSums<Accumulate<T>>& sums, const RowGradient<T>& row) {
+template <typename T, bool kTwo>
+void rnn_backward(const Recurrent& r, const Vectors<Accumulate<T>>& v,
+                  const VectorSums<Accumulate<T>>&, const RowGradient<T>& row) {
   using A = Accumulate<T>;
-  GateGradients<A, kTwo, kNorm> gradients(r, v, sums, row);
   each_block<A, 4>(r.hidden_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
     const auto a = gate_at<kTwo, false>(v, row, 0, r.hidden_size, i, part);
     auto d = load(row.grad_hidden + i, part);
@@ -304,32 +316,44 @@ void rnn_backward(const Recurrent& r, const Groups& groups, const Vectors<Accumu
       d = each<A, part.kVectors>([&](int k) { return a.v[k] <= Vec<A>{} ? Vec<A>{} : d.v[k]; });
     else
       d = d * one_minus_square(tanh(a));
-    gradients.add(0, i, d, d, part);
+    put(row.grad_x + i, d, part);
   });
-  gradients.finish(groups, row.stats);
 }
 
-template <typename T>
-void cell_backward(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
-                   const VectorSums<Accumulate<T>>& sums, const RowGradient<T>& row) {
-  if (r.inputs == Inputs::kLate) return gru_backward_late<T>(r, groups, v, sums, row);
-  const bool two = r.inputs == Inputs::kSeparate;
-  const bool normed = r.norm != NormKind::kNone;
-  const auto call = [&](auto function) { function(r, groups, v, sums, row); };
-  switch (r.cell) {
-    case CellKind::kLstm:
-      return call(!normed ? lstm_backward<T, false, false>
-                  : two   ? lstm_backward<T, true, true>
-                          : lstm_backward<T, false, true>);
-    case CellKind::kGru:
-      return call(!normed ? gru_backward<T, true, false>
-                  : two   ? gru_backward<T, true, true>
-                          : gru_backward<T, false, true>);
-    default:
-      return call(!normed ? rnn_backward<T, false, false>
-                  : two   ? rnn_backward<T, true, true>
-                          : rnn_backward<T, false, true>);
+// At most kTogether rows, whose sums are the same.
+template <typename T, bool kTwo>
+void rows_backward(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
+                   const VectorSums<Accumulate<T>>& sums, const RowGradient<T>* rows, int count) {
+  const auto bytes = [&](int64_t gates) {
+    return static_cast<size_t>(gates * r.hidden_size) * sizeof(Accumulate<T>);
+  };
+  const bool gru = r.cell == CellKind::kGru;
+  const auto gates_backward = gru                         ? gru_backward<T, kTwo>
+                              : r.cell == CellKind::kLstm ? lstm_backward<T, kTwo>
+                                                          : rnn_backward<T, kTwo>;
+  const bool late = r.inputs == Inputs::kLate;
+  const int last = groups.count - 1;
+  for (int i = 0; i < count; ++i) {
+    gates_backward(r, v, sums, rows[i]);
+    if (late) late_norm_backward<T>(r, v, sums, rows[i], rows[i].stats[last]);
   }
+  if (r.norm != NormKind::kNone)
+    through_norms<T, kTwo>(r, late ? Groups{groups.first, groups.size, last} : groups, v, sums,
+                           rows, count);
+  for (int i = 0; i < count; ++i) {
+    const auto& row = rows[i];
+    // Without a norm, or with one for both, the products of a GRU's reset and update gate are
+    // alike.
+    if (late || (gru && r.norm == NormKind::kNone)) std::memcpy(row.grad_h, row.grad_x, bytes(2));
+    add_row(sums.bias_ih, row.grad_x, r.gates * r.hidden_size);
+    add_row(sums.bias_hh, row.grad_h, r.gates * r.hidden_size);
+  }
+}
+template <typename T>
+void cells_backward(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
+                    const VectorSums<Accumulate<T>>& sums, const RowGradient<T>* rows, int count) {
+  r.inputs == Inputs::kSeparate ? rows_backward<T, true>(r, groups, v, sums, rows, count)
+                                : rows_backward<T, false>(r, groups, v, sums, rows, count);
 }
 
 }  // namespace layernorm::LAYERNORM_ISA

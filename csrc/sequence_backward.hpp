@@ -118,8 +118,8 @@ struct BackwardScratch {
         to_h(own.take<A*>(again(r, rows))),
         to(own.take<A*>(rows)),
         left(own.take<const A*>(rows)),
-        row_x(own.take<A>(gate_width(r))),
-        row_h(own.take<A>(gate_width(r))),
+        row_x(own.take<A>(kTogether * gate_width(r))),
+        row_h(own.take<A>(kTogether * gate_width(r))),
         gates(own.take<A>(4 * r.hidden_size)),
         cell(own.take<A>(r.hidden_size)),
         shared_bytes((shared.used + 63) / 64 * 64),
@@ -286,8 +286,11 @@ class Backward {
           [&](int64_t i) { return s_.grad_hidden + i * r_.hidden_size; });
       team_.wait();
     }
-    for (int64_t n = rows.begin; n < rows.end; ++n)
-      row_backward(k, n, at + n, computed + n - begin_);
+    for (int64_t n = rows.begin; n < rows.end;) {
+      const int64_t end = least(least(n + kTogether, block_end(n)), rows.end);
+      rows_backward(k, n, end, at, computed - begin_);
+      n = end;
+    }
     team_.wait();
     back_product(
         active, weights_.hh_back, r_.cell == CellKind::kGru ? Onto::kSelf : Onto::kZero,
@@ -320,53 +323,61 @@ class Backward {
     product<Numbers<A>>(active, s_.left, weights, onto, nullptr, s_.to, panels.begin, panels.end);
   }
 
-  // Row n of step k, which is row `at` of the chunk, and row `computed` of what was computed again.
-  void row_backward(int64_t k, int64_t n, int64_t at, int64_t computed) {
-    const int64_t row = rows_.first(k) + n;
-    const int64_t width = gate_width(r_);
-    const int64_t size = r_.hidden_size;
-    RowGradient<T> step{};
-    if (r_.saved_x == nullptr) {
-      step.x = s_.to_x[computed];
-      step.h = s_.to_h[computed];
-      step.stats = s_.stats + computed * 2 * r_.gates;
-    } else {
-      saved_row(row, step);
-    }
-    step.h_prev = rows_.h_prev(k, n, s_.zeros);
-    step.grad_hidden = r_.projected ? s_.grad_hidden + (n - begin_) * size : grad_h(n);
-    step.grad_direct = grad_h(n);
-    if (r_.cell == CellKind::kLstm) {
-      step.c_prev = rows_.c_prev(k, n, s_.zeros);
-      step.grad_c = grad_c(n);
-    }
-    step.grad_x = shared_.grad_x + at * width;
-    step.grad_h = shared_.grad_wh + at * width;
-    step.hidden = r_.projected ? shared_.hidden + at * size : nullptr;
-    step.gates = s_.gates;
-    step.cell = s_.cell;
+  // Rows [first, last) of step k, of one block. Row n is row `at` + n of the chunk, and `computed`
+  // + n of those that were computed again.
+  void rows_backward(int64_t k, int64_t first, int64_t last, int64_t at, int64_t computed) {
+    RowGradient<T> rows[kTogether];
+    for (int64_t n = first; n < last; ++n)
+      rows[n - first] = row_of(k, n, at + n, computed + n, n - first);
     const auto sums =
-        shared_.layout.at(shared_.block_sums + n / per_block() * shared_.layout.stride);
-    cell_backward<T>(r_, groups_, weights_.vectors, sums, step);
+        shared_.layout.at(shared_.block_sums + first / per_block() * shared_.layout.stride);
+    cells_backward<T>(r_, groups_, weights_.vectors, sums, rows, static_cast<int>(last - first));
   }
 
-  void saved_row(int64_t row, RowGradient<T>& step) {
+  RowGradient<T> row_of(int64_t k, int64_t n, int64_t at, int64_t computed, int64_t place) const {
+    const int64_t width = gate_width(r_);
+    const int64_t size = r_.hidden_size;
+    RowGradient<T> row{};
+    if (r_.saved_x == nullptr) {
+      row.x = s_.to_x[computed];
+      row.h = s_.to_h[computed];
+      row.stats = s_.stats + computed * 2 * r_.gates;
+    } else {
+      read_saved(rows_.first(k) + n, s_.row_x + place * width, s_.row_h + place * width, row);
+    }
+    row.h_prev = rows_.h_prev(k, n, s_.zeros);
+    row.grad_hidden = r_.projected ? s_.grad_hidden + (n - begin_) * size : grad_h(n);
+    row.grad_direct = grad_h(n);
+    if (r_.cell == CellKind::kLstm) {
+      row.c_prev = rows_.c_prev(k, n, s_.zeros);
+      row.grad_c = grad_c(n);
+    }
+    row.grad_x = shared_.grad_x + at * width;
+    row.grad_h = shared_.grad_wh + at * width;
+    row.hidden = r_.projected ? shared_.hidden + at * size : nullptr;
+    row.gates = s_.gates;
+    row.cell = s_.cell;
+    return row;
+  }
+
+  // x, h and statistics that forward kept of a row; converted they go to wide_x and wide_h.
+  void read_saved(int64_t saved, A* wide_x, A* wide_h, RowGradient<T>& row) const {
     const int64_t width = gate_width(r_);
     const bool two = r_.inputs == Inputs::kSeparate;
-    step.stats = static_cast<const A*>(r_.saved_stats) + row * (two ? 2 : 1) * groups_.count;
+    row.stats = static_cast<const A*>(r_.saved_stats) + saved * (two ? 2 : 1) * groups_.count;
     if constexpr (std::is_same_v<T, A>) {
-      step.x = static_cast<const A*>(r_.saved_x) + row * width;
-      if (two) step.h = static_cast<const A*>(r_.saved_h) + row * width;
+      row.x = static_cast<const A*>(r_.saved_x) + saved * width;
+      if (two) row.h = static_cast<const A*>(r_.saved_h) + saved * width;
     } else {
-      widen_row(r_.saved_x, row * width, s_.row_x, width);
-      if (two) widen_row(r_.saved_h, row * width, s_.row_h, width);
-      step.x = s_.row_x;
-      step.h = s_.row_h;
+      widen_row(r_.saved_x, saved * width, wide_x, width);
+      if (two) widen_row(r_.saved_h, saved * width, wide_h, width);
+      row.x = wide_x;
+      row.h = wide_h;
     }
     if (r_.inputs != Inputs::kLate) return;
     const int64_t size = r_.hidden_size;
-    widen_row(r_.saved_h, row * size, s_.row_h + 2 * size, size);
-    step.h = s_.row_h;
+    widen_row(r_.saved_h, saved * size, wide_h + 2 * size, size);
+    row.h = wide_h;
   }
 
   // Adds the chunk's sums of the block that row n is in to those of the chunks before.
