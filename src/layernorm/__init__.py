@@ -10,6 +10,7 @@ from layernorm.cells import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCel
 from layernorm.modules import LayerNorm, RMSNorm
 from layernorm.recurrent import LayerNormGRU, LayerNormLSTM, LayerNormRNN
 from layernorm.replace import Replacement, replace_norms
+from layernorm.streaming import Stream
 from layernorm.variants import Variant
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LayerNormRNNCell",
     "RMSNorm",
     "Replacement",
+    "Stream",
     "Variant",
     "__version__",
     "backends",

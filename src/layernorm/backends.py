@@ -102,11 +102,7 @@ def kernel_for(operator: str, input: Tensor) -> str:
     Warns, once in a process, where a compiled kernel would have served and there are none.
     """
     kernel = choose(operator, input.device, input.dtype).kernel
-    if (
-        ops.NATIVE_PROBLEM is not None
-        and _override is None
-        and _has_native(input.device, input.dtype)
-    ):
+    if ops.NATIVE_PROBLEM is not None and _override is None and _has_native(input.device, input.dtype):
         _say_once(f"no compiled kernels: {ops.NATIVE_PROBLEM}")
     return kernel
 

@@ -183,6 +183,90 @@ def packed_reset_mask(operator: str, resets: object, input: PackedSequence) -> T
     return mask
 
 
+def step_argument(
+    operator: str, name: str, tensor: object, batch_size: int, size: int, like: Tensor
+) -> Tensor:
+    """Returns what a step reads or writes, if it is (batch_size, size), or (size) of a single row."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{operator}: {name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dim() not in (1, 2):
+        raise ValueError(f"{operator}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
+    shapes = [(batch_size, size), *([(size,)] if batch_size == 1 else [])]
+    if tuple(tensor.shape) not in shapes:
+        expected = " or ".join(str(_plain(shape)) for shape in shapes)
+        raise RuntimeError(
+            f"{operator}: Expected {name} of shape {expected}, one row for each of the "
+            f"batch_size={batch_size} sequences, but got {_plain(tuple(tensor.shape))}"
+        )
+    _dtype_and_device(operator, name, tensor, like)
+    return tensor
+
+
+def out_argument(operator: str, out: Tensor, input: Tensor) -> None:
+    """Raises unless a step of ``input`` can be written to ``out``, whose size is right."""
+    if out.dim() != input.dim():
+        raise RuntimeError(f"{operator}: out must have {input.dim()} dimensions like x_t, got {out.dim()}")
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        raise RuntimeError(
+            f"{operator}: out must not have elements that share memory, got strides {out.stride()}; give a "
+            "tensor that is not expanded"
+        )
+    if out.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{operator}: out must not require grad: no derivative is recorded; give out.detach(), or call "
+            "it under torch.no_grad()"
+        )
+
+
+def stream_state(operator: str, name: str, tensor: Tensor, held: Tensor) -> Tensor:
+    """Returns a part of the state if it can take the place of that held."""
+    if tensor.shape != held.shape:
+        raise RuntimeError(
+            f"{operator}: Expected {name} of the state to have size {_plain(tuple(held.shape))}, "
+            f"(num_layers, batch_size, features), got {_plain(tuple(tensor.shape))}"
+        )
+    _dtype_and_device(operator, f"{name} of the state", tensor, held)
+    return tensor
+
+
+def stream_mask(operator: str, mask: object, state: Tensor) -> Tensor:
+    """Returns ``mask`` if it says of each sequence of a batch whether it begins anew."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(
+            f"{operator}: mask must be a bool Tensor or None, got {type(mask).__name__}; make it one, for "
+            "example with torch.as_tensor(mask)"
+        )
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"{operator}: mask must be of dtype torch.bool, got {mask.dtype}; convert it, for example with "
+            "mask.bool()"
+        )
+    if mask.shape != state.shape[1:2]:
+        raise RuntimeError(
+            f"{operator}: Expected mask of shape {_plain(tuple(state.shape[1:2]))}, (batch_size), but got "
+            f"{_plain(tuple(mask.shape))}"
+        )
+    if mask.device != state.device:
+        raise RuntimeError(
+            f"{operator}: Expected all tensors to be on the same device, but the state is on {state.device} "
+            f"and mask on {mask.device}; move it, for example with mask.to(state.device)"
+        )
+    return mask
+
+
+def _dtype_and_device(operator: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.dtype != like.dtype:
+        raise ValueError(
+            f"{operator}: {name} must be of the parameters' dtype {like.dtype}, got {tensor.dtype}; convert "
+            f"it, for example with {name.split()[0]}.to({like.dtype})"
+        )
+    if tensor.device != like.device:
+        raise RuntimeError(
+            f"{operator}: Expected all tensors to be on the same device, but the parameters are on "
+            f"{like.device} and {name} on {tensor.device}"
+        )
+
+
 def _listed(indices: Tensor | None) -> object:
     return None if indices is None else indices.tolist()
 

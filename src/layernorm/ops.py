@@ -289,12 +289,13 @@ def _recurrent_composite_backward(
         if grad is not None
     ]
     outputs, grads = zip(*pairs, strict=True)
-    asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(outputs, asked, grads, create_graph=True, allow_unused=True))
-    result = []
-    for leaf, want in zip(leaves, wanted, strict=True):
-        grad = next(found) if want else input.new_empty(0)
-        result.append(torch.zeros_like(leaf) if grad is None and leaf is not None else grad)
+    asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want and leaf is not None]
+    found = iter(
+        torch.autograd.grad(
+            outputs, asked, grads, create_graph=True, materialize_grads=True, allow_unused=True
+        )
+    )
+    result = [next(found) if want else input.new_empty(0) for want in wanted]
     return result[0], result[1], result[2], result[3:]
 
 

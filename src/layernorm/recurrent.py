@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from layernorm import checks
 from layernorm.cells import Parametrized, State
+from layernorm.streaming import Stream
 from layernorm.variants import Variant
 
 
@@ -167,6 +168,29 @@ class _Sequence(Parametrized):
             if self.dropout and layer < self.num_layers - 1:
                 data = F.dropout(data, self.dropout, self.training)
         return data, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+
+    def stream(self, batch_size: int = 1, state: State | None = None) -> Stream:
+        """The module one time step at a time, for online inference: see ``layernorm.Stream``.
+
+        Args:
+            batch_size: N, the sequences that step together.
+            state: h (num_layers, N, P), for an LSTM (h, c) with c (num_layers, N, H); None for zeros.
+
+        Returns:
+            A ``Stream``, whose ``step(x_t)`` takes (N, F) and gives (N, P).
+
+        Raises:
+            ValueError: the module is bidirectional, or batch_size not positive.
+            TypeError: batch_size is not an int, or state not of the module's kind.
+            RuntimeError: the state has the wrong shape or device.
+
+        Examples:
+            >>> import torch, layernorm
+            >>> stream = layernorm.LayerNormLSTM(10, 20).stream()
+            >>> stream.step(torch.randn(1, 10)).shape
+            torch.Size([1, 20])
+        """
+        return Stream(self, batch_size, state)
 
     def _check_input(self, data: Tensor) -> None:
         self._check_dtype(data)

@@ -1,0 +1,263 @@
+"""Online inference: a recurrent network one time step at a time, with its weights packed once.
+
+``module.stream()`` makes a ``Stream``. On the CPU a step is one call into compiled code, which reads the
+packed weights and writes the result, with the bits of the module's call over the whole sequence.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from layernorm import backends, checks, native, ops, reference
+from layernorm.cells import State
+
+if TYPE_CHECKING:
+    from layernorm.recurrent import _Sequence
+
+
+class Stream:
+    """The steps of one module over a batch of sequences that go on; ``module.stream()`` makes it.
+
+    It keeps the state between steps, and a copy of the parameters as they were when it was made, packed for
+    the compiled kernel: parameters that change later are not seen until ``refresh()``. Dropout is not
+    applied, as in evaluation, autocast has no effect, and no derivative is recorded.
+
+    The compiled kernel serves where it serves the module: parameters on the CPU in a floating-point dtype.
+    A step then allocates nothing but its result, and has the bits that the module gives for the whole
+    sequence, however it is cut into steps. Elsewhere, and where ``layernorm.backends`` says so when the
+    stream is made or refreshed, ``layernorm.reference`` serves, which gives the sequence's numbers up to the
+    rounding of its products.
+
+    A stream is for one thread at a time; streams of the same module in several threads are independent. It
+    can be neither copied nor pickled; its ``state`` can, and makes another stream go on from there.
+
+    Args:
+        module: a ``LayerNormLSTM``, ``LayerNormGRU`` or ``LayerNormRNN`` of one direction.
+        batch_size: N, the sequences that step together.
+        state: as the attribute ``state``; None for zeros.
+
+    Attributes:
+        batch_size: N.
+        kernel: what serves the steps, ``"native"`` or ``"reference"``.
+
+    Raises:
+        ValueError: the module is bidirectional, or batch_size not positive.
+        TypeError: batch_size is not an int, or state not of the module's kind.
+        RuntimeError: the state has the wrong shape, dtype or device.
+
+    Examples:
+        >>> import torch, layernorm
+        >>> lstm = layernorm.LayerNormLSTM(10, 20, num_layers=2)
+        >>> stream = lstm.stream(batch_size=3)
+        >>> x = torch.randn(5, 3, 10)
+        >>> steps = [stream.step(x_t) for x_t in x]
+        >>> output, (h, c) = lstm(x)
+        >>> torch.equal(torch.stack(steps), output), torch.equal(stream.state[0], h)
+        (True, True)
+    """
+
+    def __init__(self, module: _Sequence, batch_size: int = 1, state: State | None = None) -> None:
+        self._module = module
+        self._name = f"{type(module).__name__}.stream"
+        if module.bidirectional:
+            raise ValueError(
+                f"{self._name}: a bidirectional network has no online form: its reverse direction begins "
+                "at the end of the sequence, which has not come yet; use a module with bidirectional=False"
+            )
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+            raise TypeError(f"{self._name}: batch_size must be an int, got {type(batch_size).__name__}")
+        if batch_size < 1:
+            raise ValueError(f"{self._name}: batch_size must be positive, got {batch_size}")
+        self.batch_size = batch_size
+        self._output_size = module.proj_size or module.hidden_size
+        sizes = [self._output_size, *([module.hidden_size] if module._cell == "lstm" else [])]
+        self._shapes = [(module.num_layers, batch_size, size) for size in sizes]
+        weight = next(module.parameters())
+        with torch.inference_mode(False):  # the steps write to them in whichever mode
+            options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+            self._state = tuple(torch.zeros(shape, **options) for shape in self._shapes)
+        self.refresh()
+        if state is not None:
+            self.state = state
+
+    def refresh(self) -> None:
+        """Takes the module's parameters as they are now; the state stays.
+
+        Raises:
+            RuntimeError: the module has moved to another dtype or device.
+        """
+        module, h = self._module, self._state[0]
+        weight = next(module.parameters())
+        if weight.dtype != h.dtype or weight.device != h.device:
+            raise RuntimeError(
+                f"{self._name}: the module was {h.dtype} on {h.device} when this stream was made and is now "
+                f"{weight.dtype} on {weight.device}; make another with stream()"
+            )
+        with torch.inference_mode(False), torch.no_grad(), _no_autocast(h.device):
+            layers = [module._weights(f"_l{layer}") for layer in range(module.num_layers)]
+            weights = [w for layer in layers for w in layer.values()]
+            self.kernel = backends.recurrent_kernel_for(module._cell, h, weights)
+            if self.kernel == "native":
+                self._take = self._compiled(layers)
+            else:
+                self._layers = [{name: w.detach().clone() for name, w in layer.items()} for layer in layers]
+                self._take = self._by_reference
+
+    def _compiled(self, layers: list[dict[str, Tensor]]) -> Any:
+        """A function of the input and ``out``, which takes a step or returns NotImplemented."""
+        assert ops.native is not None  # noqa: S101 - it was chosen
+        module = self._module
+        cell = f"rnn_{module.nonlinearity}" if module._cell == "rnn" else module._cell
+        listed = [native.listed(layer, module.variant) for layer in layers]
+        h, *c = self._state
+        return ops.native.Stream(listed, h, c[0] if c else None, cell, *native.spec(module.variant)).step
+
+    def step(self, x_t: Tensor, out: Tensor | None = None) -> Tensor:
+        """Takes one step.
+
+        Args:
+            x_t: (N, F), or (F) where N is 1; of the parameters' dtype and device, in any layout.
+            out: where to write the result: of its shape, dtype and device, in any layout; it may overlap
+                ``x_t``. None for a fresh tensor.
+
+        Returns:
+            h of the last layer: (N, P), or (P) for (F), P being proj_size or else hidden_size; ``out``
+            where it is given. It does not require grad.
+
+        Raises:
+            TypeError: an argument is not a Tensor.
+            ValueError: an argument has the wrong rank or dtype.
+            RuntimeError: it has the wrong shape or device, ``out`` has elements that share memory or
+                requires grad, or another thread is taking a step.
+
+        Examples:
+            >>> import torch, layernorm
+            >>> stream = layernorm.LayerNormGRU(10, 20).stream()
+            >>> stream.step(torch.randn(1, 10)).shape, stream.step(torch.randn(10)).shape
+            (torch.Size([1, 20]), torch.Size([20]))
+            >>> outputs = torch.empty(5, 1, 20)
+            >>> for x_t, out in zip(torch.randn(5, 1, 10), outputs):
+            ...     _ = stream.step(x_t, out=out)
+        """
+        result = self._take(x_t, out)
+        if result is NotImplemented:
+            return self._other_step(x_t, out)
+        return result  # type: ignore[no-any-return]
+
+    def _other_step(self, x_t: Tensor, out: Tensor | None) -> Tensor:
+        """A step of tensors that the compiled entry leaves: raises, or reads them as plain ones."""
+        self._check_step(x_t, out)
+        with torch.no_grad():
+            plain = x_t.as_subclass(Tensor).resolve_neg().clone()
+            fresh = self._take(plain, None)
+            if fresh is NotImplemented:
+                raise RuntimeError(
+                    f"{self._name}: step() takes plain tensors, got {type(x_t).__name__}; inside of "
+                    "transforms call the module over the sequence"
+                )
+            return fresh if out is None else out.copy_(fresh)
+
+    def _by_reference(self, x_t: Tensor, out: Tensor | None) -> Tensor:
+        self._check_step(x_t, out)
+        module = self._module
+        options: dict[str, Any] = {"nonlinearity": module.nonlinearity} if module._cell == "rnn" else {}
+        kernel = getattr(reference, module._cell)
+        with torch.no_grad(), _no_autocast(x_t.device):
+            data = x_t.reshape(1, self.batch_size, -1)
+            for layer, weights in enumerate(self._layers):
+                held = tuple(s[layer] for s in self._state)
+                given = held if module._cell == "lstm" else held[0]
+                data, final = kernel(data, given, weights, module.variant, **options)
+                for s, new in zip(held, final if module._cell == "lstm" else (final,), strict=True):
+                    s.copy_(new)
+            result = data[0].reshape(*x_t.shape[:-1], -1)
+            return result if out is None else out.copy_(result)
+
+    def _check_step(self, x_t: Tensor, out: Tensor | None) -> None:
+        h = self._state[0]
+        checks.step_argument(self._name, "x_t", x_t, self.batch_size, self._module.input_size, h)
+        if out is None:
+            return
+        checks.step_argument(self._name, "out", out, self.batch_size, self._output_size, h)
+        checks.out_argument(self._name, out, x_t)
+
+    @property
+    def state(self) -> State:
+        """The state after the last step, a copy; setting it lets the next step go on from there.
+
+        h (num_layers, N, P), and for an LSTM (h, c) with c (num_layers, N, H): the shapes of the module's
+        own state. Where N is 1 it may also be set without N, as the module returns it for one sequence.
+
+        Examples:
+            >>> import torch, layernorm
+            >>> gru = layernorm.LayerNormGRU(10, 20)
+            >>> output, h = gru(torch.randn(5, 3, 10))
+            >>> stream = gru.stream(batch_size=3, state=h)
+            >>> y = stream.step(torch.randn(3, 10))
+            >>> torch.equal(stream.state[-1], y)
+            True
+        """
+        with torch.inference_mode(False):
+            return self._module._as_state(tuple(s.clone() for s in self._state))
+
+    @state.setter
+    def state(self, state: State) -> None:
+        given = [
+            s.unsqueeze(1) if self.batch_size == 1 and s.dim() == 2 else s
+            for s in self._module._as_tuple(state)
+        ]
+        for name, tensor, held in zip(("h", "c"), given, self._state, strict=False):
+            checks.stream_state(self._name, name, tensor, held)
+        with torch.no_grad():
+            for tensor, held in zip(given, self._state, strict=True):
+                held.copy_(tensor)
+
+    def reset(self, mask: Tensor | None = None) -> None:
+        """Sets the state to zero before the next step, as ``resets`` does in a sequence.
+
+        Args:
+            mask: bool (N), true for the sequences that begin anew; None for all.
+
+        Raises:
+            TypeError: mask is not a Tensor.
+            ValueError: it is not of dtype bool.
+            RuntimeError: it has the wrong shape or device.
+
+        Examples:
+            >>> import torch, layernorm
+            >>> stream = layernorm.LayerNormGRU(10, 20).stream(batch_size=2)
+            >>> y = stream.step(torch.randn(2, 10))
+            >>> stream.reset(torch.tensor([True, False]))
+            >>> stream.state.abs().sum(-1) > 0
+            tensor([[False,  True]])
+        """
+        if mask is None:
+            for s in self._state:
+                s.zero_()
+            return
+        checks.stream_mask(self._name, mask, self._state[0])
+        for s in self._state:
+            s.masked_fill_(mask.unsqueeze(-1), 0)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{self._name}: a stream can be neither copied nor pickled; keep its state, and make another "
+            "with module.stream(batch_size, state)"
+        )
+
+    def __repr__(self) -> str:
+        module = self._module
+        return (
+            f"<{self._name}: batch_size={self.batch_size}, kernel={self.kernel!r}, "
+            f"{type(module).__name__}({module.extra_repr()})>"
+        )
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
