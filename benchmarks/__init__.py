@@ -1,1 +1,1 @@
-"""The benchmarks that the project publishes: ``python -m benchmarks norms``."""
+"""The benchmarks that the project publishes: ``python -m benchmarks recurrent``, ``stream``, ``norms``."""

@@ -11,19 +11,28 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from layernorm import backends, machine
-from layernorm.bench import command, norms, peers, report, timing, workers
+from layernorm.bench import command, norms, norms_peers, norms_report, report, timing, workers
+from layernorm.bench.benchmark import in_checkout
+from layernorm.bench.subjects import Subject
 from layernorm.bench.table import Table, TableError, measures, read
 from layernorm.bench.timing import Samples, interleaved, order
 from layernorm.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = ["bench", "norms", "--sizes", "4x8", "--threads", "1", "--peers", "layernorm,torch"]
+
+
+def job(points, names):
+    """What a worker of the norms is told: one round."""
+    fields = [asdict(point) for point in points]
+    return {"points": fields, "peers": list(names), "rounds": 1, "budget": 1.0, "threads": 1}
 
 
 class Clock:
@@ -99,8 +108,17 @@ def test_timing_stops_at_its_budget_but_not_before_a_few_rounds():
         return len(samples["a"].seconds)
 
     assert rounds(1.0) == timing.LEAST_ROUNDS
-    assert rounds(12.5) == 11  # 2 calls to calibrate, then 11 until 13 seconds are over
+    assert rounds(12.5) == 12  # 1 call to calibrate, then 12 until 13 seconds are over
     assert rounds(1e9) == 30
+
+
+def test_a_subject_that_has_had_its_seconds_is_left_out_of_further_rounds():
+    clock = Clock()
+    subjects = {"slow": clock.subject("slow", 0.2), "fast": clock.subject("fast", 0.01)}
+    samples = interleaved(subjects, 12, clock=clock, least_rounds=3, each=0.1)
+    assert {name: len(found.seconds) for name, found in samples.items()} == {"slow": 3, "fast": 10}
+    row = measures(samples["slow"], samples["fast"])  # of the rounds that both took part in
+    assert (row["rounds"], row["ratio_to_torch"]) == (3, pytest.approx(0.05))
 
 
 def test_a_pause_of_the_process_does_not_make_samples_short():
@@ -160,7 +178,7 @@ def test_the_command_writes_table_picture_and_page(tmp_path, capsys):
         assert ours["torch"] == torch.__version__
     assert (tmp_path / "bench-norms.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "benchmarks.md").read_text()
-    assert "layernorm bench norms --sizes 4x8 --threads 1 --peers layernorm,torch --rounds 1\n" in page
+    assert "layernorm bench norms --sizes 4x8 --peers layernorm,torch --threads 1 --rounds 1\n" in page
     text = capsys.readouterr().out
     assert text.count("times torch's speed") == 4
     assert "[4/4] layer_norm bfloat16 4×8 training, 1 thread: " in text
@@ -178,7 +196,7 @@ def test_the_machine_has_no_host_name_and_no_path():
 def test_every_operator_is_measured_in_both_modes(operator, dtype):
     events = []
     points = list(norms.grid([operator], [dtype], [(3, 16)], norms.MODES))
-    norms.measure({**norms.job(points, ["layernorm", "torch"], 1, 1.0), "threads": 1}, events.append)
+    norms.measure(job(points, ["layernorm", "torch"]), events.append)
     assert [list(event) for event in events] == [["point"], ["rows"]] * 2
     for event in events[1::2]:
         assert [row["status"] for row in event["rows"]] == ["measured", "measured"]
@@ -187,14 +205,14 @@ def test_every_operator_is_measured_in_both_modes(operator, dtype):
 def test_a_peer_that_is_missing_cannot_or_fails_is_listed(monkeypatch):
     def wrong(case):
         tensors = [torch.zeros_like(case.inputs[0])]
-        return peers.Subject(lambda: None, lambda: tensors)
+        return Subject(lambda: None, lambda: tensors)
 
     for name in ("jax", "onnxruntime"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(peers.PEERS, "torch.compile", wrong)
+    monkeypatch.setitem(norms_peers.PEERS, "torch.compile", wrong)
     events = []
     points = list(norms.grid(["layer_norm"], ["float32"], [(3, 16)], norms.MODES))
-    norms.measure({**norms.job(points, list(peers.PEERS), 1, 1.0), "threads": 1}, events.append)
+    norms.measure(job(points, list(norms_peers.PEERS)), events.append)
     forward, training = (event["rows"] for event in events if "rows" in event)
     shared = {
         "layernorm": "measured",
@@ -205,14 +223,12 @@ def test_a_peer_that_is_missing_cannot_or_fails_is_listed(monkeypatch):
     assert {row["peer"]: row["status"] for row in forward} == {**shared, "onnxruntime": "not installed"}
     assert {row["peer"]: row["status"] for row in training} == {**shared, "onnxruntime": "not supported"}
     notes = [event["note"] for event in events if "note" in event]
-    assert (
-        notes[0] == "torch.compile failed at layer_norm float32 3×16 forward: its results are off by 1.0e+00"
-    )
+    assert notes[0] == "layer_norm float32 3×16 forward: torch.compile failed: its results are off by 1.0e+00"
     assert "1 results, expected 4" in notes[1]
     rows = [{**row, "threads": 1, "other_cpus": 0.25} for row in forward]
-    line = command._latest(rows, 1)
+    line = command.latest("here", rows, 1)
     assert line.endswith("; other work took 0.2 CPUs, so these times are off")
-    line = command._latest([{**row, "other_cpus": ""} for row in rows], 1)
+    line = command.latest("here", [{**row, "other_cpus": ""} for row in rows], 1)
     assert line.endswith("torch.compile failed; jax not installed; onnxruntime not installed")
 
 
@@ -224,9 +240,9 @@ def test_the_other_peers_give_the_same_results(peer):
         *norms.grid(["layer_norm"], ["bfloat16"], [(5, 48)], norms.MODES),
         *norms.grid(["add_rms_norm"], ["float32"], [(5, 48)], norms.MODES),
     ]
-    job = norms.job(points, ["layernorm", "torch", peer], 1, 1.0)
-    found = [e for e in workers.events("layernorm.bench.norms", job, 1) if "point" not in e]
-    assert [e["note"] for e in found if "note" in e] == []
+    events = list(workers.events("layernorm.bench.norms", job(points, ["layernorm", "torch", peer]), 1))
+    assert [e["note"] for e in events if "note" in e and "is not supported" not in e["note"]] == []
+    found = [e for e in events if "rows" in e]
     for point, event in zip(points, found, strict=True):
         status = event["rows"][2]["status"]
         # Whether ONNX Runtime has bfloat16 depends on its version.
@@ -286,33 +302,33 @@ def point(
 
 @pytest.fixture
 def outputs(tmp_path):
-    found = command.in_checkout(tmp_path)
+    found = in_checkout(tmp_path)
     rows = [
         *point(10.0, 2.0, ort=4.0),
         *point(1000.0, 0.5, ort=0.25, rows=512, width=512),
         *point(50.0, 0.995, mode="training"),
         *point(8.0, 3.0, threads=2, ort=1.0),
     ]
-    fixed(found.table, rows)
+    fixed(found.table("norms"), rows)
     return found
 
 
 def test_the_page_has_the_geometric_means(outputs):
-    table = report.means(report.load(outputs.table)).set_index(["threads", "mode"])
+    table = norms_report.means(norms_report.load(outputs.table("norms"))).set_index(["threads", "mode"])
     assert table.layernorm[1, "forward"] == pytest.approx(1.0)  # of 2 and 1/2
     assert table.onnxruntime[1, "forward"] == pytest.approx(1.0)
     assert table.layernorm[1, "all"] == pytest.approx(0.995 ** (1 / 3))
     assert table.layernorm["all", "all"] == pytest.approx((3 * 0.995) ** (1 / 4))
     assert table.layernorm_points["all", "all"] == 4
     assert table.onnxruntime_points["all", "all"] == 3
-    report.write(outputs)
+    report.write("norms", outputs)
     page = outputs.page.read_text()
     assert "| all | all | 4 | 1.31 | not installed | 1.00 (3 points) |" in page
     assert "| 1 | training | 1 | 0.99 | not installed | not supported |" in page
 
 
 def test_the_page_names_the_slow_points_and_the_missing_peers(outputs):
-    report.write(outputs)
+    report.write("norms", outputs)
     page = outputs.page.read_text()
     assert "slower than PyTorch's eager operator at 2 of 4 points" in page
     slow = page[page.index("from the slowest on") : page.index("Points at which another")]
@@ -331,7 +347,7 @@ def test_the_page_names_the_slow_points_and_the_missing_peers(outputs):
     assert "](images/bench-norms.png)" in page
     assert "`benchmarks/results/norms.csv`" in page
     assert str(outputs.page.parent) not in page
-    assert outputs.image.is_file()
+    assert outputs.image("norms").is_file()
 
 
 def test_report_only_writes_the_page_again_without_measuring(tmp_path, capsys):
@@ -340,18 +356,21 @@ def test_report_only_writes_the_page_again_without_measuring(tmp_path, capsys):
     assert main(["bench", "norms", "--report-only", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "norms.csv").read_bytes() == before
     assert "at no point of 1 slower" in (tmp_path / "benchmarks.md").read_text()
-    assert capsys.readouterr().out == f"Page: {tmp_path / 'benchmarks.md'}\n"
+    assert capsys.readouterr().out == (
+        "layer_norm, 1 thread, forward: 2.00 (2.00) times PyTorch's speed: the geometric mean (the least)\n"
+        f"Page: {tmp_path / 'benchmarks.md'}\n"
+    )
 
 
 def test_a_run_keeps_the_other_operators_of_an_earlier_table(tmp_path, monkeypatch):
     fixed(tmp_path / "norms.csv", point(10.0, 2.0) + point(20.0, 3.0, operator="rms_norm"))
 
-    def events(module, job, threads):
+    def events(module, job, threads, limit):
         yield {"rows": [{"operator": "layer_norm", "peer": "torch", "threads": threads, "status": "failed"}]}
         raise workers.WorkerError("the worker was killed")
 
     monkeypatch.setattr(workers, "events", events)
-    monkeypatch.setattr(command, "_latest", lambda rows, threads: "")
+    monkeypatch.setattr(command, "latest", lambda point, rows, threads: "")
     assert main([*TINY, "--out", str(tmp_path)]) == 1
     rows = read(tmp_path / "norms.csv", norms.COLUMNS)
     assert [(row["operator"], row["peer"]) for row in rows] == [
@@ -410,10 +429,9 @@ def test_unusable_files_are_refused_in_one_line(tmp_path, capsys):
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "layernorm.bench.report")
-    monkeypatch.delattr("layernorm.bench.report")
-    monkeypatch.delitem(sys.modules, "layernorm.bench.plots")
-    monkeypatch.delattr("layernorm.bench.plots")
+    for name in ("report", "norms_report", "recurrent_report", "stream_report", "plots"):
+        monkeypatch.delitem(sys.modules, f"layernorm.bench.{name}")
+        monkeypatch.delattr(f"layernorm.bench.{name}")
     assert main(TINY) == 2
     assert capsys.readouterr().err == (
         "layernorm: this command needs matplotlib: pip install 'layernorm[bench]'\n"
@@ -471,7 +489,7 @@ def test_an_interrupted_run_keeps_what_is_measured(tmp_path, signum):
     process.send_signal(signum)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors == f"layernorm: interrupted; what was measured is in {table}\n"
+    assert errors == f"layernorm: interrupted; what was measured is in {table}; go on with --resume\n"
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["peer"] for row in rows[:2]] == ["layernorm", "torch"]
@@ -485,13 +503,11 @@ def test_the_published_program_has_the_same_options():
     assert done.returncode == 2
     assert done.stderr.startswith("python -m benchmarks norms: error: argument --rounds: expected a whole")
     assert done.stderr.count("\n") == 1
-    assert command.in_checkout(root).page == root / "docs/benchmarks.md"
+    assert in_checkout(root).page == root / "docs/benchmarks.md"
 
 
 def test_the_published_page_is_what_its_table_says():
-    outputs = command.in_checkout(Path(__file__).parent.parent)
-    if not outputs.table.is_file():
-        pytest.skip("nothing is published yet")
-    assert outputs.page.read_text("utf-8") == report.page(report.load(outputs.table), outputs)
+    outputs = in_checkout(Path(__file__).parent.parent)
+    assert outputs.page.read_text("utf-8") == report.page(outputs)
     with pytest.raises(TableError):
         read(outputs.page, norms.COLUMNS)

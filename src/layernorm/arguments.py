@@ -53,3 +53,19 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return value
+
+
+def positives(text: str) -> tuple[int, ...]:
+    """Whole numbers of at least 1 separated by commas, each once."""
+    return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
+
+
+def seconds(text: str) -> float:
+    """A number of seconds greater than 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds greater than 0, got {text!r}")
+    return value

@@ -13,7 +13,7 @@ import torch
 
 import layernorm
 from layernorm import backends, ops
-from layernorm.arguments import Parser, names, positive
+from layernorm.arguments import Parser, names, positive, positives
 from layernorm.bench import command as bench
 
 _DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(info())  # noqa: T201
         return 0
     if options.command == "bench":
-        return bench.run(options, bench.in_folder(options.out or bench.DEFAULT_OUT), "layernorm")
+        return bench.run(options, None, "layernorm")
     return _compare(options)
 
 
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         help="digits (default), digits-rows or mnist",
     )
     add("--norms", type=names, metavar="A,B,…", help="norms to compare (default: the task's)")
-    add("--batch-sizes", type=_sizes, metavar="N,M,…", help="cases per update (default: 128,4)")
+    add("--batch-sizes", type=positives, metavar="N,M,…", help="cases per update (default: 128,4)")
     add("--epochs", type=positive, metavar="N", help="passes over the data (default: the task's)")
     add("--seeds", type=positive, metavar="K", help="repetitions (default: the task's)")
     add("--learning-rate", type=_rate, metavar="R", help="of Adam (default: the task's)")
@@ -119,10 +119,6 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_to(commands)
     commands.add_parser("info", help="versions, and which kernel serves which operator here and why")
     return parser
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
 
 
 def _rate(text: str) -> float:

@@ -276,12 +276,12 @@ def _recurrent_composite_backward(
         projection_bias="bias_ih" in parameters,
         eps=eps,
     )
-    options: dict[str, Any] = {"reverse": reverse, "batch_sizes": batch_sizes, "resets": resets}
+    given_options: dict[str, Any] = {"reverse": reverse, "batch_sizes": batch_sizes, "resets": resets}
     if nonlinearity:
-        options["nonlinearity"] = nonlinearity
+        given_options["nonlinearity"] = nonlinearity
     state = leaves[1] if c is None else (leaves[1], leaves[2])
     with torch.enable_grad():
-        output, final = getattr(reference, kernel)(leaves[0], state, parameters, variant, **options)
+        output, final = getattr(reference, kernel)(leaves[0], state, parameters, variant, **given_options)
         finals = final if isinstance(final, tuple) else (final,)
     pairs = [
         (out, grad)

@@ -1,111 +1,69 @@
-"""``layernorm bench norms``, which is ``python -m benchmarks norms`` too: options, and the run."""
+"""``layernorm bench``, which is ``python -m benchmarks`` too: options that all share, and the run."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
-from layernorm import backends, machine
-from layernorm.arguments import positive, some_of
-from layernorm.bench import norms, workers
-from layernorm.bench.peers import PEERS
-from layernorm.bench.table import Table, TableError
+from layernorm import machine
+from layernorm.arguments import some_of
+from layernorm.bench import workers
+from layernorm.bench.benchmark import OURS, Benchmark, Outputs, Work, in_folder, plural
+from layernorm.bench.measuring import BASE
+from layernorm.bench.norms import NORMS
+from layernorm.bench.recurrent import RECURRENT
+from layernorm.bench.stream import STREAM
+from layernorm.bench.table import Table, TableError, read
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from layernorm.bench.progress import Display
 
-DEFAULT_OUT: Final = Path("runs/bench-norms")
-DEFAULT_DTYPES: Final = ("float32", "bfloat16")
-#: Rows and width: an activation in and out of the caches, a long row, a single step of a small network.
-DEFAULT_SIZES: Final = ((64, 256), (512, 512), (4096, 1024), (16384, 2048), (1, 64), (8, 768))
-DEFAULT_ROUNDS: Final = 30
-_QUICK_SIZES: Final = ((64, 256), (512, 512), (1, 64), (8, 768))
-_QUICK_ROUNDS: Final = 10
-_BUDGET: Final = 9.0  # seconds for each point
-_ALWAYS: Final = ("layernorm", "torch")
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """The files of a run.
-
-    Attributes:
-        table: the CSV file.
-        image: the picture of ``layer_norm``; those of other operators have their name added.
-        page: the Markdown page.
-        table_name: how the page calls the table.
-    """
-
-    table: Path
-    image: Path
-    page: Path
-    table_name: str
-
-
-def in_folder(folder: Path) -> Outputs:
-    """All files in one folder."""
-    return Outputs(
-        folder / "norms.csv", folder / "bench-norms.png", folder / "benchmarks.md", table_name="norms.csv"
-    )
-
-
-def in_checkout(root: Path) -> Outputs:
-    """The files that the project publishes."""
-    name = "benchmarks/results/norms.csv"
-    return Outputs(root / name, root / "docs/images/bench-norms.png", root / "docs/benchmarks.md", name)
+#: In the order of the page.
+BENCHMARKS: Final = {benchmark.name: benchmark for benchmark in (RECURRENT, STREAM, NORMS)}
+DEFAULT_OUT: Final = Path("runs/bench")
+_EPILOG: Final = """\
+Times are medians of interleaved samples; other work on the machine spoils them. A run that was stopped
+goes on with the same command and --resume. --report-only writes pictures and page again.
+"""
 
 
 def add_to(commands: Any) -> None:
-    """Adds the command ``bench`` with its own command ``norms``."""
-    bench = commands.add_parser("bench", help="the speed of the norm operators beside others'")
+    """Adds the command ``bench`` with a command of its own for each benchmark."""
+    bench = commands.add_parser(
+        "bench",
+        help="speed beside others': recurrent networks, single steps, norm operators",
+        description="Measures this package beside PyTorch and others.",
+    )
     kinds = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    add_norms_to(kinds, str(DEFAULT_OUT))
+    add_benchmarks_to(kinds, str(DEFAULT_OUT))
 
 
-def add_norms_to(commands: Any, out: str) -> None:
-    """Adds the command ``norms``; ``out`` tells where results go by default."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "norms",
-        help="the norm operators",
-        description="Measures the norm operators beside PyTorch's and others', interleaved in one process "
-        "for each number of threads; writes a table, a picture and a page.",
-    )
+def add_benchmarks_to(commands: Any, out: str) -> None:
+    """Adds a command for each benchmark; ``out`` tells where results go by default."""
+    for benchmark in BENCHMARKS.values():
+        parser: argparse.ArgumentParser = commands.add_parser(
+            benchmark.name,
+            help=benchmark.title,
+            description=benchmark.description,
+            epilog=f"{benchmark.epilog}{_EPILOG}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        benchmark.add_options(parser)
+        _add_shared_options(parser, benchmark, out)
+
+
+def _add_shared_options(parser: argparse.ArgumentParser, benchmark: Benchmark, out: str) -> None:
     add = parser.add_argument
-    add(
-        "--operator",
-        type=some_of(backends.NORMS),
-        default=("layer_norm",),
-        metavar="A,B,…",
-        help=f"some of {', '.join(backends.NORMS)} (default: layer_norm); an earlier table in the same place "
-        "keeps its other operators",
-    )
-    add(
-        "--dtypes",
-        type=some_of(norms.DTYPES),
-        default=DEFAULT_DTYPES,
-        metavar="A,B,…",
-        help=f"some of {', '.join(norms.DTYPES)} (default: {','.join(DEFAULT_DTYPES)})",
-    )
-    sizes = ",".join(f"{rows}x{width}" for rows, width in DEFAULT_SIZES)
-    add("--sizes", type=_sizes, metavar="RxW,…", help=f"rows and width (default: {sizes})")
-    add(
-        "--modes",
-        type=some_of(norms.MODES),
-        default=norms.MODES,
-        metavar="A,B",
-        help="forward, training (forward and backward); default: both",
-    )
     add(
         "--threads",
         type=_threads,
@@ -113,21 +71,24 @@ def add_norms_to(commands: Any, out: str) -> None:
         metavar="N,…",
         help="numbers of threads, or all (default: 1,all)",
     )
+    unasked = f" but {', '.join(benchmark.unasked)}" if benchmark.unasked else ""
     add(
         "--peers",
-        type=some_of(tuple(PEERS)),
-        default=tuple(PEERS),
+        type=some_of(benchmark.peers),
         metavar="A,B,…",
-        help=f"some of {', '.join(PEERS)} (default: all); {' and '.join(_ALWAYS)} are always measured",
+        help=f"some of {', '.join(benchmark.peers)} (default: all{unasked}); {OURS} and {BASE} are always "
+        "measured",
     )
-    add("--rounds", type=positive, metavar="N", help=f"samples of each peer (default: {DEFAULT_ROUNDS})")
-    add("--quick", action="store_true", help=f"{_QUICK_ROUNDS} rounds, and the small sizes only")
-    add("--report-only", action="store_true", help="write picture and page again from the table")
+    add("--resume", action="store_true", help="measure only the points that the table does not have")
+    add("--report-only", action="store_true", help="write pictures and page again from the table")
     add("--out", type=Path, metavar="DIR", help=f"folder for the results (default: {out})")
 
 
-def run(options: argparse.Namespace, outputs: Outputs, program: str) -> int:
-    """Measures, or only reports; returns the exit code."""
+def run(options: argparse.Namespace, outputs: Outputs | None, program: str) -> int:
+    """Measures, or only reports; returns the exit code. Without ``outputs`` a folder takes all files."""
+    benchmark = BENCHMARKS[options.benchmark]
+    outputs = outputs or in_folder(options.out or DEFAULT_OUT)
+    table = outputs.table(benchmark.name)
     try:
         from rich.console import Console
 
@@ -139,14 +100,15 @@ def run(options: argparse.Namespace, outputs: Outputs, program: str) -> int:
         with _stoppable():
             if not options.report_only:
                 _warn_if_busy(console)
-                _measure(options, outputs.table, console)
-            report.write(outputs)
+                _measure(benchmark, options, table, console)
+            for line in report.write(benchmark.name, outputs):
+                console.print(line, soft_wrap=True, highlight=False, markup=False)
     except TableError as error:
         return _fail(program, str(error), code=2)
     except workers.WorkerError as error:
-        return _fail(program, f"{error}; what was measured before is in {outputs.table}", code=1)
+        return _fail(program, f"{error}; what was measured before is in {table}", code=1)
     except KeyboardInterrupt:
-        return _fail(program, f"interrupted; what was measured is in {outputs.table}", code=130)
+        return _fail(program, f"interrupted; what was measured is in {table}; go on with --resume", code=130)
     console.print(f"Page: {outputs.page}", soft_wrap=True, highlight=False)
     return 0
 
@@ -162,82 +124,100 @@ def _warn_if_busy(console: Console) -> None:
         )
 
 
-def _measure(options: argparse.Namespace, path: Path, console: Console) -> None:
+def _measure(benchmark: Benchmark, options: argparse.Namespace, path: Path, console: Console) -> None:
     """Fills the table, point by point."""
     from layernorm.bench.progress import Display
 
-    names = [name for name in PEERS if name in _ALWAYS or name in options.peers]
-    sizes = options.sizes or (_QUICK_SIZES if options.quick else DEFAULT_SIZES)
-    rounds = options.rounds or (_QUICK_ROUNDS if options.quick else DEFAULT_ROUNDS)
-    points = list(norms.grid(options.operator, options.dtypes, sizes, options.modes))
-    job = norms.job(points, names, rounds, _BUDGET)
+    works = benchmark.works(options)
+    if options.resume:
+        works = _missing(benchmark, works, path)
     environment = machine.environment()
-    others = Table(path, norms.COLUMNS, keep=lambda row: row["operator"] not in options.operator)
-    with others as table, Display(console, len(points) * len(options.threads)) as display:
-        for threads in options.threads:
-            _work(job, points, threads, environment, table, display)
+    keep = _keeping(benchmark, options, works)
+    said: set[str] = set()
+    with (
+        Table(path, benchmark.columns, keep) as table,
+        Display(console, sum(len(work.points) for work in works)) as display,
+    ):
+        for work in works:
+            if work.points:
+                _work(benchmark, work, environment, table, display, said)
+
+
+def _missing(benchmark: Benchmark, works: Sequence[Work], path: Path) -> list[Work]:
+    """The works without the points that the table has."""
+    rows = read(path, benchmark.columns) if path.is_file() else []
+    found = {(benchmark.key(row), row["peer"]) for row in rows}
+
+    def is_missing(work: Work, point: Any) -> bool:
+        return (benchmark.key(work.fields(point)), work.only or BASE) not in found
+
+    return [replace(work, points=[p for p in work.points if is_missing(work, p)]) for work in works]
+
+
+def _keeping(
+    benchmark: Benchmark, options: argparse.Namespace, works: Sequence[Work]
+) -> Callable[[Mapping[str, str]], bool]:
+    """Chooses the rows of an earlier table that stay."""
+    if options.resume:
+        return lambda row: True
+    if benchmark.group is not None:
+        column, replaced = benchmark.group, getattr(options, benchmark.group)
+        return lambda row: row[column] not in replaced
+    points = {benchmark.key(work.fields(point)) for work in works for point in work.points}
+    return lambda row: benchmark.key(row) not in points
 
 
 def _work(
-    job: dict[str, Any],
-    points: Sequence[norms.Point],
-    threads: int,
+    benchmark: Benchmark,
+    work: Work,
     environment: dict[str, str],
     table: Table,
     display: Display,
+    said: set[str],
 ) -> None:
-    """Runs the worker for one number of threads."""
-    where = "before the first point"
+    """Runs one worker; ``said`` holds the notes that were shown, each without its point."""
+    where, name = "before the first point", ""
+    job = {**work.job, "points": [asdict(point) for point in work.points]}
+    module = f"layernorm.bench.{benchmark.name}"
     try:
-        with closing(workers.events("layernorm.bench.norms", job, threads)) as events:
+        with closing(workers.events(module, job, work.threads, work.limit)) as events:
             for event in events:
                 if "note" in event:
-                    display.say(event["note"])
+                    reason = event["note"].partition(": ")[2]
+                    if reason not in said:
+                        display.say(event["note"])
+                    said.add(reason)
                 elif "point" in event:
-                    where = f"at {points[event['point']].name}"
+                    name = work.points[event["point"]].name
+                    where = f"at {name}"
                     display.begin()
                 else:
-                    table.add(row | environment for row in event["rows"])
-                    display.finish(_latest(event["rows"], threads))
+                    rows = [row for row in event["rows"] if work.only in (None, row["peer"])]
+                    table.add(row | environment for row in rows)
+                    display.finish(latest(name, rows, work.threads))
     except workers.WorkerError as error:
-        raise workers.WorkerError(f"{where}, {error}") from error
+        if work.only is None:
+            raise workers.WorkerError(f"{where}, {error}") from error
+        display.say(f"{where}, {work.only}: {error}")
+        status = "timed out" if isinstance(error, workers.TimedOutError) else "failed"
+        row = {**work.fields(work.points[0]), "peer": work.only, "status": status}
+        table.add([row | environment])
+        display.finish(latest(work.points[0].name, [row], work.threads))
 
 
-def _latest(rows: Sequence[dict[str, Any]], threads: int) -> str:
+def latest(point: str, rows: Sequence[Mapping[str, Any]], threads: int) -> str:
     """What a point gave, in one line."""
-    ours = rows[0]
-    point = norms.Point(*(ours[name] for name in norms.KEYS[:-1]))
-    start = f"{point.name}, {plural(threads, 'thread')}:"
+    first = rows[0]
+    start = f"{point}, {plural(threads, 'thread')}"
     missing = [f"{row['peer']} {row['status']}" for row in rows if row["status"] != "measured"]
-    if ours["status"] == "measured":
-        time, spread = ours["median_us"], f"{ours['ratio_q25']:.2f}-{ours['ratio_q75']:.2f}"
-        start += f" {time:.4g} µs, {ours['ratio_to_torch']:.2f} ({spread}) times torch's speed"
-        if float(ours["other_cpus"] or 0) > 0.1:
-            missing.append(f"other work took {ours['other_cpus']:.1f} CPUs, so these times are off")
-    return "; ".join([start, *missing])
-
-
-def plural(count: int, noun: str) -> str:
-    """The count with its noun.
-
-    Examples:
-        >>> from layernorm.bench.command import plural
-        >>> plural(1, "thread"), plural(2, "thread")
-        ('1 thread', '2 threads')
-    """
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _sizes(text: str) -> tuple[tuple[int, int], ...]:
-    sizes = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*([1-9]\d*)[x×]([1-9]\d*)\s*", part)
-        if found is None:
-            raise argparse.ArgumentTypeError(
-                f"expected ROWSxWIDTH separated by commas, as in 64x256,8x768; got {part!r}"
-            )
-        sizes.append((int(found[1]), int(found[2])))
-    return tuple(dict.fromkeys(sizes))
+    if first["status"] == "measured":
+        time, spread = first["median_us"], f"{first['ratio_q25']:.2f}-{first['ratio_q75']:.2f}"
+        who = "" if first["peer"] == OURS else f" {first['peer']}"
+        start += f":{who} {time:.4g} µs, {first['ratio_to_torch']:.2f} ({spread}) times torch's speed"
+        if float(first["other_cpus"] or 0) > 0.1:
+            missing.append(f"other work took {first['other_cpus']:.1f} CPUs, so these times are off")
+        return "; ".join([start, *missing])
+    return f"{start}: {'; '.join(missing)}"
 
 
 def _threads(text: str) -> tuple[int, ...]:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import argparse
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from layernorm import backends, machine
-from layernorm.bench import peers
-from layernorm.bench.table import MEASURES, measures, significant
-from layernorm.bench.timing import interleaved, quartiles
+from layernorm.arguments import positive, some_of
+from layernorm.bench.benchmark import OURS, Benchmark, Work
+from layernorm.bench.measuring import BASE, Row, each_point, peer_rows, sample
+from layernorm.bench.norms_peers import PEERS, Case, make_case
+from layernorm.bench.subjects import Subject, difference, prepare
+from layernorm.bench.table import MEASURES, significant
+from layernorm.bench.timing import Call, quartiles
 from layernorm.bench.workers import Emit, serve
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 MODES: Final = ("forward", "training")
-BASE: Final = "torch"
+DEFAULT_DTYPES: Final = ("float32", "bfloat16")
+#: Rows and width: an activation in and out of the caches, a long row, a single step of a small network.
+DEFAULT_SIZES: Final = ((64, 256), (512, 512), (4096, 1024), (16384, 2048), (1, 64), (8, 768))
+DEFAULT_ROUNDS: Final = 30
+_QUICK_SIZES: Final = ((64, 256), (512, 512), (1, 64), (8, 768))
+_QUICK_ROUNDS: Final = 10
+_BUDGET: Final = 9.0  # seconds for each point
 #: What makes a point; two rows with the same ones are two peers.
 KEYS: Final = ("operator", "dtype", "rows", "width", "mode", "threads")
 LIMITS: Final = ("copy_us", "copy_into_us", "limit_us", "fraction_of_limit", "other_cpus")
@@ -82,117 +90,122 @@ def grid(
                     yield Point(operator, dtype, rows, width, mode)
 
 
-def job(points: Sequence[Point], names: Sequence[str], rounds: int, budget: float) -> dict[str, Any]:
-    """What a worker is to measure.
-
-    Args:
-        points: of the grid.
-        names: of peers; PyTorch's eager operator is among them.
-        rounds: for each point.
-        budget: seconds for each point.
-    """
-    return {
-        "points": [asdict(point) for point in points],
-        "peers": list(names),
-        "rounds": rounds,
-        "budget": budget,
-    }
-
-
 def measure(job: dict[str, Any], emit: Emit) -> None:
-    """The worker: for each point {"point": its index}, then {"rows": one for each peer}."""
-    for index, fields in enumerate(job["points"]):
-        emit({"point": index})
-        point = Point(**fields)
-        with torch.set_grad_enabled(point.mode == "training"):
-            rows = _measure(point, job["peers"], job["rounds"], job["budget"], emit)
-        for row in rows:
-            row["threads"] = job["threads"]
-        emit({"rows": rows})
+    """The worker."""
+    each_point(job, emit, Point, lambda point: _measure(point, job, emit))
 
 
-def _measure(
-    point: Point, names: Sequence[str], rounds: int, budget: float, emit: Emit
-) -> list[dict[str, Any]]:
-    dtype: torch.dtype = getattr(torch, point.dtype)
-    case = peers.make_case(point.operator, dtype, point.rows, point.width, point.mode == "training")
-    subjects, problems = _prepare(point, case, names, emit)
-    x = case.inputs[0]
-    calls = {name: subject.call for name, subject in subjects.items()}
-    # A copy that allocates its result as the operators do, and one into memory that is there.
-    calls["copy"] = x.clone
-    calls["copy into"] = partial(torch.empty_like(x).copy_, x)
-    contexts = {name: subject.context for name, subject in subjects.items()}
-    with _others() as others:
-        samples = interleaved(calls, rounds, budget=budget, contexts=contexts)
-    copy, copy_into = (1e6 * quartiles(samples[name].seconds).median for name in ("copy", "copy into"))
+def _measure(point: Point, job: Mapping[str, Any], emit: Emit) -> list[Row]:
+    with torch.set_grad_enabled(point.mode == "training"):
+        dtype: torch.dtype = getattr(torch, point.dtype)
+        case = make_case(point.operator, dtype, point.rows, point.width, point.mode == "training")
+        subjects, problems = _prepare(point, case, job["peers"], emit)
+        x = case.inputs[0]
+        # A copy that allocates its result as the operators do, and one into memory that is there.
+        copies: dict[str, Call] = {"copy": x.clone, "copy into": partial(torch.empty_like(x).copy_, x)}
+        samples, others = sample(subjects, copies, job)
+    copy, copy_into = (1e6 * quartiles(samples[name].seconds).median for name in copies)
     limit = point.clones * copy
     table = []
-    for name in names:
-        row = {**asdict(point), "peer": name, "status": problems.get(name, "measured")}
-        if name == "layernorm":
+    for row, measured in peer_rows(point, job["peers"], problems, samples, others):
+        if row["peer"] == OURS:
             row["kernel"] = backends.choose(point.operator, torch.device("cpu"), dtype).kernel
-        if name in subjects:
-            row |= measures(samples[name], samples[BASE])
+        if measured:
             row |= {
                 "copy_us": significant(copy),
                 "copy_into_us": significant(copy_into),
                 "limit_us": significant(limit),
                 "fraction_of_limit": significant(limit / row["median_us"]),
-                "other_cpus": round(others[0], 3) if others else "",
             }
         table.append(row)
     return table
 
 
-@contextmanager
-def _others() -> Iterator[list[float]]:
-    """How many CPUs other processes took within the block, in a list that is filled at its end."""
-    found: list[float] = []
-    began, before, own = time.monotonic(), machine.busy_seconds(), time.process_time()
-    yield found
-    after = machine.busy_seconds()
-    if before is not None and after is not None:
-        others = after - before - (time.process_time() - own)
-        found.append(max(0.0, others / (time.monotonic() - began)))
-
-
 def _prepare(
-    point: Point, case: peers.Case, names: Sequence[str], emit: Emit
-) -> tuple[dict[str, peers.Subject], dict[str, str]]:
+    point: Point, case: Case, names: Sequence[str], emit: Emit
+) -> tuple[dict[str, Subject], dict[str, str]]:
     """The peers that can be measured, and what is the matter with the others."""
-    gc.collect()
-    subjects, problems = {}, {}
-    expected = peers.prepare(BASE, case.in_float32()).results()
-    base = _difference(peers.prepare(BASE, case).results(), expected)
-    for name in names:
-        try:
-            subject = peers.prepare(name, case)
-            difference = _difference(subject.results(), expected)
-            if difference > max(_TOLERANCE[point.dtype], 2 * base):
-                raise RuntimeError(f"its results are off by {difference:.1e}")
-            subjects[name] = subject
-        except peers.NotInstalledError:
-            problems[name] = "not installed"
-        except peers.NotSupportedError:
-            problems[name] = "not supported"
-        except Exception as error:
-            # A peer that fails must not end the run; it is shown, and stands in the table.
-            problems[name] = "failed"
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            emit({"note": f"{name} failed at {point.name}: {lines[0] if lines else type(error).__name__}"})
-    if BASE not in subjects:
+    expected = PEERS[BASE](case.in_float32()).results()
+    base = difference(PEERS[BASE](case).results(), expected)
+
+    def check(name: str, subject: Subject) -> None:
+        off = difference(subject.results(), expected)
+        if not off <= max(_TOLERANCE[point.dtype], 2 * base):
+            raise RuntimeError(f"its results are off by {off:.1e}")
+
+    found = prepare(
+        names,
+        lambda name: PEERS[name](case),
+        check,
+        lambda text: emit({"note": f"{point.name}: {text}"}),
+    )
+    if BASE not in found[0]:
         raise RuntimeError(f"{BASE} itself cannot be measured at {point.name}")
-    return subjects, problems
+    return found
 
 
-def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest of the results' relative differences."""
-    if len(found) != len(expected):
-        raise RuntimeError(f"{len(found)} results, expected {len(expected)}")
-    pairs = [(a.float(), b.float()) for a, b in zip(found, expected, strict=True)]
-    return max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs)
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--operator",
+        type=some_of(backends.NORMS),
+        default=("layer_norm",),
+        metavar="A,B,…",
+        help=f"some of {', '.join(backends.NORMS)} (default: layer_norm); an earlier table in the same place "
+        "keeps its other operators",
+    )
+    add(
+        "--dtypes",
+        type=some_of(DTYPES),
+        default=DEFAULT_DTYPES,
+        metavar="A,B,…",
+        help=f"some of {', '.join(DTYPES)} (default: {','.join(DEFAULT_DTYPES)})",
+    )
+    sizes = ",".join(f"{rows}x{width}" for rows, width in DEFAULT_SIZES)
+    add("--sizes", type=_sizes, metavar="RxW,…", help=f"rows and width (default: {sizes})")
+    add(
+        "--modes",
+        type=some_of(MODES),
+        default=MODES,
+        metavar="A,B",
+        help="forward, training (forward and backward); default: both",
+    )
+    add("--rounds", type=positive, metavar="N", help=f"samples of each peer (default: {DEFAULT_ROUNDS})")
+    add("--quick", action="store_true", help=f"{_QUICK_ROUNDS} rounds, and the small sizes only")
 
+
+def _works(options: argparse.Namespace) -> list[Work]:
+    sizes = options.sizes or (_QUICK_SIZES if options.quick else DEFAULT_SIZES)
+    rounds = options.rounds or (_QUICK_ROUNDS if options.quick else DEFAULT_ROUNDS)
+    points = list(grid(options.operator, options.dtypes, sizes, options.modes))
+    job = {"peers": NORMS.chosen(options.peers), "rounds": rounds, "budget": _BUDGET}
+    return [Work(points, job, threads) for threads in options.threads]
+
+
+def _sizes(text: str) -> tuple[tuple[int, int], ...]:
+    sizes = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([1-9]\d*)[x×]([1-9]\d*)\s*", part)
+        if found is None:
+            raise argparse.ArgumentTypeError(
+                f"expected ROWSxWIDTH separated by commas, as in 64x256,8x768; got {part!r}"
+            )
+        sizes.append((int(found[1]), int(found[2])))
+    return tuple(dict.fromkeys(sizes))
+
+
+NORMS: Final = Benchmark(
+    name="norms",
+    title="the norm operators",
+    description="Measures the norm operators beside PyTorch's and others', interleaved in one process "
+    "for each number of threads; writes a table, a picture and a page.",
+    keys=KEYS,
+    columns=COLUMNS,
+    peers=tuple(PEERS),
+    add_options=_add_options,
+    works=_works,
+    group="operator",
+)
 
 if __name__ == "__main__":
     serve(measure)

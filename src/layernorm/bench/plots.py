@@ -1,9 +1,10 @@
-"""The picture of a benchmark: speed relative to PyTorch's for every point and peer."""
+"""The pictures of the benchmarks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from itertools import cycle
+from typing import Any, Final
 
 import matplotlib as mpl
 import pandas as pd
@@ -18,6 +19,17 @@ _LOOKS: Final = {
     "onnxruntime": ("#CC79A7", "D"),
 }
 _OTHERS: Final = (("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
+#: Colours and marks of curves, in the order of what they stand for.
+_CURVES: Final = (
+    ("#0072B2", "o"),
+    ("#56B4E9", "P"),
+    ("#000000", "s"),
+    ("#999999", "v"),
+    ("#E69F00", "X"),
+    ("#D55E00", "<"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+)
 _DISTANCE: Final = 0.17  # between the marks of one point, whose line is 1 high
 
 
@@ -81,16 +93,100 @@ def _panel(axis: Axes, data: pd.DataFrame, labels: Sequence[str], peers: Sequenc
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _logarithmic(axis: Axes) -> None:
+def _logarithmic(axis: Axes, which: str = "x") -> None:
     """Ticks at 1, 2 and 5 times the powers of ten, as plain numbers."""
-    axis.set_xscale("log")
-    low, high = axis.get_xlim()
+    axis.set(**{f"{which}scale": "log"})
+    low, high = axis.get_xlim() if which == "x" else axis.get_ylim()
+    line = axis.xaxis if which == "x" else axis.yaxis
     steps = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
-    axis.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=steps, numticks=20))
-    axis.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    line.set_major_locator(mpl.ticker.LogLocator(subs=steps, numticks=20))
+    line.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    line.set_minor_locator(mpl.ticker.NullLocator())
 
 
 def _looks(peers: Sequence[str]) -> dict[str, tuple[str, str]]:
     free = iter(_OTHERS)
     return {peer: _LOOKS[peer] if peer in _LOOKS else next(free, _OTHERS[-1]) for peer in peers}
+
+
+def ratio_curves(data: pd.DataFrame) -> Figure:
+    """Ratios over the hidden size, a line for each batch; a panel for each cell, mode and dtype.
+
+    Args:
+        data: this package's rows of one number of threads, with the columns ``cell``, ``mode``, ``dtype``,
+            ``batch``, ``hidden``, ``ratio_to_torch``, ``ratio_q25`` and ``ratio_q75``.
+    """
+    cells = list(dict.fromkeys(data.cell))
+    kinds = list(dict.fromkeys(zip(data["mode"], data.dtype, strict=True)))
+    batches = sorted(data.batch.unique())
+    size = (1.4 + 2.5 * len(kinds), 1.0 + 2.1 * len(cells))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(cells), len(kinds), squeeze=False, sharex=True, sharey=True)
+    for row, cell in enumerate(cells):
+        for column, (mode, dtype) in enumerate(kinds):
+            axis = axes[row, column]
+            part = data[(data.cell == cell) & (data["mode"] == mode) & (data.dtype == dtype)]
+            for batch, (colour, marker) in zip(batches, cycle(_CURVES), strict=False):
+                rows = part[part.batch == batch]
+                spread = [rows.ratio_to_torch - rows.ratio_q25, rows.ratio_q75 - rows.ratio_to_torch]
+                axis.errorbar(
+                    rows.hidden, rows.ratio_to_torch, yerr=spread, color=colour, marker=marker, markersize=4
+                )
+            axis.axhline(1, color="#000000", linewidth=1, zorder=2)
+            axis.set_title(f"{cell.upper()}, {mode}, {dtype}", fontsize=9)
+    _over_sizes(axes, sorted(data.hidden.unique()), "times the speed of torch.nn")
+    handles = [
+        mpl.lines.Line2D([], [], color=colour, marker=marker, label=f"batch {batch}")
+        for batch, (colour, marker) in zip(batches, cycle(_CURVES), strict=False)
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def time_curves(data: pd.DataFrame, peers: Sequence[str]) -> Figure:
+    """Microseconds over the hidden size, a line for each peer and one for the limit; both logarithmic.
+
+    Args:
+        data: the rows of one number of threads and batch, with the columns ``cell``, ``dtype``, ``hidden``,
+            ``peer``, ``median_us`` and ``weights_us``.
+        peers: all there are, in their order.
+    """
+    cells, dtypes = (list(dict.fromkeys(data[name])) for name in ("cell", "dtype"))
+    measured = data[data.median_us.notna()]
+    shown = [peer for peer in peers if peer in set(measured.peer)]
+    looks = dict(zip(peers, _CURVES, strict=False))
+    figure = Figure(figsize=(1.6 + 3.0 * len(cells), 1.2 + 2.5 * len(dtypes)), layout="constrained")
+    axes = figure.subplots(len(dtypes), len(cells), squeeze=False, sharex=True, sharey=True)
+    for row, dtype in enumerate(dtypes):
+        for column, cell in enumerate(cells):
+            axis = axes[row, column]
+            part = measured[(measured.cell == cell) & (measured.dtype == dtype)]
+            for peer in shown:
+                rows, (colour, marker) = part[part.peer == peer], looks[peer]
+                axis.plot(rows.hidden, rows.median_us, color=colour, marker=marker, markersize=4)
+            limit = part[part.weights_us > 0].drop_duplicates("hidden")
+            axis.plot(limit.hidden, limit.weights_us, color="#000000", linestyle="--", linewidth=1)
+            axis.set_title(f"{cell.upper()}, {dtype}", fontsize=9)
+    _over_sizes(axes, sorted(data.hidden.unique()), "µs a step")
+    handles = [
+        mpl.lines.Line2D([], [], color=looks[peer][0], marker=looks[peer][1], label=peer) for peer in shown
+    ]
+    limit_line = mpl.lines.Line2D([], [], color="#000000", linestyle="--", label="reading the weights")
+    figure.legend(handles=[*handles, limit_line], loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def _over_sizes(axes: Any, sizes: Sequence[int], text: str) -> None:
+    """Both axes logarithmic, and a tick for each size."""
+    axes[0, 0].set_xscale("log")
+    axes[0, 0].xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    axes[0, 0].set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
+    _logarithmic(axes[0, 0], "y")
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("hidden size", fontsize=9)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(text, fontsize=9)

@@ -24,6 +24,8 @@ Context = Callable[[], AbstractContextManager[None]]
 LEAST_ROUNDS: Final = 5
 #: Seconds; a subject whose calls are shorter makes one that is not timed before each sample.
 WARM_UP_BELOW: Final = 0.03
+#: Seconds; a call that is longer is a sample by itself, and not called a second time to find that out.
+_LONG: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Samples:
 
     Attributes:
         calls: how many calls one sample takes.
-        seconds: per call, one figure for each round.
+        seconds: per call, one figure for each round that it took part in, which are the first ones.
     """
 
     calls: int
@@ -55,6 +57,8 @@ def interleaved(
     budget: float = 9.0,
     contexts: Mapping[str, Context] | None = None,
     clock: Clock = time.perf_counter,
+    least_rounds: int = LEAST_ROUNDS,
+    each: float | None = None,
 ) -> dict[str, Samples]:
     """Samples every subject once in each round, in an order that changes from round to round.
 
@@ -66,12 +70,15 @@ def interleaved(
         rounds: how many samples of each subject.
         least: seconds that a sample should take; a subject is called as often as that needs.
         budget: seconds for everything; after them no further round begins, once there are
-            ``LEAST_ROUNDS``.
+            ``least_rounds``.
         contexts: by a subject's name, what surrounds each of its samples and is not timed.
         clock: returns seconds.
+        least_rounds: see ``budget`` and ``each``.
+        each: seconds for each subject; one whose samples have taken them, and are at least
+            ``least_rounds``, is left out of further rounds. None sets no such limit.
 
     Returns:
-        The samples by the subjects' names; all have the same number of rounds.
+        The samples by the subjects' names. Without ``each`` all have the same number of rounds.
 
     Examples:
         >>> from layernorm.bench.timing import interleaved
@@ -83,20 +90,24 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     around: dict[str, Context] = dict.fromkeys(names, nullcontext) | dict(contexts or {})
     plans: dict[str, tuple[int, float]] = {}
+    spent: dict[str, float] = dict.fromkeys(names, 0.0)
     began = clock()
     with _no_collection():
         for name in names:
             with around[name]():
                 plans[name] = _calibrate(subjects[name], least, clock)
         for index in range(rounds):
-            if index >= LEAST_ROUNDS and clock() - began > budget:
+            if index >= least_rounds and clock() - began > budget:
                 break
             for name in order(names, index):
+                if each is not None and index >= least_rounds and spent[name] >= each:
+                    continue
                 call, (count, lasts) = subjects[name], plans[name]
                 with around[name]():
                     if lasts < WARM_UP_BELOW:
                         call()
                     seconds[name].append(_sample(call, count, clock))
+                spent[name] += count * seconds[name][-1]
     return {name: Samples(plans[name][0], tuple(seconds[name])) for name in names}
 
 
@@ -130,8 +141,8 @@ def quartiles(values: Sequence[float]) -> Quartiles:
 
 
 def ratios(base: Samples, other: Samples) -> list[float]:
-    """How many times as fast as ``base`` the other one is, round by round."""
-    return [a / b for a, b in zip(base.seconds, other.seconds, strict=True)]
+    """How many times as fast as ``base`` the other one is, in each round that both took part in."""
+    return [a / b for a, b in zip(base.seconds, other.seconds, strict=False)]
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -148,7 +159,9 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def _calibrate(call: Call, least: float, clock: Clock) -> tuple[int, float]:
     """How many calls take at least ``least`` seconds, approached from below; and the seconds of one."""
-    call()
+    first = _sample(call, 1, clock)
+    if first >= max(_LONG, 4 * least):
+        return 1, first
     count = 1
     while (elapsed := _undisturbed(call, count, 4 * least, clock)) < least:
         # Aims at 1.2 times the least, so that noise does not ask for one more step.

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import IO, Any
 
@@ -25,17 +26,24 @@ class WorkerError(RuntimeError):
     """A worker ended before its job was done; the text says how."""
 
 
-def events(module: str, job: Mapping[str, Any], threads: int) -> Generator[Event]:
+class TimedOutError(WorkerError):
+    """A worker was ended because its time was over."""
+
+
+def events(module: str, job: Mapping[str, Any], threads: int, limit: float | None = None) -> Generator[Event]:
     """Runs ``python -m module`` with so many threads and yields what it reports, as it comes.
 
     Args:
         module: the full name of a module that serves.
         job: what to do; must go into JSON.
         threads: for PyTorch, OpenMP, XLA and everything else that asks for the number of CPUs.
+        limit: seconds after which the process is ended.
 
     Raises:
         WorkerError: the process failed, or was killed.
+        TimedOutError: the limit was reached.
     """
+    over = threading.Event()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(  # noqa: S603 - this Python, a module of this package
             [sys.executable, "-m", module],
@@ -45,12 +53,25 @@ def events(module: str, job: Mapping[str, Any], threads: int) -> Generator[Event
             env=os.environ | _environment(threads),
             text=True,
         )
+
+        def end() -> None:
+            over.set()
+            process.kill()
+
+        timer = threading.Timer(limit, end) if limit is not None else None
+        if timer is not None:
+            timer.daemon = True
+            timer.start()
         try:
             yield from _conversation(process, json.dumps({**job, "threads": threads}))
         finally:
+            if timer is not None:
+                timer.cancel()
             if process.poll() is None:  # interrupted, or no longer wanted
                 process.terminate()
                 process.wait()
+        if process.returncode and over.is_set():
+            raise TimedOutError(f"the worker took longer than {limit:g} seconds")
         if process.returncode:
             raise WorkerError(_ending(process.returncode, threads, log))
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -14,17 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layernorm import functional as LF
+from layernorm.bench import onnx_session
+from layernorm.bench.subjects import NotSupportedError, Subject, module
 
 EPS: Final = 1e-5
 _Outputs = Tensor | tuple[Tensor, Tensor]
-
-
-class NotInstalledError(Exception):
-    """The peer's package is missing."""
-
-
-class NotSupportedError(Exception):
-    """The peer cannot do what this point asks for."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +49,6 @@ class Case:
         """The same numbers in float32."""
         inputs, grads = (tuple(t.float() for t in tensors) for tensors in (self.inputs, self.grads))
         return replace(self, inputs=inputs, grads=grads)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A peer that is ready to be measured.
-
-    Attributes:
-        call: what is timed.
-        results: calls it and returns the outputs and, in training, the gradients of all inputs.
-        context: what has to surround each sample.
-    """
-
-    call: Callable[[], object]
-    results: Callable[[], list[Tensor]]
-    context: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def make_case(operator: str, dtype: torch.dtype, rows: int, width: int, training: bool) -> Case:
@@ -177,8 +154,8 @@ def _compiled(case: Case) -> Subject:
 
 
 def _jax(case: Case) -> Subject:
-    jax = _module("jax")
-    jnp = _module("jax.numpy")
+    jax = module("jax")
+    jnp = module("jax.numpy")
 
     def function(*tensors: Any) -> Any:
         if case.has_residual:
@@ -216,102 +193,49 @@ def _jax(case: Case) -> Subject:
 
     def results() -> list[Tensor]:
         arrays = jax.tree_util.tree_leaves(call())
-        return [torch.tensor(_module("numpy").asarray(a.astype(jnp.float32))) for a in arrays]
+        return [torch.tensor(module("numpy").asarray(a.astype(jnp.float32))) for a in arrays]
 
     return Subject(call, results)
 
 
 def _onnxruntime(case: Case) -> Subject:
     if case.training:
-        raise NotSupportedError("ONNX Runtime runs inference only")
-    runtime = _module("onnxruntime")
-    types = _module("onnx").TensorProto
-    dtype = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16, torch.bfloat16: types.BFLOAT16}[
-        case.inputs[0].dtype
-    ]
-    model, names = _onnx_model(case, dtype)
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    shape = list(case.inputs[0].shape)
-    held: list[Any] = []
+        raise NotSupportedError
+    rows = ["input", "residual"] if case.has_residual else ["input"]
+    outputs = {name: torch.empty_like(case.inputs[0]) for name in _onnx_outputs(case)}
+    inputs = dict(zip(rows, case.inputs, strict=False))  # weight and bias are constants of the model
 
-    @contextmanager
-    def session() -> Iterator[None]:
-        """Its threads spin for milliseconds after a call; they end with it, before another's sample."""
-        held[:] = [runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])]
-        held.append(held[0].io_binding())
-        # weight and bias are constants of the model
-        for name, tensor in zip(names, case.inputs, strict=False):
-            held[1].bind_input(name, "cpu", 0, dtype, shape, tensor.data_ptr())
-        yield
-        held.clear()
+    def results(call: Callable[[], None]) -> list[Tensor]:
+        call()
+        return list(outputs.values())
 
-    outputs = ("output", "sum") if case.has_residual else ("output",)
-
-    def call() -> None:
-        run, binding = held
-        # Bound anew, so that every call has fresh outputs as with the other peers.
-        binding.clear_binding_outputs()
-        for name in outputs:
-            binding.bind_output(name)
-        run.run_with_iobinding(binding)
-
-    def results() -> list[Tensor]:
-        found = [torch.empty_like(case.inputs[0]) for _ in outputs]
-        with session():
-            run, binding = held
-            for name, tensor in zip(outputs, found, strict=True):
-                binding.bind_output(name, "cpu", 0, dtype, shape, tensor.data_ptr())
-            run.run_with_iobinding(binding)
-        return found
-
-    try:
-        with session():
-            pass
-    except Exception as error:
-        if type(error).__name__ in ("NotImplemented", "InvalidGraph"):
-            raise NotSupportedError(str(error)) from error
-        raise
-    return Subject(call, results, session)
+    return onnx_session.subject(_onnx_model(case, rows), [(inputs, outputs)], results, fresh=True)
 
 
-def _onnx_model(case: Case, dtype: int) -> tuple[bytes, list[str]]:
-    """A model of one normalization, after an Add where there is a residual; and its inputs' names."""
-    helper = _module("onnx.helper")
-    names = ["input", "residual"] if case.has_residual else ["input"]
-    affine = dict(zip(("weight", "bias"), case.inputs[len(names) :], strict=False))
-    nodes = [helper.make_node("Add", names, ["sum"])] if case.has_residual else []
+def _onnx_outputs(case: Case) -> list[str]:
+    return ["output", "sum"] if case.has_residual else ["output"]
+
+
+def _onnx_model(case: Case, rows: list[str]) -> bytes:
+    """A model of one normalization, after an Add where there is a residual."""
+    helper = module("onnx.helper")
+    x = case.inputs[0]
+    affine = dict(zip(("weight", "bias"), case.inputs[len(rows) :], strict=False))
+    nodes = [helper.make_node("Add", rows, ["sum"])] if case.has_residual else []
     # RMSNormalization came with version 23 of the operators, which needs version 11 of the format.
     kind, opset, version = (
         ("LayerNormalization", 17, 8) if case.is_layer_norm else ("RMSNormalization", 23, 11)
     )
     normalized = ["sum" if case.has_residual else "input", *affine]
     nodes.append(helper.make_node(kind, normalized, ["output"], axis=-1, epsilon=EPS))
-    results = ["output", "sum"] if case.has_residual else ["output"]
-    shape = list(case.inputs[0].shape)
     graph = helper.make_graph(
         nodes,
         case.operator,
-        [helper.make_tensor_value_info(name, dtype, shape) for name in names],
-        [helper.make_tensor_value_info(name, dtype, shape) for name in results],
-        [
-            helper.make_tensor(
-                name, dtype, list(value.shape), value.view(torch.uint8).numpy().tobytes(), raw=True
-            )
-            for name, value in affine.items()
-        ],
+        [onnx_session.value(name, x.dtype, x.shape) for name in rows],
+        [onnx_session.value(name, x.dtype, x.shape) for name in _onnx_outputs(case)],
+        [onnx_session.constant(name, value) for name, value in affine.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=version)
-    return model.SerializeToString(), names
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise NotInstalledError(str(error.name)) from error
+    return onnx_session.model(graph, opset, version)
 
 
 #: By name; the order is that of tables and pictures.

@@ -1,0 +1,166 @@
+"""The paper's layer-normalized cells as people write them with PyTorch: a Python loop over time.
+
+The product with the input, and its norm where that stands alone, are taken out of the loop. Everything here
+goes through ``torch.jit.script`` too. Arguments are x (T, N, F), or one step of it, and the weights in
+the order of ``layernorm.variants.parameter_shapes``. Written apart from ``layernorm.reference``, so that
+the two can judge each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def lstm_step(
+    x: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, gain_hh: Tensor, gain_cell: Tensor, bias_cell: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The next (h, c); x is the normalized product with the input."""
+    size = h.size(-1)
+    gates = x + F.layer_norm(F.linear(h, weight_hh), [4 * size], gain_hh)
+    i, f, g, o = gates.chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(F.layer_norm(c, [size], gain_cell, bias_cell))
+    return h, c
+
+
+def lstm(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    gain_ih: Tensor,
+    gain_hh: Tensor,
+    bias: Tensor,
+    gain_cell: Tensor,
+    bias_cell: Tensor,
+) -> Tensor:
+    """The output of an LSTM from a state of zeros."""
+    size = weight_hh.size(1)
+    h = x.new_zeros([x.size(1), size])
+    c = h
+    projected = F.layer_norm(F.linear(x, weight_ih), [4 * size], gain_ih, bias)
+    outputs = []
+    for x_t in projected.unbind(0):
+        h, c = lstm_step(x_t, h, c, weight_hh, gain_hh, gain_cell, bias_cell)
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+def lstm_cell(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    gain_ih: Tensor,
+    gain_hh: Tensor,
+    bias: Tensor,
+    gain_cell: Tensor,
+    bias_cell: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM."""
+    projected = F.layer_norm(F.linear(x, weight_ih), [4 * h.size(-1)], gain_ih, bias)
+    return lstm_step(projected, h, c, weight_hh, gain_hh, gain_cell, bias_cell)
+
+
+def gru_project(x: Tensor, weight_ih: Tensor, gain_ih: Tensor, bias: Tensor) -> Tensor:
+    """The normalized product with the input, r and z together and n by itself."""
+    size = weight_ih.size(0) // 3
+    a = F.linear(x, weight_ih)
+    rz = F.layer_norm(a[..., : 2 * size], [2 * size], gain_ih[: 2 * size], bias[: 2 * size])
+    n = F.layer_norm(a[..., 2 * size :], [size], gain_ih[2 * size :], bias[2 * size :])
+    return torch.cat([rz, n], -1)
+
+
+def gru_step(x: Tensor, h: Tensor, weight_hh: Tensor, gain_hh: Tensor, bias_hn: Tensor) -> Tensor:
+    """The next h; x is the normalized product with the input."""
+    size = h.size(-1)
+    b = F.linear(h, weight_hh)
+    b_rz = F.layer_norm(b[..., : 2 * size], [2 * size], gain_hh[: 2 * size])
+    b_n = F.layer_norm(b[..., 2 * size :], [size], gain_hh[2 * size :], bias_hn)
+    r, z = torch.sigmoid(x[..., : 2 * size] + b_rz).chunk(2, -1)
+    n = torch.tanh(x[..., 2 * size :] + r * b_n)
+    return n + z * (h - n)
+
+
+def gru(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    gain_ih: Tensor,
+    gain_hh: Tensor,
+    bias: Tensor,
+    bias_hn: Tensor,
+) -> Tensor:
+    """The output of a GRU from a state of zeros."""
+    h = x.new_zeros([x.size(1), weight_hh.size(1)])
+    outputs = []
+    for x_t in gru_project(x, weight_ih, gain_ih, bias).unbind(0):
+        h = gru_step(x_t, h, weight_hh, gain_hh, bias_hn)
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+def gru_cell(
+    x: Tensor,
+    h: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    gain_ih: Tensor,
+    gain_hh: Tensor,
+    bias: Tensor,
+    bias_hn: Tensor,
+) -> tuple[Tensor]:
+    """One step of a GRU."""
+    return (gru_step(gru_project(x, weight_ih, gain_ih, bias), h, weight_hh, gain_hh, bias_hn),)
+
+
+def rnn_step(x: Tensor, h: Tensor, weight_hh: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    """The next h; x is the product with the input."""
+    return torch.tanh(F.layer_norm(x + F.linear(h, weight_hh), [h.size(-1)], gain, bias))
+
+
+def rnn(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    """The output of an RNN from a state of zeros."""
+    h = x.new_zeros([x.size(1), weight_hh.size(1)])
+    outputs = []
+    for x_t in F.linear(x, weight_ih).unbind(0):
+        h = rnn_step(x_t, h, weight_hh, gain, bias)
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+def rnn_cell(
+    x: Tensor, h: Tensor, weight_ih: Tensor, weight_hh: Tensor, gain: Tensor, bias: Tensor
+) -> tuple[Tensor]:
+    """One step of an RNN."""
+    return (rnn_step(F.linear(x, weight_ih), h, weight_hh, gain, bias),)
+
+
+#: Whole sequences by cell: x and weights to the output.
+SEQUENCES: Final[dict[str, Callable[..., Tensor]]] = {"lstm": lstm, "gru": gru, "rnn": rnn}
+#: Single steps by cell: x, the state and weights to the next state.
+CELLS: Final[dict[str, Callable[..., tuple[Tensor, ...]]]] = {
+    "lstm": lstm_cell,
+    "gru": gru_cell,
+    "rnn": rnn_cell,
+}
+_SCRIPTS: Final[dict[Callable[..., Any], Any]] = {}
+
+
+def scripted(function: Callable[..., Any]) -> Any:
+    """The function under TorchScript, scripted once."""
+    if function not in _SCRIPTS:
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is deprecated, and in use all the same
+            _SCRIPTS[function] = torch.jit.script(function)
+    return _SCRIPTS[function]
+
+
+__all__ = ["CELLS", "SEQUENCES", "scripted"]
