@@ -49,7 +49,8 @@ sanitize: install
 		-C install.strip=false -C cmake.define.LAYERNORM_SANITIZE=ON .
 	@$(SANITIZED_PYTHON) -c 'from layernorm import ops; path = ops.native.__file__; \
 		assert b"__asan_init" in open(path, "rb").read(), path; print("sanitized:", path)'
-	$(SANITIZED_PYTHON) -m pytest -n auto --exitfirst --capture sys tests/test_norms.py tests/test_norm_kernels.py
+	$(SANITIZED_PYTHON) -m pytest -n auto --exitfirst --capture sys tests/test_norms.py tests/test_norm_kernels.py \
+		tests/test_recurrent_kernels.py tests/test_recurrent_promises.py tests/test_recurrent_operators.py tests/test_activations.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -34,11 +34,12 @@ def test_the_choice_depends_on_operator_device_and_dtype():
             assert backends.choose(operator, CPU, dtype).kernel == served
         assert backends.choose(operator, CPU, torch.complex64).kernel == "torch"
         assert backends.choose(operator, torch.device("meta"), torch.float32).kernel == "torch"
+    served = "native" if ops.NATIVE_PROBLEM is None else "reference"
     for cell in backends.RECURRENT:
-        assert backends.choose(cell, CPU, torch.float32) == (
-            "reference",
-            "no compiled recurrent kernel in this version",
-        )
+        for dtype in backends.NATIVE_DTYPES:
+            assert backends.choose(cell, CPU, dtype).kernel == served
+        assert backends.choose(cell, CPU, torch.complex64).kernel == "reference"
+        assert backends.choose(cell, torch.device("meta"), torch.float32).kernel == "reference"
 
 
 def test_use_overrides_and_gives_back():

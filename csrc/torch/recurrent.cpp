@@ -202,11 +202,11 @@ std::vector<int64_t> RecurrentLayer::output_shape() const {
 
 Saved RecurrentLayer::keep(bool recompute) {
   Saved saved;
-  const Tensor none = at::empty({0}, options);
+  const auto none = [&] { return at::empty({0}, options); };  // no two results are one tensor
   const bool separate = r.inputs == Inputs::kSeparate;
-  saved.c = r.cell == CellKind::kLstm ? allocate({rows, r.hidden_size}) : none;
-  saved.x = recompute ? none : allocate({rows, r.gates * r.hidden_size});
-  saved.h = recompute || saved_h_width(r) == 0 ? none : allocate({rows, saved_h_width(r)});
+  saved.c = r.cell == CellKind::kLstm ? allocate({rows, r.hidden_size}) : none();
+  saved.x = recompute ? none() : allocate({rows, r.gates * r.hidden_size});
+  saved.h = recompute || saved_h_width(r) == 0 ? none() : allocate({rows, saved_h_width(r)});
   saved.stats = recompute ? at::empty({0}, options.dtype(computed))
                           : allocate_computed({rows, statistics_of(r) * (separate ? 2 : 1)});
   for (const auto& tensor : {saved.x, saved.h, saved.c})
@@ -259,7 +259,7 @@ Plan plan(const RecurrentLayer& layer, int64_t unit) {
   const int64_t width = r.gates * r.hidden_size;
   const int64_t products = layer.rows * width * (r.input_size + r.output_size);
   constexpr int64_t kWorthAThread = int64_t{1} << 21;   // about 40 us
-  constexpr int64_t kWorthABarrier = int64_t{1} << 17;  // 2 us a step of one row
+  constexpr int64_t kWorthABarrier = int64_t{1} << 16;  // 2 us a step of one row
   if (threads == 1 || products < kWorthAThread) return plan;
   // A few rows by themselves cost a reading of the weights, as all of them do.
   constexpr int64_t kFewRows = 4;
@@ -479,12 +479,12 @@ RecurrentGrads recurrent_backward(LAYERNORM_RECURRENT_ARGUMENTS, const OptionalT
   g.grad_cn = data_of(OptionalTensor(from_c));
   const Found found = allocate_gradients(layer, all, wanted, g);
   if (layer.rows > 0) run_backward(layer, g);
-  const Tensor none = at::empty({0}, input.options());
+  const auto given = [&](const Tensor& grad) {
+    return grad.defined() ? grad.to(input.scalar_type()) : at::empty({0}, input.options());
+  };
   std::vector<Tensor> grads;
   grads.reserve(kWeights);
-  for (const auto& grad : found.weights)
-    grads.push_back(grad.defined() ? grad.to(input.scalar_type()) : none);
-  const auto given = [&](const Tensor& grad) { return grad.defined() ? grad : none; };
+  for (const auto& grad : found.weights) grads.push_back(given(grad));
   return {given(found.grad_input), given(found.grad_h), given(found.grad_c), grads};
 }
 

@@ -19,6 +19,8 @@ from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from layernorm import ops
 
@@ -28,6 +30,8 @@ RECURRENT: Final = ("lstm", "gru", "rnn")
 NATIVE_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 VARIABLE: Final = "LAYERNORM_BACKEND"
 _PLAIN: Final = (Tensor, torch.nn.Parameter)
+# What stands for them while a program is traced.
+_TRACED: Final = (*_PLAIN, FakeTensor, FunctionalTensor)
 
 _override: str | None = os.environ.get(VARIABLE) or None
 
@@ -116,7 +120,7 @@ def recurrent_kernel_for(operator: str, input: Tensor, others: Sequence[Tensor])
     if kernel != "native":
         return kernel
     tensors = (input, *others)
-    if any(type(t) not in _PLAIN or t.layout != torch.strided for t in tensors) and _override is None:
+    if any(type(t) not in _TRACED or t.layout != torch.strided for t in tensors) and _override is None:
         return "reference"
     autocast = torch.is_autocast_enabled("cpu")
     alike = all(t.device == input.device and (autocast or t.dtype == input.dtype) for t in others)

@@ -169,7 +169,8 @@ def _gates(cell: str) -> int:
 
 def _recurrent_outputs(input: Tensor, h: Tensor, c: Tensor | None, cell: str) -> tuple[Tensor, ...]:
     output = input.new_empty((*input.shape[:-1], h.size(-1)))
-    return output, torch.empty_like(h), input.new_empty(0) if c is None else torch.empty_like(c)
+    cn = torch.empty_like(c) if c is not None and cell == "lstm" else input.new_empty(0)
+    return output, torch.empty_like(h), cn
 
 
 @torch.library.register_fake("layernorm::recurrent")
@@ -212,12 +213,11 @@ def _recurrent_forward_fake(
     late = cell == "gru" and not two and scope != "all"
     groups = 0 if kind == "none" else gates if scope == "gate" else 1 + (cell == "gru" and scope == "matrix")
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    none = input.new_empty(0)
     wide = gates * hidden if two else hidden if late else 0
     saved = (
-        none if recompute else input.new_empty((rows, gates * hidden)),
-        none if recompute or not wide else input.new_empty((rows, wide)),
-        none if c is None else input.new_empty((rows, hidden)),
+        input.new_empty(0 if recompute else (rows, gates * hidden)),
+        input.new_empty(0 if recompute or not wide else (rows, wide)),
+        input.new_empty((rows, hidden) if cell == "lstm" else 0),
         input.new_empty(0 if recompute else (rows, groups * (2 if two else 1)), dtype=dtype),
     )
     return *_recurrent_outputs(input, h, c, cell), *saved
