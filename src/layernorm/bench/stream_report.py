@@ -81,7 +81,8 @@ def compared(data: pd.DataFrame) -> pd.DataFrame:
     for head, names in _AGAINST.items():
         peers = [name for name in names if name in times]
         found[head] = times[peers].min(axis=1) / times[OURS] if peers else float("nan")
-    found[_LIMIT] = pages.by_peer(data, _POINT, "weights_us")[OURS] / times[OURS]
+    limits = pages.by_peer(data, _POINT, "weights_us")
+    found[_LIMIT] = limits[OURS] / times[OURS] if OURS in limits else float("nan")  # too few bytes to time
     return found
 
 
