@@ -3,11 +3,15 @@
 #include "recurrent.hpp"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <map>
+#include <mutex>
 
 #include "../huge_pages.hpp"
 #include "parallel.hpp"
@@ -72,10 +76,64 @@ const void* data_of(const OptionalTensor& tensor) {
 
 }  // namespace
 
+namespace {
+
+// Working memory that calls leave to those after them: fresh memory has to be cleared by the system
+// first, and for the packed weights of a few rows that would take longer than the packing. Never
+// destroyed, since tensors may outlive it.
+class Blocks {
+ public:
+  static Blocks& all() {
+    static auto* const blocks = new Blocks;
+    return *blocks;
+  }
+
+  // Of at least so many bytes, and of no more than twice as many.
+  void* take(size_t bytes, size_t& found) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto fit = kept_.lower_bound(bytes);
+    if (fit == kept_.end() || fit->first / 2 > bytes) return nullptr;
+    found = fit->first;
+    void* const data = fit->second;
+    total_ -= found;
+    kept_.erase(fit);
+    return data;
+  }
+  // False if there is enough already.
+  bool give_back(void* data, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (total_ + bytes > kMost) return false;
+    kept_.emplace(bytes, data);
+    total_ += bytes;
+    return true;
+  }
+
+ private:
+  static constexpr size_t kMost = size_t{64} << 20U;
+  std::mutex mutex_;
+  std::multimap<size_t, void*> kept_;
+  size_t total_ = 0;
+};
+
+}  // namespace
+
 Tensor scratch(size_t bytes) {
-  const Tensor memory = at::empty({static_cast<int64_t>(bytes)}, at::kByte);
-  want_huge_pages(memory.mutable_data_ptr(), bytes);
-  return memory;
+  constexpr size_t kSmall = size_t{1} << 20U;  // the C library reuses what is smaller
+  if (bytes < kSmall) return at::empty({static_cast<int64_t>(bytes)}, at::kByte);
+  size_t size = (bytes + 63) / 64 * 64;
+  void* data = Blocks::all().take(size, size);
+  if (data == nullptr) {
+    data = std::aligned_alloc(64, size);
+    TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr, "layernorm: could not allocate ", size,
+                     " bytes of working memory");
+    want_huge_pages(data, size);
+  }
+  return at::from_blob(
+      data, {static_cast<int64_t>(bytes)},
+      [size](void* mine) {
+        if (!Blocks::all().give_back(mine, size)) std::free(mine);
+      },
+      at::kByte);
 }
 
 Tensor RecurrentLayer::allocate_computed(at::IntArrayRef sizes) const {

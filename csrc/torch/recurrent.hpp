@@ -84,7 +84,7 @@ class RecurrentLayer {
   const void* hold(const OptionalTensor& tensor, const char* name, at::IntArrayRef shape);
 };
 
-// Bytes of uninitialized memory.
+// Uninitialized working memory.
 Tensor scratch(size_t bytes);
 // The type that gradients of parameters are summed in.
 inline at::ScalarType computed_type(at::ScalarType type) {
