@@ -56,6 +56,9 @@ using Operand = std::conditional_t<std::is_same_v<T, bfloat16>, Pairs, Numbers<A
 template <typename T>
 using Operand = Numbers<Accumulate<T>>;
 #endif
+// What gradients of products are kept as, which are multiplied as the rows are.
+template <typename T>
+using Grad = std::conditional_t<Operand<T>::kPerElement == 2, T, Accumulate<T>>;
 
 // What a product is added to: nothing, one row for all of its rows, or what is there.
 enum class Onto { kZero, kBias, kSelf };
@@ -222,52 +225,81 @@ void pack_transposed(const T* matrix, int64_t numbers, const Packed<O>& b, int64
   }
 }
 
-// Packs columns [begin, begin + count) of rows that begin at row(k), into lines of kPanel; what is
-// beyond count is 0.
-template <typename T, typename Row>
-void pack_rows(int64_t depth, const Row& row, int64_t begin, int64_t count, Accumulate<T>* to) {
-  using A = Accumulate<T>;
-  for (int64_t k = 0; k < depth; ++k, to += kPanel<A>) {
-    const T* const from = static_cast<const T*>(row(k)) + begin;
-    if (count == kPanel<A>) {
+// Packs columns [begin, begin + count) of `depth` rows that begin at row(k) as a panel of a right
+// operand; what is beyond count is 0.
+template <typename O, typename T, typename Row>
+void pack_rows(int64_t depth, const Row& row, int64_t begin, int64_t count,
+               typename O::Element* to) {
+  using A = typename O::Sum;
+  constexpr int64_t kWidth = kPanel<A>;
+  for (int64_t k = 0; k < depth; k += O::kPerElement, to += kWidth) {
+    const T* const from = row(k) + begin;
+    if constexpr (O::kPerElement == 2) {
+      const bool last = k + 1 == depth;
+      const T* const second = last ? nullptr : row(k + 1) + begin;
+      if (count == kWidth && !last) {
+        for (int64_t i = 0; i < kWidth; ++i)
+          to[i] = from[i].bits | static_cast<uint32_t>(second[i].bits) << 16U;
+        continue;
+      }
+      for (int64_t i = 0; i < kWidth; ++i) {
+        const uint32_t low = i < count ? from[i].bits : 0U;
+        const uint32_t high = i < count && !last ? second[i].bits : 0U;
+        to[i] = low | high << 16U;
+      }
+    } else if (count == kWidth) {
       store<false>(to, load(from, Block<kTileVectors>{}), Block<kTileVectors>{});
     } else {
-      for (int64_t i = 0; i < kPanel<A>; ++i)
+      for (int64_t i = 0; i < kWidth; ++i)
         to[i] = i < count ? load(from + i, First{1}).v[0][0] : A{0};
     }
   }
 }
 
-// Packs columns [begin, end) of rows `width` apart, depth of them, as left operands of tiles: of
+// Packs columns [begin, end) of rows `stride` apart, depth of them, as left operands of tiles: of
 // kTileRows columns each, within a tile row after row. Beyond the end of the last one is nothing.
-template <typename A>
-void pack_columns(int64_t depth, const A* rows, int64_t width, int64_t begin, int64_t end, A* to) {
+template <typename O, typename T>
+void pack_columns(int64_t depth, const T* rows, int64_t stride, int64_t begin, int64_t end,
+                  typename O::Element* to) {
   constexpr int64_t kAtOnce = 8;  // tiles, so that a line of a cache is read once
-  const int64_t tile = kTileRows * depth;
+  const int64_t elements = parts_of(depth, O::kPerElement);
+  const int64_t tile = kTileRows * elements;
   for (; begin < end; begin += kAtOnce * kTileRows, to += kAtOnce * tile) {
     const int64_t whole = least(kAtOnce, (end - begin) / kTileRows);
     const int64_t rest = least(kAtOnce * kTileRows, end - begin) - whole * kTileRows;
-    for (int64_t k = 0; k < depth; ++k) {
-      const A* const from = rows + k * width + begin;
-      A* const line = to + k * kTileRows;
+    for (int64_t k = 0; k < elements; ++k) {
+      const T* const from = rows + k * O::kPerElement * stride + begin;
+      auto* const line = to + k * kTileRows;
+      const bool last = (k + 1) * O::kPerElement >= depth;
+      const bool half = O::kPerElement == 2 && last && depth % 2 != 0;  // of the last pair
+      const auto copy = [&](typename O::Element* at, const T* p, auto count) LAYERNORM_LAMBDA {
+        if constexpr (O::kPerElement == 1) {
+          std::memcpy(at, p, static_cast<size_t>(count) * sizeof(T));
+        } else {
+          const T* const second = half ? p : p + stride;
+          for (int64_t i = 0; i < count; ++i)
+            at[i] = p[i].bits | (half ? 0U : static_cast<uint32_t>(second[i].bits) << 16U);
+        }
+      };
       // What is copied too much is written again with the next row; the last row has none.
-      constexpr int64_t kCopied = 8;
-      if (k + 1 < depth)
-        for (int64_t i = 0; i < whole; ++i)
-          std::memcpy(line + i * tile, from + i * kTileRows, kCopied * sizeof(A));
-      else
-        for (int64_t i = 0; i < whole; ++i)
-          std::memcpy(line + i * tile, from + i * kTileRows, kTileRows * sizeof(A));
-      for (int64_t i = 0; i < rest; ++i) line[whole * tile + i] = from[whole * kTileRows + i];
+      constexpr std::integral_constant<int64_t, 8> kCopied;
+      constexpr std::integral_constant<int64_t, kTileRows> kExactly;
+      for (int64_t i = 0; i < whole; ++i) {
+        if (last)
+          copy(line + i * tile, from + i * kTileRows, kExactly);
+        else
+          copy(line + i * tile, from + i * kTileRows, kCopied);
+      }
+      copy(line + whole * tile, from + whole * kTileRows, rest);
     }
   }
 }
 
-// Packs panel p of a matrix [depth, columns] as it is.
-template <typename A, typename T>
-void pack_matrix(const T* matrix, const Packed<Numbers<A>>& b, int64_t p) {
+// Packs panel p of a matrix [numbers, columns] as it is.
+template <typename O, typename T>
+void pack_matrix(const T* matrix, int64_t numbers, const Packed<O>& b, int64_t p) {
   const auto row = [&](int64_t k) { return matrix + k * b.columns; };
-  pack_rows<T>(b.depth, row, p * kPanel<A>, b.columns_of(p), b.panel(p));
+  pack_rows<O, T>(numbers, row, p * b.kWidth, b.columns_of(p), b.panel(p));
 }
 
 }  // namespace layernorm::LAYERNORM_ISA

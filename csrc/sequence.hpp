@@ -89,7 +89,8 @@ struct Prepared {
 
   // For products with what they are in W x: packed transposed. For backward as they are.
   Packed<O> ih, hh, hr;
-  Packed<Numbers<A>> ih_back, hh_back, hr_back;
+  Packed<O> ih_back, hh_back;
+  Packed<Numbers<A>> hr_back;
   Vectors<A> vectors{};
   const A *bias_x = nullptr, *bias_h = nullptr;
   A* all_vectors;
@@ -119,8 +120,8 @@ struct Prepared {
       hr.data = arena.take<typename O::Element>(hr.elements());
     }
     if (backward_) {
-      ih_back.data = arena.take<A>(ih_back.elements());
-      hh_back.data = arena.take<A>(hh_back.elements());
+      ih_back.data = arena.take<typename O::Element>(ih_back.elements());
+      hh_back.data = arena.take<typename O::Element>(hh_back.elements());
       hr_back.data = arena.take<A>(hr_back.elements());
     }
     Vector list[kVectors];
@@ -179,9 +180,9 @@ struct Prepared {
       if (mine(hr.panels())) return pack_transposed<O>(weight_hr, r.hidden_size, hr, part);
     }
     if (backward_) {
-      if (mine(ih_back.panels())) return pack_matrix(weight_ih, ih_back, part);
-      if (mine(hh_back.panels())) return pack_matrix(weight_hh, hh_back, part);
-      if (mine(hr_back.panels())) return pack_matrix(weight_hr, hr_back, part);
+      if (mine(ih_back.panels())) return pack_matrix(weight_ih, gate_width(r), ih_back, part);
+      if (mine(hh_back.panels())) return pack_matrix(weight_hh, gate_width(r), hh_back, part);
+      if (mine(hr_back.panels())) return pack_matrix(weight_hr, r.output_size, hr_back, part);
     }
     prepare_vectors(r);
   }

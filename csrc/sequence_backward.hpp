@@ -56,8 +56,9 @@ struct BackwardShared {
   A *grad_h, *grad_c;            // [N, P], [N, H]: of the state between steps
   A *block_sums, *block_totals;  // [blocks, stride]
   // Of the rows of a chunk, in their order among all rows:
-  A *grad_x, *grad_wh;     // [rows, G·H]; the same where inputs are summed
-  A *grad_state, *hidden;  // [rows, P], [rows, H], where projected
+  Grad<T>*grad_x, *grad_wh;  // [rows, grad_stride]; the same where inputs are summed
+  int64_t grad_stride;       // G·H, or the next even number where pairs are multiplied
+  A *grad_state, *hidden;    // [rows, P], [rows, H], where projected
   size_t bytes;
 
   BackwardShared(const Recurrent& r, const RecurrentGradients& g, void* memory)
@@ -68,8 +69,9 @@ struct BackwardShared {
     grad_c = arena.take<A>(r.cell == CellKind::kLstm ? r.batch * r.hidden_size : 0);
     block_sums = arena.take<A>(blocks * layout.stride);
     block_totals = arena.take<A>(blocks * layout.stride);
-    grad_x = arena.take<A>(rows * gate_width(r));
-    grad_wh = r.inputs == Inputs::kSummed ? grad_x : arena.take<A>(rows * gate_width(r));
+    grad_stride = parts_of(gate_width(r), Operand<T>::kPerElement) * Operand<T>::kPerElement;
+    grad_x = arena.take<Grad<T>>(rows * grad_stride);
+    grad_wh = r.inputs == Inputs::kSummed ? grad_x : arena.take<Grad<T>>(rows * grad_stride);
     grad_state = arena.take<A>(r.projected ? rows * r.output_size : 0);
     hidden = arena.take<A>(r.projected ? rows * r.hidden_size : 0);
     bytes = arena.used;
@@ -97,13 +99,15 @@ struct Chunk {
 template <typename T>
 struct BackwardScratch {
   using A = Accumulate<T>;
+  static constexpr bool kSame = std::is_same_v<Grad<T>, A>;
   A *x, *h, *stats;  // of the rows of a chunk, where forward did not keep them
   A* grad_hidden;    // [rows, H], where projected
   T* zeros;
   LeftRows<T> inputs, states;
   A **to_x, **to_h, **to;
   const A** left;
-  A *row_x, *row_h, *gates, *cell;
+  const typename Operand<T>::Element** left_grads;
+  A *row_x, *row_h, *row_grad_x, *row_grad_h, *gates, *cell;
   size_t shared_bytes, own_bytes;
 
   BackwardScratch(const Recurrent& r, int64_t rows, Arena shared, Arena own)
@@ -118,8 +122,11 @@ struct BackwardScratch {
         to_h(own.take<A*>(again(r, rows))),
         to(own.take<A*>(rows)),
         left(own.take<const A*>(rows)),
+        left_grads(own.take<const typename Operand<T>::Element*>(rows)),
         row_x(own.take<A>(kTogether * gate_width(r))),
         row_h(own.take<A>(kTogether * gate_width(r))),
+        row_grad_x(own.take<A>(kSame ? 0 : kTogether * gate_width(r))),
+        row_grad_h(own.take<A>(kSame ? 0 : kTogether * gate_width(r))),
         gates(own.take<A>(4 * r.hidden_size)),
         cell(own.take<A>(r.hidden_size)),
         shared_bytes((shared.used + 63) / 64 * 64),
@@ -271,7 +278,6 @@ class Backward {
     const int64_t active = count(k);
     if (active == 0) return;
     const int64_t at = rows_.first(k) - chunk_.base;  // of the step's rows in the chunk
-    const int64_t width = gate_width(r_);
     const Share rows{mine_.begin, least(mine_.end, begin_ + active)};
     for (int64_t n = rows.begin; n < rows.end; ++n) {
       if (g_.grad_output != nullptr) add_output(rows_.first(k) + n, grad_h(n));
@@ -281,9 +287,13 @@ class Backward {
     }
     if (r_.projected) {
       team_.wait();
-      back_product(
-          active, weights_.hr_back, Onto::kZero, [&](int64_t i) { return grad_h(begin_ + i); },
-          [&](int64_t i) { return s_.grad_hidden + i * r_.hidden_size; });
+      for (int64_t i = 0; i < active; ++i) {
+        s_.left[i] = grad_h(begin_ + i);
+        s_.to[i] = s_.grad_hidden + i * r_.hidden_size;
+      }
+      const Share panels = share(weights_.hr_back.panels());
+      product<Numbers<A>>(active, s_.left, weights_.hr_back, Onto::kZero, nullptr, s_.to,
+                          panels.begin, panels.end);
       team_.wait();
     }
     for (int64_t n = rows.begin; n < rows.end;) {
@@ -292,10 +302,15 @@ class Backward {
       n = end;
     }
     team_.wait();
-    back_product(
-        active, weights_.hh_back, r_.cell == CellKind::kGru ? Onto::kSelf : Onto::kZero,
-        [&](int64_t i) { return shared_.grad_wh + (at + begin_ + i) * width; },
-        [&](int64_t i) { return grad_h(begin_ + i); });
+    for (int64_t i = 0; i < active; ++i) {
+      s_.left_grads[i] = reinterpret_cast<const typename Operand<T>::Element*>(
+          shared_.grad_wh + (at + begin_ + i) * shared_.grad_stride);
+      s_.to[i] = grad_h(begin_ + i);
+    }
+    const Share panels = share(weights_.hh_back.panels());
+    const Onto onto = r_.cell == CellKind::kGru ? Onto::kSelf : Onto::kZero;
+    product<Operand<T>>(active, s_.left_grads, weights_.hh_back, onto, nullptr, s_.to, panels.begin,
+                        panels.end);
     team_.wait();
     for (int64_t n = rows.begin; n < rows.end; ++n) {
       if (!rows_.reset(k, n)) continue;
@@ -312,17 +327,6 @@ class Backward {
     });
   }
 
-  template <typename From, typename To>
-  void back_product(int64_t active, const Packed<Numbers<A>>& weights, Onto onto, const From& from,
-                    const To& to) {
-    for (int64_t i = 0; i < active; ++i) {
-      s_.left[i] = from(i);
-      s_.to[i] = to(i);
-    }
-    const Share panels = share(weights.panels());
-    product<Numbers<A>>(active, s_.left, weights, onto, nullptr, s_.to, panels.begin, panels.end);
-  }
-
   // Rows [first, last) of step k, of one block. Row n is row `at` + n of the chunk, and `computed`
   // + n of those that were computed again.
   void rows_backward(int64_t k, int64_t first, int64_t last, int64_t at, int64_t computed) {
@@ -332,6 +336,21 @@ class Backward {
     const auto sums =
         shared_.layout.at(shared_.block_sums + first / per_block() * shared_.layout.stride);
     cells_backward<T>(r_, groups_, weights_.vectors, sums, rows, static_cast<int>(last - first));
+    if constexpr (!BackwardScratch<T>::kSame) {
+      for (int64_t n = first; n < last; ++n) {
+        narrow_row(rows[n - first].grad_x, shared_.grad_x + (at + n) * shared_.grad_stride);
+        if (r_.inputs != Inputs::kSummed)
+          narrow_row(rows[n - first].grad_h, shared_.grad_wh + (at + n) * shared_.grad_stride);
+      }
+    }
+  }
+
+  // The gradient of a row's products, in the type that is multiplied.
+  void narrow_row(const A* from, Grad<T>* to) const {
+    to[shared_.grad_stride - 1] = Grad<T>{};
+    each_block<A, 4>(gate_width(r_), [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+      put(to + i, load(from + i, part), part);
+    });
   }
 
   RowGradient<T> row_of(int64_t k, int64_t n, int64_t at, int64_t computed, int64_t place) const {
@@ -352,8 +371,13 @@ class Backward {
       row.c_prev = rows_.c_prev(k, n, s_.zeros);
       row.grad_c = grad_c(n);
     }
-    row.grad_x = shared_.grad_x + at * width;
-    row.grad_h = shared_.grad_wh + at * width;
+    if constexpr (BackwardScratch<T>::kSame) {
+      row.grad_x = shared_.grad_x + at * width;
+      row.grad_h = shared_.grad_wh + at * width;
+    } else {
+      row.grad_x = s_.row_grad_x + place * width;
+      row.grad_h = r_.inputs == Inputs::kSummed ? row.grad_x : s_.row_grad_h + place * width;
+    }
     row.hidden = r_.projected ? shared_.hidden + at * size : nullptr;
     row.gates = s_.gates;
     row.cell = s_.cell;
@@ -421,6 +445,8 @@ struct ChunkSums {
   }
   [[nodiscard]] int64_t parts(Sum sum) const { return parts_of(result_rows(sum), kTileRows); }
 
+  static constexpr int64_t kAtOnce = 96;  // rows for each reading of the weights
+
   static size_t bytes(const Recurrent& r) {
     const int64_t rows = chunk_steps(r) * r.batch;
     const int64_t width = gate_width(r) > r.output_size ? gate_width(r) : r.output_size;
@@ -429,22 +455,21 @@ struct ChunkSums {
     arena.take<A>(rows * kPanel<A>);
     arena.take<const T*>(rows);
     arena.take<A*>(2 * (width + kTileRows));
-    arena.take<A>(kTileRows * r.input_size);
+    arena.take<A>(kAtOnce * r.input_size);
     return arena.used + static_cast<size_t>(r.hidden_size) * sizeof(T) + 512;
   }
 
   void run(Sum sum, const void* prepared, void* scratch, int64_t begin, int64_t end) const {
     const int64_t row_end = least(end * kTileRows, result_rows(sum));
     if (sum == kSumInput) return to_input(prepared, scratch, begin * kTileRows, row_end);
-    const int64_t width = gate_width(r);
     Arena arena{static_cast<char*>(scratch)};
     auto* const zeros = arena.take<T>(r.hidden_size);
     std::memset(zeros, 0, static_cast<size_t>(r.hidden_size) * sizeof(T));
     const Share part{begin * kTileRows, row_end};
     if (sum == kSumWeightHr) {
       const auto right = [&](int64_t i) { return shared.hidden + i * r.hidden_size; };
-      return outer<A>(arena, shared.grad_state, r.output_size, part, right, r.hidden_size,
-                      g.weight_hr);
+      return outer<Numbers<A>, A, A>(arena, shared.grad_state, r.output_size, part, right,
+                                     r.hidden_size, g.weight_hr);
     }
     auto** const right = arena.take<const T*>(chunk.rows);
     for (int64_t k = chunk.first; k < chunk.last; ++k) {
@@ -453,32 +478,34 @@ struct ChunkSums {
             sum == kSumWeightIh ? rows.input(k, n) : rows.h_prev(k, n, zeros);
     }
     const auto row = [&](int64_t i) { return right[i]; };
+    using O = Operand<T>;
+    const int64_t stride = shared.grad_stride;
     if (sum == kSumWeightIh)
-      outer<T>(arena, shared.grad_x, width, part, row, r.input_size, g.weight_ih);
+      outer<O, Grad<T>, T>(arena, shared.grad_x, stride, part, row, r.input_size, g.weight_ih);
     else
-      outer<T>(arena, shared.grad_wh, width, part, row, r.output_size, g.weight_hh);
+      outer<O, Grad<T>, T>(arena, shared.grad_wh, stride, part, row, r.output_size, g.weight_hh);
   }
 
   // result[i, :] += sum over the chunk's rows k of left[k, i]·right(k)[:], for the rows in `part`.
-  template <typename Right, typename Row>
-  void outer(Arena arena, const A* left, int64_t left_width, Share part, const Row& right,
+  template <typename O, typename Left, typename Right, typename Row>
+  void outer(Arena arena, const Left* left, int64_t stride, Share part, const Row& right,
              int64_t columns, void* result) const {
-    const int64_t depth = chunk.rows;
+    using E = typename O::Element;
+    const int64_t depth = parts_of(chunk.rows, O::kPerElement);
     const int64_t height = part.end - part.begin;
     const int64_t tiles = parts_of(height, kTileRows);
-    A* const packed = arena.take<A>(tiles * kTileRows * depth);
-    A* const panel = arena.take<A>(depth * kPanel<A>);
-    pack_columns(depth, left, left_width, part.begin, part.end, packed);
-    auto** const a = arena.take<const A*>(tiles * kTileRows);
+    E* const packed = arena.take<E>(tiles * kTileRows * depth);
+    E* const panel = arena.take<E>(depth * kPanel<A>);
+    pack_columns<O>(chunk.rows, left, stride, part.begin, part.end, packed);
+    auto** const a = arena.take<const E*>(tiles * kTileRows);
     auto** const c = arena.take<A*>(tiles * kTileRows);
     for (int64_t i = 0; i < height; ++i) {
       a[i] = packed + i / kTileRows * kTileRows * depth + i % kTileRows;
       c[i] = static_cast<A*>(result) + (part.begin + i) * columns;
     }
-    using O = Numbers<A>;
     for (int64_t column = 0; column < columns; column += kPanel<A>) {
       const int64_t count = least(kPanel<A>, columns - column);
-      pack_rows<Right>(depth, right, column, count, panel);
+      pack_rows<O, Right>(chunk.rows, right, column, count, panel);
       for (int64_t k = 0; k < depth; k += O::kBlock)
         for (int64_t i = 0; i < height; i += kTileRows)
           tile_of<O, kTileRows>(least(kTileRows, height - i), a + i, k * kTileRows,
@@ -491,30 +518,31 @@ struct ChunkSums {
   void to_input(const void* prepared, void* scratch, int64_t begin, int64_t end) const {
     const Prepared<T> weights(r, true, const_cast<void*>(prepared));
     Arena arena{static_cast<char*>(scratch)};
-    A* const wide = arena.take<A>(kTileRows * r.input_size);
-    constexpr int64_t kMost = 96;  // rows for each reading of the weights
+    A* const wide = arena.take<A>(kAtOnce * r.input_size);
     constexpr bool kSame = std::is_same_v<T, A>;
-    constexpr int64_t kStep = kSame ? kMost : kTileRows;
-    for (int64_t first = begin; first < end; first += kStep) {
-      const int64_t count = least(kStep, end - first);
-      const A* left[kStep];
-      A* to[kStep];
+    using O = Operand<T>;
+    for (int64_t first = begin; first < end; first += kAtOnce) {
+      const int64_t count = least(kAtOnce, end - first);
+      const typename O::Element* left[kAtOnce];
+      A* to[kAtOnce];
+      const auto row = [&](int64_t i) {
+        return static_cast<T*>(g.grad_input) + (chunk.base + first + i) * r.input_size;
+      };
       for (int64_t i = 0; i < count; ++i) {
-        left[i] = shared.grad_x + (first + i) * gate_width(r);
+        left[i] = reinterpret_cast<const typename O::Element*>(shared.grad_x +
+                                                               (first + i) * shared.grad_stride);
         if constexpr (kSame)
-          to[i] = static_cast<T*>(g.grad_input) + (chunk.base + first + i) * r.input_size;
+          to[i] = row(i);
         else
           to[i] = wide + i * r.input_size;
       }
-      product<Numbers<A>>(count, left, weights.ih_back, Onto::kZero, nullptr, to, 0,
-                          weights.ih_back.panels());
+      product<O>(count, left, weights.ih_back, Onto::kZero, nullptr, to, 0,
+                 weights.ih_back.panels());
       if constexpr (!kSame) {
-        for (int64_t i = 0; i < count; ++i) {
-          T* const row = static_cast<T*>(g.grad_input) + (chunk.base + first + i) * r.input_size;
-          each_vector<A>(r.input_size, [&](int64_t j, auto part) LAYERNORM_LAMBDA {
-            put(row + j, load(to[i] + j, part), part);
+        for (int64_t i = 0; i < count; ++i)
+          each_block<A, 4>(r.input_size, [&](int64_t j, auto part) LAYERNORM_LAMBDA {
+            put(row(i) + j, load(to[i] + j, part), part);
           });
-        }
       }
     }
   }

@@ -1,6 +1,5 @@
 #include "team.hpp"
 
-#include <chrono>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -37,11 +36,10 @@ int Team::join() {
   const int rank = joined_.fetch_add(1, std::memory_order_acq_rel);
   if (rank >= kClosed) return -1;
   if (rank == 0) {
-    constexpr auto kLongest = std::chrono::microseconds(100);
     const auto begin = std::chrono::steady_clock::now();
     Patience patience;
     while (joined_.load(std::memory_order_acquire) < most_ &&
-           std::chrono::steady_clock::now() - begin < kLongest)
+           std::chrono::steady_clock::now() - begin < patience_)
       patience.pause();
     size_ = joined_.fetch_add(kClosed, std::memory_order_acq_rel);
     closed_.store(true, std::memory_order_release);

@@ -6,12 +6,15 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 
 namespace layernorm {
 
 class Team {
  public:
-  explicit Team(int most) : most_(most) {}
+  // Of at most so many threads, of which the first waits so long for the others.
+  explicit Team(int most, std::chrono::microseconds patience = std::chrono::microseconds(100))
+      : most_(most), patience_(patience) {}
 
   // The rank of the calling thread in the team, or -1 if the team has begun without it.
   int join();
@@ -25,6 +28,7 @@ class Team {
   void meet();
 
   int most_;
+  std::chrono::microseconds patience_;
   int size_ = 1;
   std::atomic<int> joined_{0};
   std::atomic<bool> closed_{false};

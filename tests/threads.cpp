@@ -107,7 +107,7 @@ void share(const Recurrent& r, Sharing sharing, int threads, int64_t unit, const
   if (sharing == Sharing::kTeam) {
     Bytes bytes;
     char* const scratch = aligned(bytes, needed(r.batch, threads));
-    Team team(threads);
+    Team team(threads, std::chrono::seconds(10));  // all of them, however busy the machine is
     std::latch ready(threads);
     return run_threads(threads, [&](int) {
       ready.arrive_and_wait();  // a team does not wait for threads that have yet to start
@@ -202,7 +202,7 @@ int main() {
       }
     }
   }
-  if (full_teams == 0) ++failed, std::printf("no team was complete: nothing was tested of teams\n");
+  if (full_teams != 24) ++failed, std::printf("%d of 24 teams were complete\n", full_teams);
   std::printf("%d passed, %d failed\n", 24 - std::min(failed, 24), failed);
   return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
