@@ -31,9 +31,9 @@ test: install
 	$(BIN)/python -m pytest -n auto
 
 # The recurrent kernels by several threads under ThreadSanitizer, which wants addresses that are not
-# random; then the tests of the compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer. The package
-# built with them is in a folder of its own, and so is the Python that runs it: .venv's would import
-# the editable installation, whatever comes first on its path.
+# random; then the tests of the compiled kernels under AddressSanitizer and
+# UndefinedBehaviorSanitizer. The package built with them is in a folder of its own, and so is the
+# Python that runs it: .venv's would import the editable installation, whatever comes first on its path.
 SANITIZE := $(CURDIR)/build/sanitize
 SANITIZED_PYTHON = PYTHONPATH=$(SANITIZE)/site:$(wildcard $(CURDIR)/.venv/lib/python3*/site-packages) \
 	LD_PRELOAD="$(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
@@ -50,7 +50,8 @@ sanitize: install
 	@$(SANITIZED_PYTHON) -c 'from layernorm import ops; path = ops.native.__file__; \
 		assert b"__asan_init" in open(path, "rb").read(), path; print("sanitized:", path)'
 	$(SANITIZED_PYTHON) -m pytest -n auto --exitfirst --capture sys tests/test_norms.py tests/test_norm_kernels.py \
-		tests/test_recurrent_kernels.py tests/test_recurrent_promises.py tests/test_recurrent_operators.py tests/test_activations.py
+		tests/test_recurrent_kernels.py tests/test_recurrent_promises.py tests/test_recurrent_operators.py \
+		tests/test_activations.py tests/test_resets.py tests/test_streaming.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 // The recurrent kernels of one instruction set. CMakeLists.txt compiles this file once for each,
 // with the set's flags and its name as LAYERNORM_ISA.
-#include "sequence_backward.hpp"
+#include "sequence_sums.hpp"
 
 namespace layernorm::LAYERNORM_ISA {
 namespace {

@@ -84,6 +84,14 @@ class RecurrentLayer {
   const void* hold(const OptionalTensor& tensor, const char* name, at::IntArrayRef shape);
 };
 
+// Null where there is no element.
+inline void* data_of(const Tensor& tensor) {
+  return tensor.defined() && tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr;
+}
+inline const void* data_of(const OptionalTensor& tensor) {
+  return tensor && tensor->defined() ? tensor->const_data_ptr() : nullptr;
+}
+
 // Uninitialized working memory.
 Tensor scratch(size_t bytes);
 // The type that gradients of parameters are summed in.

@@ -1,0 +1,266 @@
+// A recurrent layer as the kernels see it: arguments checked, memory held.
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+
+#include "../huge_pages.hpp"
+#include "recurrent.hpp"
+
+namespace layernorm {
+namespace {
+
+// The member of an enumeration that has this name in a list of all.
+template <typename Enum, size_t kCount>
+Enum named(std::string_view word, const char* what, const std::string_view (&names)[kCount]) {
+  const auto* const found = std::find(std::begin(names), std::end(names), word);
+  TORCH_CHECK(found != std::end(names), "layernorm: ", what, " must be one of ",
+              at::ArrayRef<std::string_view>(names), "; got ", word);
+  return static_cast<Enum>(found - std::begin(names));
+}
+
+ElementType element_type(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return kElementFloat32;
+    case at::kDouble:
+      return kElementFloat64;
+    case at::kBFloat16:
+      return kElementBFloat16;
+    default:
+      return kElementFloat16;
+  }
+}
+
+void read_spec(const RecurrentInputs& inputs, Recurrent& r) {
+  static constexpr std::string_view kCells[] = {"lstm", "gru", "rnn_tanh", "rnn_relu"};
+  static constexpr std::string_view kKinds[] = {"layer", "rms", "none"};
+  static constexpr std::string_view kInputs[] = {"separate", "summed"};
+  static constexpr std::string_view kScopes[] = {"matrix", "all", "gate"};
+  static constexpr std::string_view kCellNorms[] = {"output", "carried", "none"};
+  const int cell = named<int>(inputs.cell, "cell", kCells);
+  r.relu = cell == 3;
+  r.cell = static_cast<CellKind>(std::min(cell, 2));
+  r.norm = named<NormKind>(inputs.kind, "kind", kKinds);
+  r.scope = named<Scope>(inputs.scope, "scope", kScopes);
+  r.cell_norm = named<CellNorm>(inputs.cell_norm, "cell_norm", kCellNorms);
+  r.inputs = named<Inputs>(inputs.inputs, "inputs", kInputs);
+  r.gates = r.cell == CellKind::kLstm ? 4 : r.cell == CellKind::kGru ? 3 : 1;
+  const bool gru = r.cell == CellKind::kGru;
+  if (r.norm == NormKind::kNone) {
+    // Nothing distinguishes the products but the candidate of a GRU.
+    r.inputs = gru ? Inputs::kSeparate : Inputs::kSummed;
+    r.cell_norm = CellNorm::kNone;
+  } else if (gru && r.inputs == Inputs::kSummed && r.scope != Scope::kAll) {
+    r.inputs = Inputs::kLate;
+  }
+  r.eps = inputs.eps;
+  r.reverse = inputs.reverse;
+}
+
+// Working memory that calls leave to those after them: fresh memory has to be cleared by the system
+// first, and for the packed weights of a few rows that would take longer than the packing. Never
+// destroyed, since tensors may outlive it.
+class Blocks {
+ public:
+  static Blocks& all() {
+    static auto* const blocks = new Blocks;
+    return *blocks;
+  }
+
+  // Of at least so many bytes, and of no more than twice as many.
+  void* take(size_t bytes, size_t& found) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto fit = kept_.lower_bound(bytes);
+    if (fit == kept_.end() || fit->first / 2 > bytes) return nullptr;
+    found = fit->first;
+    void* const data = fit->second;
+    total_ -= found;
+    kept_.erase(fit);
+    return data;
+  }
+  // False if there is enough already.
+  bool give_back(void* data, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (total_ + bytes > kMost) return false;
+    kept_.emplace(bytes, data);
+    total_ += bytes;
+    return true;
+  }
+
+ private:
+  static constexpr size_t kMost = size_t{64} << 20U;
+  std::mutex mutex_;
+  std::multimap<size_t, void*> kept_;
+  size_t total_ = 0;
+};
+
+}  // namespace
+
+Tensor scratch(size_t bytes) {
+  constexpr size_t kSmall = size_t{1} << 20U;  // the C library reuses what is smaller
+  if (bytes < kSmall) return at::empty({static_cast<int64_t>(bytes)}, at::kByte);
+  size_t size = (bytes + 63) / 64 * 64;
+  void* data = Blocks::all().take(size, size);
+  if (data == nullptr) {
+    data = std::aligned_alloc(64, size);
+    TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr, "layernorm: could not allocate ", size,
+                     " bytes of working memory");
+    want_huge_pages(data, size);
+  }
+  return at::from_blob(
+      data, {static_cast<int64_t>(bytes)},
+      [size](void* mine) {
+        if (!Blocks::all().give_back(mine, size)) std::free(mine);
+      },
+      at::kByte);
+}
+
+Tensor RecurrentLayer::allocate_computed(at::IntArrayRef sizes) const {
+  return at::empty(sizes, options.dtype(computed));
+}
+
+const void* RecurrentLayer::hold(const OptionalTensor& tensor, const char* name,
+                                 at::IntArrayRef shape) {
+  if (!tensor || !tensor->defined()) return nullptr;
+  TORCH_CHECK(tensor->sizes() == shape, "layernorm: ", name, " must be of shape ", shape, ", got ",
+              tensor->sizes());
+  TORCH_CHECK(tensor->scalar_type() == options.dtype().toScalarType() &&
+                  tensor->device().is_cpu() && tensor->layout() == at::kStrided,
+              "layernorm: ", name, " must be a strided tensor of the input's dtype ",
+              options.dtype(), " on the CPU, got ", tensor->scalar_type(), " on ",
+              tensor->device());
+  if (tensor->is_contiguous()) return tensor->const_data_ptr();
+  held_.push_back(tensor->contiguous());
+  return held_.back().const_data_ptr();
+}
+
+RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
+  read_spec(inputs, r);
+  const Tensor& input = inputs.input;
+  const bool packed = inputs.batch_sizes.has_value();
+  TORCH_CHECK(is_supported(input.scalar_type()) && input.device().is_cpu() &&
+                  input.layout() == at::kStrided && input.dim() == (packed ? 2 : 3),
+              "layernorm: input must be a strided tensor of ", packed ? 2 : 3,
+              " dimensions on the CPU, of float32, float64, bfloat16 or float16; got ",
+              input.sizes(), " of ", input.scalar_type(), " on ", input.device());
+  options = input.options();
+  computed = computed_type(input.scalar_type());
+  kernels = &(*capability().recurrences)[element_type(input.scalar_type())];
+  TORCH_CHECK(inputs.weights.size() == kWeights, "layernorm: weights must be a list of ",
+              static_cast<int>(kWeights), ", got ", inputs.weights.size());
+  const auto& weight_ih = inputs.weights[kWeightIh];
+  const auto& weight_hh = inputs.weights[kWeightHh];
+  TORCH_CHECK(weight_ih && weight_hh && weight_ih->dim() == 2 && weight_hh->dim() == 2 &&
+                  weight_hh->size(0) > 0 && weight_hh->size(0) % r.gates == 0 &&
+                  weight_hh->size(1) > 0,
+              "layernorm: weight_ih and weight_hh must be matrices of ", r.gates,
+              " times hidden_size rows");
+  r.input_size = input.size(-1);
+  r.hidden_size = weight_hh->size(0) / r.gates;
+  r.output_size = weight_hh->size(1);
+  r.projected = inputs.weights[kWeightHr].has_value();
+  TORCH_CHECK(r.projected ? r.cell == CellKind::kLstm && r.output_size <= r.hidden_size
+                          : r.output_size == r.hidden_size,
+              "layernorm: weight_hh must have hidden_size=", r.hidden_size,
+              " columns, or those of weight_hr's rows; got ", r.output_size);
+  const int64_t width = r.gates * r.hidden_size;
+  if (packed) {
+    batch_sizes_ = *inputs.batch_sizes;
+    r.steps = static_cast<int64_t>(batch_sizes_.size());
+    r.batch = batch_sizes_.empty() ? 0 : batch_sizes_[0];
+    int64_t before = r.batch;
+    for (const int64_t size : batch_sizes_) {
+      TORCH_CHECK(size > 0 && size <= before,
+                  "layernorm: batch_sizes must be positive and not increasing, got ",
+                  *inputs.batch_sizes);
+      step_offsets_.push_back(rows);
+      rows += size;
+      before = size;
+    }
+    TORCH_CHECK(rows == input.size(0), "layernorm: batch_sizes must sum to the input's rows ",
+                input.size(0), ", got ", *inputs.batch_sizes);
+    r.batch_sizes = batch_sizes_.data();
+    r.step_offsets = step_offsets_.data();
+  } else {
+    r.steps = input.size(0);
+    r.batch = input.size(1);
+    rows = r.steps * r.batch;
+  }
+  TORCH_CHECK(r.steps > 0, "layernorm: Expected sequence length to be larger than 0 in RNN");
+  const bool in_place = input.size(-1) <= 1 || input.stride(-1) == 1;
+  held_.push_back(in_place ? input : input.contiguous());
+  const Tensor& read = held_.back();
+  r.input = read.const_data_ptr();
+  r.input_row_stride = read.stride(packed ? 0 : 1);
+  r.input_step_stride = packed ? 0 : read.stride(0);
+
+  const auto weight = [&](Weight which, const char* name, at::IntArrayRef shape) {
+    return hold(inputs.weights[which], name, shape);
+  };
+  r.weight_ih = weight(kWeightIh, "weight_ih", {width, r.input_size});
+  r.weight_hh = weight(kWeightHh, "weight_hh", {width, r.output_size});
+  r.weight_hr = weight(kWeightHr, "weight_hr", {r.output_size, r.hidden_size});
+  r.bias_ih = weight(kBiasIh, "bias_ih", width);
+  r.bias_hh = weight(kBiasHh, "bias_hh", width);
+  r.gain_ih = weight(kGainIh, "gain_ih", width);
+  r.gain_hh = weight(kGainHh, "gain_hh", width);
+  r.bias = weight(kBias, "bias", width);
+  r.bias_hn = weight(kBiasHn, "bias_hn", r.hidden_size);
+  r.gain_cell = weight(kGainCell, "gain_cell", r.hidden_size);
+  r.bias_cell = weight(kBiasCell, "bias_cell", r.hidden_size);
+  // A gradient is summed where the parameter is used, and nowhere else.
+  const bool two = r.inputs == Inputs::kSeparate && r.norm != NormKind::kNone;
+  const bool normed = r.norm != NormKind::kNone;
+  const bool cell_normed = r.cell == CellKind::kLstm && r.cell_norm != CellNorm::kNone;
+  TORCH_CHECK((normed || (!r.gain_ih && !r.bias)) && (two || !r.gain_hh) &&
+                  ((two && r.cell == CellKind::kGru) || !r.bias_hn) &&
+                  (cell_normed || (!r.gain_cell && !r.bias_cell)),
+              "layernorm: weights has a gain or bias that this variant does not have");
+
+  r.h0 = hold(inputs.h, "h", {r.batch, r.output_size});
+  if (r.cell == CellKind::kLstm) {
+    TORCH_CHECK(inputs.c && inputs.c->defined(), "layernorm: an LSTM's state has a cell, c");
+    r.c0 = hold(*inputs.c, "c", {r.batch, r.hidden_size});
+  }
+  if (inputs.resets && inputs.resets->defined()) {
+    const Tensor& resets = *inputs.resets;
+    TORCH_CHECK(resets.scalar_type() == at::kBool && resets.device().is_cpu() &&
+                    resets.sizes() == input.sizes().slice(0, input.dim() - 1),
+                "layernorm: resets must be bool, of the input's shape but for the features");
+    held_.push_back(resets.contiguous());
+    r.resets = static_cast<const uint8_t*>(held_.back().const_data_ptr());
+  }
+}
+
+std::vector<int64_t> RecurrentLayer::output_shape() const {
+  if (packed()) return {rows, r.output_size};
+  return {r.steps, r.batch, r.output_size};
+}
+
+Saved RecurrentLayer::keep(bool recompute) {
+  Saved saved;
+  const auto none = [&] { return at::empty({0}, options); };  // no two results are one tensor
+  const bool separate = r.inputs == Inputs::kSeparate;
+  saved.c = r.cell == CellKind::kLstm ? allocate({rows, r.hidden_size}) : none();
+  saved.x = recompute ? none() : allocate({rows, r.gates * r.hidden_size});
+  saved.h = recompute || saved_h_width(r) == 0 ? none() : allocate({rows, saved_h_width(r)});
+  saved.stats = recompute ? at::empty({0}, options.dtype(computed))
+                          : allocate_computed({rows, statistics_of(r) * (separate ? 2 : 1)});
+  for (const auto& tensor : {saved.x, saved.h, saved.c})
+    if (tensor.numel() > 0) want_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
+  use(saved);
+  return saved;
+}
+
+void RecurrentLayer::use(const Saved& saved) {
+  held_.insert(held_.end(), {saved.x, saved.h, saved.c, saved.stats});
+  r.saved_x = data_of(saved.x);
+  r.saved_h = data_of(saved.h);
+  r.saved_c = data_of(saved.c);
+  r.saved_stats = data_of(saved.stats);
+}
+
+}  // namespace layernorm
