@@ -242,7 +242,7 @@ peers:
   onnxruntime           the layer-normalized cell in ONNX's Scan, in inference
   onnxruntime-none      ONNX's LSTM, GRU, RNN, un-normalized, in inference
 
-The default grid takes about 15 minutes on two CPUs. It is not the whole product:
+The default grid takes about 13 minutes on two CPUs. It is not the whole product:
   - of GRU and RNN it has the batches {" and ".join(map(str, OTHER_BATCHES))} with the sizes {
     " and ".join(map(str, OTHER_HIDDEN))
 } only;

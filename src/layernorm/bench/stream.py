@@ -164,7 +164,7 @@ peers:
   jax              the layer-normalized cell jitted
   onnxruntime      the layer-normalized cell as an ONNX graph, its state in bound memory
 
-The default grid takes about 4 minutes.
+The default grid takes about 3 minutes.
 
 examples:
   layernorm bench stream --quick
