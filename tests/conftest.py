@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 
+# Triton asks when it is imported. Without a GPU its kernels run in its interpreter here.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import numpy as np
 import pytest
 import torch
 
-from layernorm import ops
+from layernorm import backends, ops
 
 # Several workers with several threads each would wait for one another; so would their subprocesses.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -51,3 +58,75 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def round_to_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """The nearest bfloat16 of float32, both as bits, ties to even, NaN kept."""
+    rounded = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return np.where(is_nan, bits >> 16 | 0x40, rounded).astype(np.uint16)
+
+
+@pytest.fixture
+def interpreted(native: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The norm operators of CPU tensors are served by the Triton kernels, in Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: pip install 'layernorm[triton]'")
+    if os.environ["TRITON_INTERPRET"] != "1":
+        pytest.skip("TRITON_INTERPRET is not 1")
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def converted(data, source, target, rounding):
+        # Triton's interpreter cuts bfloat16 off where its compiler rounds to the nearest.
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return round_to_bfloat16(data.view(np.uint32))
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return data.astype(np.uint32) << 16
+        return convert(data, source, target, rounding)
+
+    monkeypatch.setattr(interpreter, "_convert_float", converted)
+    library = torch.library.Library("layernorm", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for name in ops.TRITON:
+            library.impl(name, ops.triton_kernel(name), "CPU")
+    with np.errstate(all="ignore"):  # as on a GPU
+        yield
+    library._destroy()
+
+
+@pytest.fixture
+def looped(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``interpreted``, with blocks so small that rows of more than 512 elements are looped over."""
+    from layernorm.kernels import settings
+
+    def small(blocks: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
+        return {block: tile for block, tile in blocks.items() if block <= 512}
+
+    default = settings.DEFAULT
+    changed = dataclasses.replace(
+        default,
+        forward=small(default.forward),
+        backward=small(default.backward),
+        looped_forward=(512, 4),
+        looped_sums=(512, 4),
+        columns=(256, 4),
+    )
+    monkeypatch.setattr(settings, "DEFAULT", changed)
+
+
+@pytest.fixture
+def on_gpu(native: None) -> Iterator[None]:
+    """Tensors are made on a GPU, and the Triton kernels serve the norms."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    if os.environ["TRITON_INTERPRET"] == "1":
+        pytest.skip("Triton's kernels are interpreted: set TRITON_INTERPRET=0")
+    before = torch.get_default_device()
+    torch.set_default_device("cuda")
+    with backends.use("triton"):
+        yield
+    torch.set_default_device(before)

@@ -55,7 +55,7 @@ def test_use_overrides_and_gives_back():
 
 def test_an_override_that_cannot_be_is_refused():
     with (
-        pytest.raises(ValueError, match="kernel must be one of native, torch, reference; got 'cuda'"),
+        pytest.raises(ValueError, match="kernel must be one of native, triton, torch, reference; got 'cuda'"),
         backends.use("cuda"),
     ):
         pass
@@ -67,7 +67,7 @@ def test_an_override_that_cannot_be_is_refused():
     result = in_a_process(
         "import layernorm, torch; layernorm.LayerNorm(3)(torch.ones(3))", LAYERNORM_BACKEND="fast"
     )
-    assert "LAYERNORM_BACKEND must be one of native, torch, reference; got 'fast'" in result.stderr
+    assert "LAYERNORM_BACKEND must be one of native, triton, torch, reference; got 'fast'" in result.stderr
 
 
 def test_the_environment_overrides():

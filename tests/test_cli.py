@@ -53,5 +53,6 @@ def test_an_override_that_names_no_kernel_is_refused_in_one_line(monkeypatch, ca
     assert main(["compare"]) == 2
     captured = capsys.readouterr()
     assert (
-        captured.err == "layernorm: LAYERNORM_BACKEND must be one of native, torch, reference; got 'fast'\n"
+        captured.err
+        == "layernorm: LAYERNORM_BACKEND must be one of native, triton, torch, reference; got 'fast'\n"
     )

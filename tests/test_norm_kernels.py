@@ -1,4 +1,5 @@
-"""The compiled norm kernels against float64, on every instruction set that the machine can execute."""
+"""The norm kernels against float64: compiled, on every instruction set that the machine can execute; in
+Triton, interpreted and on a GPU."""
 
 from __future__ import annotations
 
@@ -14,18 +15,37 @@ from layernorm import ops
 pytestmark = pytest.mark.usefixtures("native")
 
 CAPABILITIES = ops.native.capabilities() if ops.native is not None else ("none",)
+INTERPRETED = ("interpreted", "looped")
+TRITON = (*INTERPRETED, "on_gpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Around the sizes of vectors, pairs of vectors and chunks; more than one chunk; a prime; a large one.
 WIDTHS = (1, 2, 3, 15, 16, 17, 31, 33, 127, 128, 1000, 1024, 1025, 4097)
 AFFINE = ("both", "gain", "bias", "neither")
 
 
-@pytest.fixture(params=CAPABILITIES)
+@pytest.fixture(params=[*CAPABILITIES, *TRITON])
 def capability(request):
+    if request.param in TRITON:
+        given = request.node.callspec.params
+        if given.get("dtype") == torch.float64:
+            pytest.skip("the Triton kernels have no float64")
+        if request.param == "looped" and not 512 < given.get("width", 1000) < 2000:
+            pytest.skip("this width tells nothing new of loops")
+        request.getfixturevalue(request.param)
+        yield request.param
+        return
     before = ops.native.capability()
     assert ops.native.use_capability(request.param)
     yield request.param
     ops.native.use_capability(before)
+
+
+def dtypes(capability):
+    return [dtype for dtype in DTYPES if capability not in TRITON or dtype != torch.float64]
+
+
+def array(t: torch.Tensor) -> np.ndarray:
+    return t.detach().double().cpu().numpy()
 
 
 def accumulate(dtype: torch.dtype) -> torch.dtype:
@@ -42,21 +62,21 @@ def parameters(dtype, width, affine, wide):
 
 def exact(x, gain=None, bias=None, eps=1e-5, centred=True):
     """The norm of rows in extended precision, independent of the package; also |mean|/std and rstd."""
-    a = x.detach().double().numpy().astype(np.longdouble)
+    a = array(x).astype(np.longdouble)
     mean = a.mean(-1, keepdims=True) if centred else 0 * a[..., :1]
     std = np.sqrt(np.square(a - mean).mean(-1, keepdims=True) + np.longdouble(eps))
     y = (a - mean) / std
     if gain is not None:
-        y = y * gain.detach().double().numpy()
+        y = y * array(gain)
     if bias is not None:
-        y = y + bias.detach().double().numpy()
+        y = y + array(bias)
     return y, np.abs(mean) / std, 1 / std
 
 
 def forward_bound(y, gain, offset, dtype):
     """4 eps·(1 + |mean|/std) of the normalized value times the gain; one rounding to the dtype."""
     unit = torch.finfo(accumulate(dtype)).eps
-    size = 1 if gain is None else gain.detach().double().abs().numpy()
+    size = 1 if gain is None else np.abs(array(gain))
     rounding = torch.finfo(dtype).eps / 2 if dtype in (torch.bfloat16, torch.float16) else unit
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     return 4 * unit * (1 + offset) * size * 1.5 + rounding * np.abs(y) + least
@@ -74,18 +94,18 @@ def test_forward(capability, dtype, width):
         y, offset, _ = exact(x, gain, bias)
         actual = LF.layer_norm(x, (width,), gain, bias)
         assert actual.dtype == dtype
-        assert (np.abs(actual.double().numpy() - y) <= forward_bound(y, gain, offset, dtype)).all()
+        assert (np.abs(array(actual) - y) <= forward_bound(y, gain, offset, dtype)).all()
         if bias is None:
             y, offset, _ = exact(x, gain, eps=1e-5, centred=False)
             actual = LF.rms_norm(x, (width,), gain, eps=1e-5)
-            assert (np.abs(actual.double().numpy() - y) <= forward_bound(y, gain, offset, dtype)).all()
+            assert (np.abs(array(actual) - y) <= forward_bound(y, gain, offset, dtype)).all()
 
 
 def exact_gradients(x, grad, gain, eps, centred):
     """Gradients of input, gain and bias in extended precision, and a bound on the terms of each."""
     n, offset, rstd = exact(x, eps=eps, centred=centred)
-    g = grad.double().numpy().astype(np.longdouble)
-    t = g if gain is None else g * gain.detach().double().numpy()
+    g = array(grad).astype(np.longdouble)
+    t = g if gain is None else g * array(gain)
     along_n = (t * n).mean(-1, keepdims=True)
     along_one = t.mean(-1, keepdims=True) if centred else 0
     dx = rstd * (t - along_one - n * along_n)
@@ -122,7 +142,7 @@ def test_backward(capability, dtype, width):
         for leaf, e, size in zip(leaves, expected, terms, strict=True):
             if leaf is None:
                 continue
-            actual = leaf.grad.double().numpy()
+            actual = array(leaf.grad)
             assert leaf.grad.dtype == leaf.dtype
             half = torch.finfo(leaf.dtype).eps / 2 * np.abs(e)
             least = torch.finfo(leaf.dtype).smallest_normal * torch.finfo(leaf.dtype).eps
@@ -160,6 +180,8 @@ def test_add_forms(capability, dtype, width):
 
 
 def test_halves_are_read_and_written_as_torch_does(capability):
+    if capability in INTERPRETED:
+        pytest.skip("the interpreter's conversions are tests/conftest.py's")
     # Every bit pattern of both types once as input of the addition, which reads and rounds and no more.
     for dtype in (torch.bfloat16, torch.float16):
         values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -172,7 +194,7 @@ def test_halves_are_read_and_written_as_torch_does(capability):
 
 
 def kinds_of_rows(width: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(width)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(width)
     normal = torch.randn(64, width, generator=generator)
     return {
         "random": normal,
@@ -193,10 +215,11 @@ def kinds_of_rows(width: int) -> dict[str, torch.Tensor]:
 def test_error_is_no_larger_than_torchs(capability, width, eps):
     averages = []
     for name, rows in kinds_of_rows(width).items():
+        rows = rows[:4] if capability in INTERPRETED else rows
         x = rows if eps else rows[rows.amax(-1) > rows.amin(-1)]  # 0/0 is NaN
         y, offset, _ = exact(x, eps=eps)
-        ours = np.abs(LF.layer_norm(x, (width,), eps=eps).double().numpy() - y)
-        torchs = np.abs(torch.nn.functional.layer_norm(x, (width,), eps=eps).double().numpy() - y)
+        ours = np.abs(array(LF.layer_norm(x, (width,), eps=eps)) - y)
+        torchs = np.abs(array(torch.nn.functional.layer_norm(x, (width,), eps=eps)) - y)
         # Where the normalized value is large, its own rounding is.
         assert (ours <= 4 * 2**-23 * np.maximum(1 + offset, np.abs(y))).all(), name
         if CAPABILITIES[-1] != capability:
@@ -212,11 +235,14 @@ def test_error_is_no_larger_than_torchs(capability, width, eps):
 
 
 def test_rows_are_alike_alone_in_any_batch_and_in_any_layout(capability):
-    generator = torch.Generator().manual_seed(0)
-    for dtype, width in itertools.product(DTYPES, (1, 7, 40, 64, 700, 1030, 2048)):
-        x = torch.randn(11, width, generator=generator).to(dtype)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+    count = 3 if capability in INTERPRETED else 11
+    widths = (1, 40, 1040) if capability in INTERPRETED else (1, 7, 40, 64, 700, 1030, 2048, 33000)
+    repeats = 3 if capability in INTERPRETED else 60
+    for dtype, width in itertools.product(dtypes(capability), widths):
+        x = torch.randn(count, width, generator=generator).to(dtype)
         gain, bias = parameters(dtype, width, "both", False)
-        grad = torch.randn(11, width).to(dtype)
+        grad = torch.randn(count, width).to(dtype)
 
         def both(a, g, gain=gain, bias=bias):
             a = a.detach().requires_grad_()
@@ -227,17 +253,19 @@ def test_rows_are_alike_alone_in_any_batch_and_in_any_layout(capability):
         alone = [both(row.unsqueeze(0), g.unsqueeze(0)) for row, g in zip(x, grad, strict=True)]
         for found, rows in zip(whole, zip(*alone, strict=True), strict=True):
             assert torch.equal(found, torch.cat(rows))
-        wider = torch.empty(11, 2 * width + 3, dtype=dtype)
+        wider = torch.empty(count, 2 * width + 3, dtype=dtype)
         wider[:, 1 : width + 1], wider[:, width + 1 : 2 * width + 1] = x, grad
         strided = both(wider[:, 1 : width + 1], wider[:, width + 1 : 2 * width + 1])
-        many = both(x.repeat(60, 1), grad.repeat(60, 1))
+        many = both(x.repeat(repeats, 1), grad.repeat(repeats, 1))
         for found, again, repeated in zip(whole, strided, many, strict=True):
             assert torch.equal(found, again)
-            assert torch.equal(repeated, found.repeat(60, 1))
+            assert torch.equal(repeated, found.repeat(repeats, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_tensors_written_past_the_caches_have_the_same_bits(capability, dtype):
+    if capability in INTERPRETED:
+        pytest.skip("it has no caches")
     width = 512
     rows = (9 << 20) // (width * dtype.itemsize)
     x = torch.randn(rows, width).to(dtype).requires_grad_()
@@ -274,19 +302,19 @@ def test_the_same_bits_for_any_number_of_threads(dtype):
 
 
 def test_a_hundred_thousand_rows(capability):
-    x = torch.randn(100_000, 8)
+    x = torch.randn(5_000 if capability in INTERPRETED else 100_000, 8)
     leaf = x.clone().requires_grad_()
     gain = torch.ones(8, requires_grad=True)
     LF.layer_norm(leaf, (8,), gain, eps=0.01).backward(torch.ones_like(x) * x)
     expected, terms = exact_gradients(x, x, gain.detach(), 0.01, True)
-    assert (np.abs(leaf.grad.double().numpy() - expected[0]) <= 16 * 2**-23 * terms[0]).all()
+    assert (np.abs(array(leaf.grad) - expected[0]) <= 16 * 2**-23 * terms[0]).all()
     # 64 blocks of 1,563 rows, added one after another: each sum of n has at most n roundings, and about
     # their root where they are random.
-    assert (np.abs(gain.grad.double().numpy() - expected[1]) <= 64 * 2**-23 * terms[1]).all()
+    assert (np.abs(array(gain.grad) - expected[1]) <= 64 * 2**-23 * terms[1]).all()
 
 
 def test_rows_with_nan_or_infinity_harm_no_other(capability):
-    for dtype, width in itertools.product(DTYPES, (3, 65, 700)):
+    for dtype, width in itertools.product(dtypes(capability), (3, 65, 700)):
         x, grad = torch.randn(9, width).to(dtype), torch.randn(9, width).to(dtype)
         clean, bad = x.clone().requires_grad_(), x.clone()
         bad[2, 1], bad[5, -1], bad[6, 0] = float("nan"), float("inf"), -float("inf")
@@ -307,7 +335,7 @@ def leaf(t: torch.Tensor) -> torch.Tensor:
 
 def test_rows_of_one_element_have_no_gradient_but_the_biass(capability):
     # pytorch#188372
-    for dtype in DTYPES:
+    for dtype in dtypes(capability):
         x, gain, bias = leaf(torch.randn(70, 1).to(dtype) * 100), leaf(torch.ones(1)), leaf(torch.ones(1))
         gain, bias = (leaf(t.to(dtype)) for t in (gain, bias))
         y = LF.layer_norm(x, (1,), gain, bias)
@@ -334,9 +362,7 @@ def test_rows_whose_squares_float32_cannot_hold(capability, dtype, size):
     gain, bias = leaf(torch.randn(width).to(dtype)), leaf(torch.randn(width).to(dtype))
     y = LF.layer_norm(a, (width,), gain, bias, eps=eps)
     expected, offset, _ = exact(x, gain, bias, eps)
-    assert (
-        np.abs(y.detach().double().numpy() - expected) <= forward_bound(expected, gain, offset, dtype)
-    ).all()
+    assert (np.abs(array(y) - expected) <= forward_bound(expected, gain, offset, dtype)).all()
     others = [0, 2, 3, 5]
     assert torch.equal(y[others], LF.layer_norm(b, (width,), gain, bias, eps=eps)[others])
     if size > 1:  # else the gradients are too large for the dtype
@@ -345,11 +371,11 @@ def test_rows_whose_squares_float32_cannot_hold(capability, dtype, size):
         # rstd, kept in float32, may be subnormal: then it has as many units as it has.
         least = 2**-149
         relative = 16 * 2**-23 + np.maximum(0, least * size)
-        error = np.abs(found.double().numpy() - dx)
+        error = np.abs(array(found) - dx)
         half = torch.finfo(dtype).eps / 2 * np.abs(dx) + torch.finfo(dtype).smallest_normal
         assert (error <= relative * terms + half).all()
         half = torch.finfo(dtype).eps / 2 * np.abs(dgain)
-        assert (np.abs(found_gain.double().numpy() - dgain) <= relative * gain_terms + half).all()
+        assert (np.abs(array(found_gain) - dgain) <= relative * gain_terms + half).all()
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
@@ -359,7 +385,7 @@ def test_half_rows_whose_sum_or_square_overflows_half(capability, name):
         x = torch.full((5, 4096), 300.0).to(dtype)
         x[:, ::2] = 60000 if dtype == torch.float16 else 1e18
         y, offset, _ = exact(x, centred=name == "layer_norm")
-        actual = getattr(LF, name)(x, (4096,), eps=1e-5).double().numpy()
+        actual = array(getattr(LF, name)(x, (4096,), eps=1e-5))
         assert (np.abs(actual - y) <= forward_bound(y, None, offset, dtype)).all()
 
 
@@ -369,7 +395,7 @@ def test_large_offsets_lose_what_the_inputs_rounding_lost_and_no_more(capability
     for width in (7, 256, 5000):
         x = torch.randn(9, width) * 1e-3 + offset
         y, _, _ = exact(x, eps=1e-12)
-        error = np.abs(LF.layer_norm(x, (width,), eps=1e-12).double().numpy() - y)
+        error = np.abs(array(LF.layer_norm(x, (width,), eps=1e-12)) - y)
         assert (error <= 4 * 2**-23 * np.maximum(1, np.abs(y))).all()
 
 

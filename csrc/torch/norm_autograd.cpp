@@ -177,12 +177,15 @@ TensorPair add_rms_norm_autograd(const Tensor& input, const Tensor& residual,
   return add_rms_norm_op().call(input, residual, shape, weight, eps);
 }
 
-TORCH_LIBRARY_IMPL(layernorm, AutogradCPU, library) {
+// On GPUs the kernels beneath are src/layernorm/kernels/norm.py's.
+void register_derivatives(torch::Library& library) {
   library.impl("layer_norm", layer_norm_autograd);
   library.impl("rms_norm", rms_norm_autograd);
   library.impl("add_layer_norm", add_layer_norm_autograd);
   library.impl("add_rms_norm", add_rms_norm_autograd);
 }
+TORCH_LIBRARY_IMPL(layernorm, AutogradCPU, library) { register_derivatives(library); }
+TORCH_LIBRARY_IMPL(layernorm, AutogradCUDA, library) { register_derivatives(library); }
 
 }  // namespace
 }  // namespace layernorm

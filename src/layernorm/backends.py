@@ -1,8 +1,9 @@
 """Which kernel serves which operator, why, and how to choose another.
 
-There are three kernels: ``native``, this package's compiled one; ``torch``, PyTorch's own operators;
-``reference``, the plain definitions of ``layernorm.reference``. The choice depends on the operator,
-the device and the dtype, never on the number of rows: a row's bits do not depend on its batch.
+There are four kernels: ``native``, this package's compiled one; ``triton``, its norms on GPUs; ``torch``,
+PyTorch's own operators; ``reference``, the plain definitions of ``layernorm.reference``. The choice depends
+on the operator, the device and the dtype, never on the number of rows: a row's bits do not depend on its
+batch.
 
 The environment variable ``LAYERNORM_BACKEND`` or ``use`` overrides it. ``LAYERNORM_CPU_CAPABILITY`` chooses
 the instruction set of the compiled kernels; ``capability`` tells which it is.
@@ -10,7 +11,9 @@ the instruction set of the compiled kernels; ``capability`` tells which it is.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,11 +26,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from layernorm import ops
+from layernorm.kernels import settings
 
-KERNELS: Final = ("native", "torch", "reference")
+KERNELS: Final = ("native", "triton", "torch", "reference")
+#: Those that this package's operators have.
+OPERATORS: Final = ("native", "triton")
 NORMS: Final = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 RECURRENT: Final = ("lstm", "gru", "rnn")
 NATIVE_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TRITON_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 VARIABLE: Final = "LAYERNORM_BACKEND"
 _PLAIN: Final = (Tensor, torch.nn.Parameter)
 # What stands for them while a program is traced.
@@ -64,6 +71,8 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
     if _override is not None:
         return _forced(_checked(_override, VARIABLE), operator, device, dtype)
     other = "reference" if operator in RECURRENT else "torch"
+    if device.type == "cuda" and operator in NORMS:
+        return _on_gpu(operator, device, dtype)
     if not _has_native(device, dtype):
         return Choice(other, "the compiled kernels are for floating-point tensors on the CPU")
     if ops.NATIVE_PROBLEM is not None:
@@ -75,6 +84,34 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
     if operator in RECURRENT and _in_forward_mode():
         return Choice(other, "forward-mode derivatives")
     return Choice("native", "compiled for the CPU")
+
+
+def _on_gpu(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    if (problem := triton_problem(dtype)) is not None:
+        return Choice("torch", problem)
+    if torch.compiler.is_compiling():
+        return Choice("torch", "inside torch.compile PyTorch's norm fuses with its neighbours")
+    if torch._C._are_functorch_transforms_active():
+        return Choice("torch", "torch.func transforms")
+    architecture = torch.cuda.get_device_capability(device)
+    name = f"compute capability {architecture[0]}.{architecture[1]}"
+    faster = settings.FASTER.get(architecture)
+    if faster is None:
+        return Choice("torch", f"the Triton kernels have not been measured on {name} yet")
+    if (operator, str(dtype).removeprefix("torch.")) not in faster:
+        return Choice("torch", f"measured as faster on {name}")
+    return Choice("triton", f"measured as at least as fast as PyTorch's on {name}")
+
+
+def triton_problem(dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot serve tensors of this dtype on a GPU, or None."""
+    if dtype not in TRITON_DTYPES:
+        return "the Triton kernels are for float32, bfloat16 and float16"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if ops.NATIVE_PROBLEM is not None:
+        return f"no compiled kernels, which have the derivative: {ops.NATIVE_PROBLEM}"
+    return None
 
 
 def capability() -> str | None:
@@ -98,6 +135,14 @@ def foreign(input: object) -> bool:
     if not isinstance(input, Tensor) or _override not in (None, "torch"):
         return False
     return type(input) not in _PLAIN or input.layout != torch.strided or input.is_nested
+
+
+def distributed(input: Tensor) -> ModuleType | None:
+    """``layernorm.distributed`` where the input is a ``DTensor``, which nobody has who did not import it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(input, module.DTensor):
+        return None
+    return importlib.import_module("layernorm.distributed")
 
 
 def kernel_for(operator: str, input: Tensor) -> str:
@@ -136,9 +181,9 @@ def use(kernel: str) -> Iterator[None]:
     """Within the ``with`` block every call in this process is served by ``kernel``.
 
     Args:
-        kernel: ``"native"``, ``"torch"`` or ``"reference"``. An operator that has no kernel of that
-            kind raises when it is called; recurrent operators have no ``"torch"`` kernel and keep the
-            reference then.
+        kernel: ``"native"``, ``"triton"``, ``"torch"`` or ``"reference"``. An operator that has no kernel
+            of that kind raises when it is called; recurrent operators have no ``"torch"`` kernel and keep
+            the reference then.
 
     Raises:
         ValueError: ``kernel`` is none of these.
@@ -167,6 +212,12 @@ def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype
             )
         if ops.NATIVE_PROBLEM is not None:
             raise RuntimeError(f"the override asks for the native kernel, but {ops.NATIVE_PROBLEM}")
+    if kernel == "triton":
+        problem = triton_problem(dtype) if device.type == "cuda" else f"it has no kernel for {device.type}"
+        if problem is None and operator not in NORMS:
+            problem = "it has norms only"
+        if problem is not None:
+            raise RuntimeError(f"the override asks for the Triton kernel of {operator}, but {problem}")
     return Choice(kernel, "the override asks for it")
 
 

@@ -73,16 +73,18 @@ def _affine(operator: str, name: str, tensor: Tensor, input: Tensor, shape: list
 
 
 def residual_argument(operator: str, residual: Tensor, input: Tensor) -> None:
-    """Raises unless ``residual`` is like ``input``."""
+    """Raises unless ``residual`` is like ``input``, or float32 beside a half one."""
     if not isinstance(residual, Tensor):
         raise TypeError(f"{operator}: residual must be a Tensor, got {type(residual).__name__}")
     for what in ("shape", "dtype", "device"):
         got, expected = getattr(residual, what), getattr(input, what)
-        if got != expected:
-            raise RuntimeError(
-                f"{operator}: Expected residual to be of the input's {what} {_plain(expected)}, but "
-                f"got {_plain(got)}"
-            )
+        if got == expected or (what == "dtype" and got == torch.float32 and expected in _HALF):
+            continue
+        beside = ", or float32 beside a half input," if what == "dtype" else ","
+        raise RuntimeError(
+            f"{operator}: Expected residual to be of the input's {what} {_plain(expected)}{beside} but "
+            f"got {_plain(got)}"
+        )
 
 
 def sequence_arguments(

@@ -59,10 +59,13 @@ def layer_norm(
         if output is not NotImplemented:
             return output
     if backends.foreign(input):
+        if (distributed := backends.distributed(input)) is not None:
+            output = distributed.norm("layer_norm", input, None, normalized_shape, weight, bias, eps)
+            return output
         return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
     checks.norm_arguments("layer_norm", input, normalized_shape, weight, bias)
     kernel = backends.kernel_for("layer_norm", input)
-    if kernel == "native":
+    if kernel in backends.OPERATORS:
         output = torch.ops.layernorm.layer_norm(input, normalized_shape, weight, bias, eps)
         return output
     if kernel == "torch":
@@ -105,10 +108,13 @@ def rms_norm(
         if output is not NotImplemented:
             return output
     if backends.foreign(input):
+        if (distributed := backends.distributed(input)) is not None:
+            output = distributed.norm("rms_norm", input, None, normalized_shape, weight, None, eps)
+            return output
         return F.rms_norm(input, list(normalized_shape), weight, eps)
     checks.norm_arguments("rms_norm", input, normalized_shape, weight)
     kernel = backends.kernel_for("rms_norm", input)
-    if kernel == "native":
+    if kernel in backends.OPERATORS:
         output = torch.ops.layernorm.rms_norm(input, normalized_shape, weight, _eps(eps, input))
         return output
     return _rms_norm(kernel, input, normalized_shape, weight, eps)
@@ -126,15 +132,16 @@ def add_layer_norm(
 
     Args:
         input: (*, *normalized_shape), of a floating-point dtype.
-        residual: of the input's shape and dtype.
+        residual: of the input's shape and dtype; or float32 beside a half input: a residual stream that
+            is kept in float32.
         normalized_shape: the sizes of the last dimensions.
         weight: the gain, of shape normalized_shape; None for 1.
         bias: of shape normalized_shape; None for 0.
         eps: added to the variance.
 
     Returns:
-        ``(output, sum)``: output = layer_norm(sum), and sum = input + residual rounded to its dtype;
-        both of the input's shape and dtype.
+        ``(output, sum)``: output = layer_norm(sum) of the input's dtype, and sum = input + residual
+        rounded to the residual's dtype first; both of the input's shape.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -152,12 +159,15 @@ def add_layer_norm(
         if outputs is not NotImplemented:
             return outputs
     if backends.foreign(input):
+        if (distributed := backends.distributed(input)) is not None:
+            outputs = distributed.norm("add_layer_norm", input, residual, normalized_shape, weight, bias, eps)
+            return outputs
         total = input + residual
         return F.layer_norm(total, list(normalized_shape), weight, bias, eps), total
     checks.norm_arguments("add_layer_norm", input, normalized_shape, weight, bias)
     checks.residual_argument("add_layer_norm", residual, input)
-    kernel = backends.kernel_for("add_layer_norm", input)
-    if kernel == "native":
+    kernel = _kernel_for_sum("add_layer_norm", input, residual)
+    if kernel in backends.OPERATORS:
         outputs = torch.ops.layernorm.add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
         return outputs
     if kernel == "torch":
@@ -189,18 +199,29 @@ def add_rms_norm(
         if outputs is not NotImplemented:
             return outputs
     if backends.foreign(input):
+        if (distributed := backends.distributed(input)) is not None:
+            outputs = distributed.norm("add_rms_norm", input, residual, normalized_shape, weight, None, eps)
+            return outputs
         total = input + residual
         return F.rms_norm(total, list(normalized_shape), weight, eps), total
     checks.norm_arguments("add_rms_norm", input, normalized_shape, weight)
     checks.residual_argument("add_rms_norm", residual, input)
-    kernel = backends.kernel_for("add_rms_norm", input)
-    if kernel == "native":
+    kernel = _kernel_for_sum("add_rms_norm", input, residual)
+    if kernel in backends.OPERATORS:
         outputs = torch.ops.layernorm.add_rms_norm(
             input, residual, normalized_shape, weight, _eps(eps, input)
         )
         return outputs
-    total = input + residual
-    return _rms_norm(kernel, total, normalized_shape, weight, eps), total
+    if kernel == "torch":
+        total = input + residual
+        return _rms_norm(kernel, total, normalized_shape, weight, eps), total
+    return reference.add_rms_norm(input, residual, normalized_shape, weight, eps)
+
+
+def _kernel_for_sum(operator: str, input: Tensor, residual: Tensor) -> str:
+    """The kernel for an operator that adds a residual."""
+    kernel = backends.kernel_for(operator, input)
+    return kernel if residual.dtype == input.dtype or kernel == "triton" else "reference"
 
 
 def _eps(eps: float | None, input: Tensor) -> float:

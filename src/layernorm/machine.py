@@ -17,6 +17,8 @@ import layernorm
 
 #: The columns of ``environment``, which every table of benchmarks has.
 COLUMNS: Final = ("machine", "python", "torch", "layernorm", "jax", "onnxruntime", "commit", "date")
+#: The columns of ``gpu``.
+GPU_COLUMNS: Final = ("gpu", "driver", "cuda", "triton")
 _CACHES: Final = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -73,6 +75,32 @@ def environment() -> dict[str, str]:
         "commit": _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def gpu() -> dict[str, str]:
+    """The GPU and what drives it, by the names in ``GPU_COLUMNS``; nothing where there is none."""
+    found = dict.fromkeys(GPU_COLUMNS, "")
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        found["driver"] = _driver()
+        found["cuda"] = torch.version.cuda or ""
+        found["triton"] = _version("triton")
+    return found
+
+
+def _driver() -> str:
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.split("\n")[0].strip()
 
 
 def _version(package: str) -> str:

@@ -1,10 +1,11 @@
-"""The operators: schemas and fake kernels, and the compiled module that has their CPU kernels.
+"""The operators: schemas and fake kernels, the Triton kernels of the norms, and the compiled module.
 
-Importing this module defines the operators and loads the compiled module if there is one. The kernels, the
-derivatives and the entries for plain calls are in ``csrc/torch``; this is what they are for:
+Importing this module defines the operators and loads the compiled module if there is one; Triton waits for
+the first call that needs it. The CPU kernels, the derivatives of all devices and the entries for plain calls
+are in ``csrc/torch``; this is what they are for:
 
-- ``layer_norm``, ``rms_norm``, ``add_layer_norm``, ``add_rms_norm``: what users call. On CPU tensors that
-  need a derivative they record a node and run
+- ``layer_norm``, ``rms_norm``, ``add_layer_norm``, ``add_rms_norm``: what users call. On tensors that need
+  a derivative they record a node and run
 - ``norm_forward``, which also returns the statistics, and in backward
 - ``norm_backward``;
 - ``recurrent``: one layer and direction of a recurrent network, with ``recurrent_forward``, which also
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from layernorm import reference
 from layernorm.variants import CellNorm, Inputs, Kind, Scope, Variant
@@ -66,8 +68,8 @@ def _one(input: Tensor, *_: object) -> Tensor:
     return input.new_empty(input.shape)
 
 
-def _two(input: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return input.new_empty(input.shape), input.new_empty(input.shape)
+def _two(input: Tensor, residual: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return input.new_empty(input.shape), residual.new_empty(input.shape)
 
 
 for _name, _fake in (
@@ -93,7 +95,7 @@ def _norm_forward_fake(
     for size in input.shape[: input.dim() - len(normalized_shape)]:
         rows *= size
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    total = input.new_empty(0) if residual is None else input.new_empty(input.shape)
+    total = input.new_empty(0) if residual is None else residual.new_empty(input.shape)
     return input.new_empty(input.shape), total, input.new_empty((2 if centred else 1, rows), dtype=dtype)
 
 
@@ -117,6 +119,41 @@ def _norm_backward_fake(
     grad_input = input.new_empty(input.shape if wanted[0] else 0)
     return grad_input, like(weight, wanted[1]), like(bias, wanted[2])
 
+
+#: The operators that ``kernels.norm`` serves on GPUs.
+TRITON: Final = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "norm_forward", "norm_backward")
+#: What PyTorch does to the arguments of its norms under autocast on a GPU.
+_AUTOCAST_DTYPE: Final = torch.float32
+
+
+def triton_kernel(name: str, **options: Any) -> Callable[..., Any]:
+    """The function of that name in ``kernels.norm``, which is imported when it is called first."""
+
+    def call(*arguments: Any) -> Any:
+        from layernorm.kernels import norm
+
+        return getattr(norm, name)(*arguments, **options)
+
+    return call
+
+
+def _register_on_gpus(name: str) -> None:
+    torch.library.impl(f"layernorm::{name}", "cuda", triton_kernel(name))
+    if name in TRITON[:4]:
+        torch.library.register_autocast(f"layernorm::{name}", "cuda", _AUTOCAST_DTYPE)
+    inside = triton_kernel(name, wrap=torch.library.wrap_triton)
+
+    # As torch.library.triton_op has it: a traced program holds the kernels' launches, not the operator.
+    @torch.library.register_torch_dispatch(f"layernorm::{name}", FunctionalTensorMode)
+    def _traced(mode: Any, operator: Any, types: Any, arguments: Any, keywords: Any) -> Any:
+        if arguments[0].device.type != "cuda":
+            return mode.__torch_dispatch__(operator, types, arguments, keywords)
+        with mode:
+            return inside(*arguments)
+
+
+for _name in TRITON:
+    _register_on_gpus(_name)
 
 #: The parameters of a recurrent layer in the order in which operators list them. Where inputs are summed
 #: ``gain`` stands in ``gain_ih``'s place.

@@ -52,6 +52,8 @@ class Benchmark:
         group: a column; a run replaces all rows of its own groups. None replaces its own points only.
         unasked: peers that are not measured unless they are named.
         epilog: for ``--help``.
+        threaded: whether numbers of threads are measured.
+        problem: why it cannot be measured here, None where it can.
     """
 
     name: str
@@ -65,6 +67,8 @@ class Benchmark:
     group: str | None = None
     unasked: tuple[str, ...] = ()
     epilog: str = field(default="", repr=False)
+    threaded: bool = True
+    problem: Callable[[], str | None] = lambda: None
 
     @property
     def default_peers(self) -> tuple[str, ...]:

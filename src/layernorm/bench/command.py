@@ -17,6 +17,7 @@ from layernorm import machine
 from layernorm.arguments import some_of
 from layernorm.bench import workers
 from layernorm.bench.benchmark import OURS, Benchmark, Outputs, Work, in_folder, plural
+from layernorm.bench.gpu import GPU
 from layernorm.bench.measuring import BASE
 from layernorm.bench.norms import NORMS
 from layernorm.bench.recurrent import RECURRENT
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from layernorm.bench.progress import Display
 
 #: In the order of the page.
-BENCHMARKS: Final = {benchmark.name: benchmark for benchmark in (RECURRENT, STREAM, NORMS)}
+BENCHMARKS: Final = {benchmark.name: benchmark for benchmark in (RECURRENT, STREAM, NORMS, GPU)}
 DEFAULT_OUT: Final = Path("runs/bench")
 _EPILOG: Final = """\
 Times are medians of interleaved samples; other work on the machine spoils them. A run that was stopped
@@ -41,7 +42,7 @@ def add_to(commands: Any) -> None:
     """Adds the command ``bench`` with a command of its own for each benchmark."""
     bench = commands.add_parser(
         "bench",
-        help="speed beside others': recurrent networks, single steps, norm operators",
+        help="speed beside others': recurrent networks, single steps, norm operators, norms on a GPU",
         description="Measures this package beside PyTorch and others.",
     )
     kinds = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
@@ -64,13 +65,14 @@ def add_benchmarks_to(commands: Any, out: str) -> None:
 
 def _add_shared_options(parser: argparse.ArgumentParser, benchmark: Benchmark, out: str) -> None:
     add = parser.add_argument
-    add(
-        "--threads",
-        type=_threads,
-        default="1,all",
-        metavar="N,…",
-        help="numbers of threads, or all (default: 1,all)",
-    )
+    if benchmark.threaded:
+        add(
+            "--threads",
+            type=_threads,
+            default="1,all",
+            metavar="N,…",
+            help="numbers of threads, or all (default: 1,all)",
+        )
     unasked = f" but {', '.join(benchmark.unasked)}" if benchmark.unasked else ""
     add(
         "--peers",
@@ -96,6 +98,8 @@ def run(options: argparse.Namespace, outputs: Outputs | None, program: str) -> i
     except ModuleNotFoundError as error:
         return _fail(program, f"this command needs {error.name}: pip install 'layernorm[bench]'", code=2)
     console = Console()
+    if not options.report_only and (problem := benchmark.problem()) is not None:
+        return _fail(program, problem, code=2)
     try:
         with _stoppable():
             if not options.report_only:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from layernorm import machine
 from layernorm.bench.subjects import Subject
 from layernorm.bench.table import measures
-from layernorm.bench.timing import LEAST_ROUNDS, Call, Samples, interleaved
+from layernorm.bench.timing import LEAST_ROUNDS, Call, Clock, Samples, interleaved
 from layernorm.bench.workers import Emit
 
 #: The peer that is 1 in every ratio.
@@ -38,6 +38,7 @@ def sample(
     *,
     least_rounds: int = LEAST_ROUNDS,
     each: float | None = None,
+    clock: Clock = time.perf_counter,
 ) -> tuple[dict[str, Samples], float | None]:
     """Samples peers and limits in the same rounds.
 
@@ -47,6 +48,7 @@ def sample(
         job: with "rounds" and "budget".
         least_rounds: rounds that are sampled even where they take longer than the budget.
         each: seconds after which a single one takes no longer part; see ``interleaved``.
+        clock: likewise.
 
     Returns:
         The samples by name, and how many CPUs other processes took meanwhile, None where Linux does
@@ -62,6 +64,7 @@ def sample(
             contexts=contexts,
             least_rounds=least_rounds,
             each=each,
+            clock=clock,
         )
     return samples, others[0] if others else None
 

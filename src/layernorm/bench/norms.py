@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -73,6 +73,11 @@ class Point:
         """The point in words."""
         return f"{self.operator} {self.dtype} {self.rows}×{self.width} {self.mode}"
 
+    def case(self, device: str = "cpu") -> Case:
+        """Its tensors."""
+        dtype = getattr(torch, self.dtype)
+        return make_case(self.operator, dtype, self.rows, self.width, self.mode == "training", device)
+
     @property
     def clones(self) -> float:
         """How many copies of the input take the least traffic that this point needs."""
@@ -98,8 +103,8 @@ def measure(job: dict[str, Any], emit: Emit) -> None:
 def _measure(point: Point, job: Mapping[str, Any], emit: Emit) -> list[Row]:
     with torch.set_grad_enabled(point.mode == "training"):
         dtype: torch.dtype = getattr(torch, point.dtype)
-        case = make_case(point.operator, dtype, point.rows, point.width, point.mode == "training")
-        subjects, problems = _prepare(point, case, job["peers"], emit)
+        case = point.case()
+        subjects, problems = checked(point, case, job["peers"], lambda name, case: PEERS[name](case), emit)
         x = case.inputs[0]
         # A copy that allocates its result as the operators do, and one into memory that is there.
         copies: dict[str, Call] = {"copy": x.clone, "copy into": partial(torch.empty_like(x).copy_, x)}
@@ -121,12 +126,20 @@ def _measure(point: Point, job: Mapping[str, Any], emit: Emit) -> list[Row]:
     return table
 
 
-def _prepare(
-    point: Point, case: Case, names: Sequence[str], emit: Emit
+def checked(
+    point: Point, case: Case, names: Sequence[str], build: Callable[[str, Case], Subject], emit: Emit
 ) -> tuple[dict[str, Subject], dict[str, str]]:
-    """The peers that can be measured, and what is the matter with the others."""
-    expected = PEERS[BASE](case.in_float32()).results()
-    base = difference(PEERS[BASE](case).results(), expected)
+    """The peers that can be measured, and what is the matter with the others.
+
+    Args:
+        point: of the grid.
+        case: its tensors.
+        names: of peers.
+        build: makes a peer ready for a case.
+        emit: is told why a peer has no figures.
+    """
+    expected = build(BASE, case.in_float32()).results()
+    base = difference(build(BASE, case).results(), expected)
 
     def check(name: str, subject: Subject) -> None:
         off = difference(subject.results(), expected)
@@ -135,7 +148,7 @@ def _prepare(
 
     found = prepare(
         names,
-        lambda name: PEERS[name](case),
+        lambda name: build(name, case),
         check,
         lambda text: emit({"note": f"{point.name}: {text}"}),
     )
@@ -144,15 +157,21 @@ def _prepare(
     return found
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(
+    parser: argparse.ArgumentParser,
+    operators: Sequence[str],
+    grid_sizes: Sequence[tuple[int, int]],
+    rounds: int,
+) -> None:
+    """The options that choose points, with their defaults."""
     add = parser.add_argument
     add(
         "--operator",
         type=some_of(backends.NORMS),
-        default=("layer_norm",),
+        default=tuple(operators),
         metavar="A,B,…",
-        help=f"some of {', '.join(backends.NORMS)} (default: layer_norm); an earlier table in the same place "
-        "keeps its other operators",
+        help=f"some of {', '.join(backends.NORMS)} (default: {','.join(operators)}); an earlier table in "
+        "the same place keeps its other operators",
     )
     add(
         "--dtypes",
@@ -161,7 +180,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,…",
         help=f"some of {', '.join(DTYPES)} (default: {','.join(DEFAULT_DTYPES)})",
     )
-    sizes = ",".join(f"{rows}x{width}" for rows, width in DEFAULT_SIZES)
+    sizes = ",".join(f"{rows}x{width}" for rows, width in grid_sizes)
     add("--sizes", type=_sizes, metavar="RxW,…", help=f"rows and width (default: {sizes})")
     add(
         "--modes",
@@ -170,7 +189,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="forward, training (forward and backward); default: both",
     )
-    add("--rounds", type=positive, metavar="N", help=f"samples of each peer (default: {DEFAULT_ROUNDS})")
+    add("--rounds", type=positive, metavar="N", help=f"samples of each peer (default: {rounds})")
     add("--quick", action="store_true", help=f"{_QUICK_ROUNDS} rounds, and the small sizes only")
 
 
@@ -202,7 +221,9 @@ NORMS: Final = Benchmark(
     keys=KEYS,
     columns=COLUMNS,
     peers=tuple(PEERS),
-    add_options=_add_options,
+    add_options=partial(
+        add_options, operators=("layer_norm",), grid_sizes=DEFAULT_SIZES, rounds=DEFAULT_ROUNDS
+    ),
     works=_works,
     group="operator",
 )

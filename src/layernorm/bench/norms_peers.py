@@ -51,12 +51,14 @@ class Case:
         return replace(self, inputs=inputs, grads=grads)
 
 
-def make_case(operator: str, dtype: torch.dtype, rows: int, width: int, training: bool) -> Case:
+def make_case(
+    operator: str, dtype: torch.dtype, rows: int, width: int, training: bool, device: str = "cpu"
+) -> Case:
     """Random tensors for an operator; the same ones each time."""
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random).to(dtype)
+        return torch.randn(*shape, generator=random, device=device).to(dtype)
 
     count = 2 if operator.startswith("add_") else 1
     inputs = [normal(rows, width) for _ in range(count)]
@@ -76,7 +78,7 @@ def prepare(peer: str, case: Case) -> Subject:
     return PEERS[peer](case)
 
 
-def _eager(function: Callable[..., _Outputs], case: Case) -> Subject:
+def eager(function: Callable[..., _Outputs], case: Case) -> Subject:
     """A function on tensors, with the signature of this package's."""
     # Every peer has leaves, and so gradients, of its own; the data is shared.
     leaves = [tensor.detach().requires_grad_(case.training) for tensor in case.inputs]
@@ -131,7 +133,8 @@ def _add_rms_norm(
     return F.rms_norm(total, shape, weight, eps), total
 
 
-_WRITTEN_OUT: Final[dict[str, Callable[..., _Outputs]]] = {
+#: The operators in PyTorch's functions, with the signatures of this package's.
+WRITTEN_OUT: Final[dict[str, Callable[..., _Outputs]]] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "add_layer_norm": _add_layer_norm,
@@ -140,17 +143,17 @@ _WRITTEN_OUT: Final[dict[str, Callable[..., _Outputs]]] = {
 
 
 def _ours(case: Case) -> Subject:
-    return _eager(getattr(LF, case.operator), case)
+    return eager(getattr(LF, case.operator), case)
 
 
 def _torch(case: Case) -> Subject:
     # PyTorch's functions themselves where it has them, so that no wrapper is timed.
-    return _eager(getattr(F, case.operator, _WRITTEN_OUT[case.operator]), case)
+    return eager(getattr(F, case.operator, WRITTEN_OUT[case.operator]), case)
 
 
 def _compiled(case: Case) -> Subject:
     torch._dynamo.reset()  # or the shapes of earlier points would count against its limit
-    return _eager(torch.compile(_WRITTEN_OUT[case.operator], dynamic=False, fullgraph=True), case)
+    return eager(torch.compile(WRITTEN_OUT[case.operator], dynamic=False, fullgraph=True), case)
 
 
 def _jax(case: Case) -> Subject:

@@ -7,7 +7,7 @@ from typing import Final
 
 import pandas as pd
 
-from layernorm.bench import norms_report, recurrent_report, stream_report
+from layernorm.bench import gpu_report, norms_report, recurrent_report, stream_report
 from layernorm.bench.benchmark import Outputs
 from layernorm.bench.table import TableError
 from layernorm.experiments.files import replacing
@@ -18,12 +18,13 @@ REPORTS: Final[dict[str, ModuleType]] = {
     "recurrent": recurrent_report,
     "stream": stream_report,
     "norms": norms_report,
+    "gpu": gpu_report,
 }
 
 _HEAD: Final = """\
 # Benchmarks
 
-This package beside PyTorch and others, on a CPU. The programs that measure write this page:
+This package beside PyTorch and others. The programs that measure write this page:
 
 ```console
 pip install 'layernorm[bench]'

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 Call = Callable[[], object]
-Clock = Callable[[], float]
+#: The difference of two instants is seconds.
+Clock = Callable[[], Any]
 Context = Callable[[], AbstractContextManager[None]]
 #: Rounds that are sampled even where they take longer than the budget.
 LEAST_ROUNDS: Final = 5
@@ -72,7 +73,7 @@ def interleaved(
         budget: seconds for everything; after them no further round begins, once there are
             ``least_rounds``.
         contexts: by a subject's name, what surrounds each of its samples and is not timed.
-        clock: returns seconds.
+        clock: returns seconds, or instants whose difference is seconds.
         least_rounds: see ``budget`` and ``each``.
         each: seconds for each subject; one whose samples have taken them, and are at least
             ``least_rounds``, is left out of further rounds. None sets no such limit.
@@ -188,7 +189,8 @@ def _sample(call: Call, count: int, clock: Clock) -> float:
     began = clock()
     for _ in repeat(None, count):
         call()
-    return (clock() - began) / count
+    seconds: float = clock() - began
+    return seconds / count
 
 
 @contextmanager

@@ -87,6 +87,8 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """``(layer_norm(sum), sum)`` with sum = input + residual, rounded to its dtype first.
 
+    The residual may be float32 beside a half input; then the sum is, and the output is of the input's dtype.
+
     Examples:
         >>> import torch
         >>> from layernorm import reference
@@ -94,7 +96,7 @@ def add_layer_norm(
         (tensor([-1.,  1.]), tensor([1., 3.]))
     """
     total = input + residual
-    return layer_norm(total, normalized_shape, weight, bias, eps), total
+    return layer_norm(total, normalized_shape, weight, bias, eps).to(input.dtype), total
 
 
 def add_rms_norm(
@@ -113,7 +115,7 @@ def add_rms_norm(
         (tensor([1., 1.]), tensor([2., 2.]))
     """
     total = input + residual
-    return rms_norm(total, normalized_shape, weight, eps), total
+    return rms_norm(total, normalized_shape, weight, eps).to(input.dtype), total
 
 
 def _accumulating(a: Tensor) -> Tensor:

@@ -1,0 +1,194 @@
+"""The norm operators on a GPU; as a program, the worker that measures it."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import cycle
+from typing import Any, Final
+
+import torch
+
+from layernorm import backends, machine
+from layernorm.bench import gpu_peers
+from layernorm.bench.benchmark import OURS, Benchmark, Work
+from layernorm.bench.gpu_peers import PEERS
+from layernorm.bench.measuring import Row, each_point, peer_rows, sample
+from layernorm.bench.norms import KEYS, Point, add_options, checked, grid
+from layernorm.bench.norms_peers import Case
+from layernorm.bench.subjects import Subject
+from layernorm.bench.table import MEASURES, significant
+from layernorm.bench.timing import Clock, quartiles
+from layernorm.bench.workers import Emit, serve
+
+DEFAULT_OPERATORS: Final = ("layer_norm", "add_rms_norm")
+DEFAULT_SIZES: Final = (
+    (32768, 1024),
+    (16384, 4096),
+    (8192, 8192),
+    (4096, 32768),
+    (1024, 131072),
+    (128, 768),
+)
+DEFAULT_ROUNDS: Final = 30
+_QUICK_SIZES: Final = ((16384, 4096), (128, 768))
+_QUICK_ROUNDS: Final = 10
+_BUDGET: Final = 4.0  # seconds for each point
+_HOST_CALLS: Final = 50
+#: ``host_us``: the CPU's time for issuing a call. ``graph_us``: the GPU's time for one in a CUDA graph.
+LIMITS: Final = ("copy_us", "limit_us", "fraction_of_limit", "host_us", "graph_us", "other_cpus")
+COLUMNS: Final = (
+    *KEYS,
+    "peer",
+    "status",
+    "kernel",
+    *MEASURES,
+    *LIMITS,
+    *machine.GPU_COLUMNS,
+    *machine.COLUMNS,
+)
+
+
+class Instant:
+    """A place in the GPU's queue; the difference of two is seconds."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+
+    def __sub__(self, earlier: Instant) -> float:
+        """The GPU's seconds between the two, for which this waits."""
+        self._event.synchronize()
+        milliseconds: float = earlier._event.elapsed_time(self._event)
+        return milliseconds / 1e3
+
+
+def measure(job: dict[str, Any], emit: Emit) -> None:
+    """The worker."""
+    each_point(job, emit, Point, lambda point: _measure(point, job, emit))
+
+
+def _measure(point: Point, job: Mapping[str, Any], emit: Emit) -> list[Row]:
+    device: str = job["device"]
+    clock: Clock = Instant if device == "cuda" else time.perf_counter
+    with torch.set_grad_enabled(point.mode == "training"):
+        case = point.case(device)
+        cases = gpu_peers.rotation(case)
+
+        def build(name: str, of: Case) -> Subject:
+            return gpu_peers.prepare(name, cases if of is case else [of])
+
+        subjects, problems = checked(point, case, job["peers"], build, emit)
+        clones = cycle([each.inputs[0].clone for each in cases])
+        samples, others = sample(subjects, {"copy": lambda: next(clones)()}, job, clock=clock)
+        host = {name: _host_us(subject, device) for name, subject in subjects.items()}
+        graph = {name: _graph_us(subject, point, len(cases), device) for name, subject in subjects.items()}
+    copy = 1e6 * quartiles(samples["copy"].seconds).median
+    limit = point.clones * copy
+    table = []
+    for row, measured in peer_rows(point, job["peers"], problems, samples, others):
+        row |= machine.gpu()
+        if row["peer"] == OURS:
+            row["kernel"] = "triton" if device == "cuda" else _kernel(point)
+        if measured:
+            in_graph = graph[row["peer"]]
+            row |= {
+                "copy_us": significant(copy),
+                "limit_us": significant(limit),
+                "fraction_of_limit": significant(limit / row["median_us"]),
+                "host_us": significant(host[row["peer"]]),
+                "graph_us": "" if in_graph is None else significant(in_graph),
+            }
+        table.append(row)
+    return table
+
+
+def _kernel(point: Point) -> str:
+    return backends.choose(point.operator, torch.device("cpu"), getattr(torch, point.dtype)).kernel
+
+
+def _host_us(subject: Subject, device: str) -> float:
+    """Microseconds that issuing a call takes the CPU, while the GPU's queue is not full."""
+    times = []
+    with subject.context():
+        for _ in range(5):
+            _synchronize(device)
+            began = time.perf_counter()
+            for _ in range(_HOST_CALLS):
+                subject.call()
+            times.append((time.perf_counter() - began) / _HOST_CALLS)
+            _synchronize(device)
+    return 1e6 * statistics.median(times)
+
+
+def _graph_us(subject: Subject, point: Point, cases: int, device: str) -> float | None:
+    """Microseconds of the GPU for a call in a CUDA graph of as many as there are cases; None without one."""
+    if device != "cuda" or point.mode != "forward":
+        return None
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with subject.context(), torch.cuda.graph(graph):
+            for _ in range(cases):
+                subject.call()
+    except Exception:  # a peer that cannot be captured has no figure
+        torch.cuda.synchronize()
+        return None
+    times = []
+    for _ in range(7):
+        began = Instant()
+        graph.replay()
+        times.append(Instant() - began)
+    return 1e6 * statistics.median(times) / cases
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _works(options: argparse.Namespace) -> list[Work]:
+    sizes = options.sizes or (_QUICK_SIZES if options.quick else DEFAULT_SIZES)
+    rounds = options.rounds or (_QUICK_ROUNDS if options.quick else DEFAULT_ROUNDS)
+    points: Sequence[Point] = list(grid(options.operator, options.dtypes, sizes, options.modes))
+    job = {"peers": GPU.chosen(options.peers), "rounds": rounds, "budget": _BUDGET, "device": "cuda"}
+    return [Work(points, job, machine.cpus())]
+
+
+def _problem() -> str | None:
+    if not torch.cuda.is_available():
+        return "this benchmark needs a GPU, and PyTorch finds none (torch.cuda.is_available() is False)"
+    return backends.triton_problem(torch.float32)
+
+
+GPU: Final = Benchmark(
+    name="gpu",
+    title="the norm operators on a GPU",
+    description="Measures the norm operators on a GPU beside PyTorch's and others', interleaved, by CUDA "
+    "events and with inputs that no cache holds; writes a table, pictures and a page.",
+    keys=KEYS,
+    columns=COLUMNS,
+    peers=tuple(PEERS),
+    add_options=partial(
+        add_options, operators=DEFAULT_OPERATORS, grid_sizes=DEFAULT_SIZES, rounds=DEFAULT_ROUNDS
+    ),
+    works=_works,
+    group="operator",
+    threaded=False,
+    problem=_problem,
+    epilog="""\
+peers beside torch and torch.compile, where they are installed:
+  liger            liger-kernel's functions
+  quack            quack-kernels' rmsnorm
+  apex             apex's fused norms
+  flash-attention  its Triton norm
+
+The default grid takes less than 8 minutes.
+
+""",
+)
+
+if __name__ == "__main__":
+    serve(measure)

@@ -1,0 +1,225 @@
+"""The norms of a ``DTensor``: rows that are whole on each process, and rows that are cut between processes.
+
+Where the normalized dimensions are whole (data, sequence and context parallelism), each process normalizes
+its own rows with the same kernels as ever, and gradients of gain and bias are partial sums. Where they are
+sharded (tensor parallelism), nobody gathers the input: each process forms the moments of its own part of
+every row, one gather of two numbers for each row puts them together (Chan, Golub, LeVeque 1979; a sum of
+squares about a mean that the processes do not share yet cannot be summed without losing digits), and in
+backward one all-reduce adds the two sums that the gradient needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from layernorm import functional
+
+
+class _Layout(NamedTuple):
+    """How a call's tensors lie on the mesh, a placement for each dimension of it.
+
+    Attributes:
+        rows: of input, residual and results.
+        affine: of gain and bias.
+        affine_grads: of their gradients as each process finds them.
+        cut: the dimensions of the mesh that cut rows.
+    """
+
+    rows: tuple[Placement, ...]
+    affine: tuple[Placement, ...]
+    affine_grads: tuple[Placement, ...]
+    cut: tuple[int, ...]
+
+
+def norm(
+    operator: str,
+    input: DTensor,
+    residual: Tensor | None,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+) -> Any:
+    """The operator of that name; its results have the input's placements.
+
+    An input that is a partial sum is summed first. Residual, gain and bias are brought to where the input's
+    placements want them, which costs nothing where they are there or replicated.
+
+    Args:
+        operator: one of ``layernorm.backends.NORMS``.
+        input: (*, *normalized_shape).
+        residual: of the input's shape, for an operator that adds one.
+        normalized_shape: the sizes of the last dimensions.
+        weight: the gain, or None.
+        bias: or None.
+        eps: added to the variance or the mean square.
+
+    Raises:
+        RuntimeError: another tensor is no DTensor, or on another mesh; a second derivative is asked for
+            where rows are cut.
+    """
+    layout = _layout(input, len(normalized_shape))
+    given = {"residual": residual, "weight": weight, "bias": bias}
+    for name, tensor in given.items():
+        mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
+        if tensor is not None and mesh != input.device_mesh:
+            got = "a plain Tensor" if mesh is None else f"a DTensor on {mesh}"
+            raise RuntimeError(
+                f"{operator}: input is a DTensor on {input.device_mesh}, so {name} must be one on it too, "
+                f"but got {got}; distribute it, for example with torch.distributed.tensor.distribute_module"
+            )
+    x, other = (_local(t, layout.rows, layout.rows) for t in (input, residual))
+    gain, offset = (_local(t, layout.affine, layout.affine_grads) for t in (weight, bias))
+    if layout.cut:
+        total = x if other is None else x + other
+        count = math.prod(normalized_shape)
+        groups = tuple(input.device_mesh.get_group(dim) for dim in layout.cut)
+        if eps is None:
+            eps = torch.finfo(_accumulate(x)).eps
+        centred = operator.endswith("layer_norm")
+        output = _CutNorm.apply(  # type: ignore[no-untyped-call]
+            total, gain, offset, eps, centred, len(normalized_shape), count, groups, x.dtype
+        )
+        results = (output,) if other is None else (output, total)
+    else:
+        shape = tuple(normalized_shape)
+        affine = (gain, offset) if operator.endswith("layer_norm") else (gain,)
+        rows = (x,) if other is None else (x, other)
+        found = getattr(functional, operator)(*rows, shape, *affine, eps)
+        results = found if isinstance(found, tuple) else (found,)
+    wrapped = tuple(_global(result, input, layout.rows) for result in results)
+    return wrapped[0] if residual is None else wrapped
+
+
+def _layout(input: DTensor, tail: int) -> _Layout:
+    leading = input.dim() - tail
+    rows: list[Placement] = []
+    affine: list[Placement] = []
+    grads: list[Placement] = []
+    cut = []
+    for dim, placement in enumerate(input.placements):
+        # Exactly these two: a partial sum is summed, and a subclass of Shard may order elements otherwise.
+        kept = placement if type(placement) in (Shard, Replicate) else Replicate()
+        rows.append(kept)
+        place = Replicate()
+        grad: Placement = Replicate()
+        if isinstance(kept, Shard):
+            at = kept.dim % input.dim()
+            if at >= leading:
+                cut.append(dim)
+                place = grad = Shard(at - leading)  # type: ignore[assignment]
+            else:
+                grad = Partial()
+        affine.append(place)
+        grads.append(grad)
+    return _Layout(tuple(rows), tuple(affine), tuple(grads), tuple(cut))
+
+
+def _local(tensor: Tensor | None, places: Sequence[Placement], grads: Sequence[Placement]) -> Any:
+    if tensor is None:
+        return None
+    return tensor.redistribute(placements=places).to_local(grad_placements=grads)  # type: ignore[attr-defined]
+
+
+def _global(local: Tensor, like: DTensor, placements: Sequence[Placement]) -> DTensor:
+    stride = torch.empty(like.shape, device="meta").stride()
+    return DTensor.from_local(
+        local.contiguous(), like.device_mesh, placements, run_check=False, shape=like.shape, stride=stride
+    )
+
+
+def _accumulate(a: Tensor) -> torch.dtype:
+    return torch.float64 if a.dtype == torch.float64 else torch.float32
+
+
+_Groups = tuple[dist.ProcessGroup, ...]
+
+
+class _CutNorm(torch.autograd.Function):
+    """The norm of rows of which this process has a part."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        centred: bool,
+        tail: int,
+        count: int,
+        groups: _Groups,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        dims = tuple(range(-tail, 0))
+        a = input.to(_accumulate(input))
+        mean, square = _moments(a, dims, centred, count, groups)
+        rstd = torch.rsqrt(square + eps)
+        output = (a - mean) * rstd
+        ctx.save_for_backward(input, mean, rstd, weight, bias)
+        ctx.of = (dims, centred, count, groups)
+        if weight is not None:
+            output = output * weight
+        if bias is not None:
+            output = output + bias
+        return output.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, mean, rstd, weight, bias = ctx.saved_tensors
+        dims, centred, count, groups = ctx.of
+        n = (input.to(rstd.dtype) - mean) * rstd
+        g = grad.to(rstd.dtype)
+        t = g if weight is None else g * weight
+        sums = _all_reduce(torch.stack([t.sum(dims, True), (t * n).sum(dims, True)]), groups) / count
+        along_one = sums[0] if centred else 0
+        grad_input = (rstd * (t - along_one - n * sums[1])).to(input.dtype)
+        leading = tuple(range(grad.dim() - len(dims)))
+
+        def over_rows(a: Tensor, parameter: Tensor | None) -> Tensor | None:
+            if parameter is None:
+                return None
+            return (a.sum(leading) if leading else a).to(parameter.dtype)
+
+        return grad_input, over_rows(g * n, weight), over_rows(g, bias), *([None] * 6)
+
+
+def _moments(
+    a: Tensor, dims: tuple[int, ...], centred: bool, count: int, groups: _Groups
+) -> tuple[Tensor, Tensor]:
+    """Mean and mean square about it of whole rows."""
+    own = math.prod(a.shape[dim] for dim in dims)
+    rows = a.shape[: a.dim() - len(dims)] + (1,) * len(dims)
+    if not centred:
+        return a.new_zeros(rows), _all_reduce(a.square().sum(dims, True), groups) / count
+    # A process may have no element of the rows.
+    mean = a.mean(dims, keepdim=True) if own else a.new_zeros(rows)
+    squares = (a - mean).square().sum(dims, True)
+    parts = torch.stack([torch.full_like(mean, own), mean, squares])
+    for group in groups:
+        gathered = [torch.empty_like(parts) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, parts, group)
+        n, means, squares = torch.stack(gathered, 1)
+        total = n.sum(0)
+        mean = (n * means).sum(0) / total.clamp_min(1)
+        squares = (squares + n * (means - mean).square()).sum(0)
+        parts = torch.stack([total, mean, squares])
+    return parts[1], parts[2] / count
+
+
+def _all_reduce(sums: Tensor, groups: _Groups) -> Tensor:
+    for group in groups:
+        dist.all_reduce(sums, group=group)
+    return sums
+
+
+__all__ = ["norm"]

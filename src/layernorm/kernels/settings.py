@@ -1,0 +1,118 @@
+"""How the Triton kernels are launched, as data: nothing is tuned when a program runs.
+
+The tile, and with it the order of every sum, follows from the width and the architecture alone, so a row's
+bits do not depend on its batch. ``docs/gpu.md`` has what chose the numbers: so far registers and spills of
+the compiled kernels and the bytes in flight, for no device has been measured yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program takes at a time.
+
+    Attributes:
+        rows: side by side.
+        block: columns, a power of two.
+        warps: of the program.
+        whole: whether the block holds the whole row, which is then read once.
+    """
+
+    rows: int
+    block: int
+    warps: int
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of one architecture.
+
+    Attributes:
+        forward: rows and warps by the block's size; a wider row is looped over.
+        backward: likewise; of a wider row the sums are formed first and the columns split.
+        looped_forward: block and warps for a row that no block holds.
+        looped_sums: likewise for the sums of backward.
+        columns: block and warps for the columns of such a row.
+        blocks: parts that the sums over rows are formed in, at most.
+        least_rows: of such a part.
+    """
+
+    forward: dict[int, tuple[int, int]]
+    backward: dict[int, tuple[int, int]]
+    looped_forward: tuple[int, int]
+    looped_sums: tuple[int, int]
+    columns: tuple[int, int]
+    blocks: int
+    least_rows: int
+
+
+def _narrow(elements: int, warps: int, up_to: int) -> dict[int, tuple[int, int]]:
+    """Rows and warps for blocks from 1 to ``up_to``, so many elements in a tile."""
+    sizes = (1 << power for power in range(up_to.bit_length()))
+    return {size: (max(1, min(64, elements // size)), warps) for size in sizes}
+
+
+DEFAULT: Final = Settings(
+    forward=_narrow(2048, 4, 2048) | {4096: (1, 8), 8192: (1, 16), 16384: (1, 16)},
+    backward=_narrow(2048, 4, 2048) | {4096: (1, 8), 8192: (1, 16)},
+    looped_forward=(8192, 16),
+    looped_sums=(4096, 8),
+    columns=(1024, 4),
+    blocks=256,
+    least_rows=8,
+)
+
+#: By compute capability; DEFAULT serves any other. H100 and H200 have 132 multiprocessors.
+BY_ARCHITECTURE: Final[dict[tuple[int, int], Settings]] = {}
+
+#: The architectures on which ``python -m benchmarks gpu`` found these kernels at least as fast as PyTorch's,
+#: and the operators and dtypes it found that for. Elsewhere PyTorch's serve.
+FASTER: Final[dict[tuple[int, int], frozenset[tuple[str, str]]]] = {}
+
+
+def for_architecture(capability: tuple[int, int] | None) -> Settings:
+    """The settings for a device's compute capability; None for no device."""
+    return DEFAULT if capability is None else BY_ARCHITECTURE.get(capability, DEFAULT)
+
+
+def block_for(width: int) -> int:
+    """The least power of two that holds the width.
+
+    Examples:
+        >>> from layernorm.kernels.settings import block_for
+        >>> block_for(1), block_for(768), block_for(1024)
+        (1, 1024, 1024)
+    """
+    return 1 << max(0, width - 1).bit_length()
+
+
+def forward_tile(settings: Settings, width: int) -> Tile:
+    """The tile of the forward kernel for rows of this width."""
+    block = block_for(width)
+    if block in settings.forward:
+        rows, warps = settings.forward[block]
+        return Tile(rows, block, warps)
+    block, warps = settings.looped_forward
+    return Tile(1, block, warps, whole=False)
+
+
+def backward_tile(settings: Settings, width: int) -> Tile:
+    """The tile of the backward kernel for rows of this width."""
+    block = block_for(width)
+    if block in settings.backward:
+        rows, warps = settings.backward[block]
+        return Tile(rows, block, warps)
+    block, warps = settings.columns
+    return Tile(1, block, warps, whole=False)
+
+
+def rows_per_part(settings: Settings, tile: Tile, rows: int) -> int:
+    """How many rows each part of the sums over rows takes; it depends on rows, width and architecture."""
+    parts = settings.blocks if tile.whole else max(1, settings.blocks // 16)
+    per_part = max(settings.least_rows, -(-rows // parts))
+    return -(-per_part // tile.rows) * tile.rows

@@ -1,0 +1,145 @@
+"""The norms of DTensors, by two processes on the CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo"
+)
+
+PROGRAM = """
+import sys
+import pytest, torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+import layernorm
+from layernorm import functional as LF, reference
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+EPS32 = 2.0**-23
+
+
+def leaves(*tensors):
+    return [t.clone().requires_grad_() for t in tensors]
+
+
+def case(name, shape, tail, placement, affine, dtype=torch.float64):
+    torch.manual_seed(0)
+    add, layer = name.startswith("add_"), name.endswith("layer_norm")
+    normalized = shape[len(shape) - tail :]
+    x = torch.randn(shape, dtype=dtype) * 2 + 5
+    rows = [x, torch.randn(shape, dtype=dtype)] if add else [x]
+    weights = [torch.randn(normalized, dtype=dtype) for _ in range(2 if layer else 1)] if affine else []
+    local = leaves(*rows, *weights)
+    count = len(rows)
+    function = getattr(LF, name)
+    expected = function(*local[:count], normalized, *local[count:], eps=0.1)
+    at = placement.dim - (len(shape) - tail) if isinstance(placement, Shard) else -1
+    affine_placement = Shard(at) if at >= 0 else Replicate()
+    spread = [distribute_tensor(t.detach(), mesh, [placement]).requires_grad_() for t in rows]
+    spread += [distribute_tensor(t.detach(), mesh, [affine_placement]).requires_grad_() for t in weights]
+    with CommDebugMode() as communication:
+        actual = function(*spread[:count], normalized, *spread[count:], eps=0.1)
+    # One gather (of layer norm) or all-reduce (of RMS norm) where rows are cut, else nothing.
+    assert communication.get_total_counts() == (1 if at >= 0 else 0), communication.get_comm_counts()
+    expected, actual = (r if isinstance(r, tuple) else (r,) for r in (expected, actual))
+    grads = [torch.randn(shape, dtype=dtype) for _ in expected]
+    tol = 1e-12 if dtype == torch.float64 else 64 * 20 * EPS32
+    for a, e in zip(actual, expected, strict=True):
+        assert isinstance(a, DTensor) and a.placements == (placement,) and a.shape == e.shape
+        assert a.to_local().is_contiguous()
+        torch.testing.assert_close(a.full_tensor(), e, rtol=tol, atol=tol)
+    torch.autograd.backward(expected, grads)
+    torch.autograd.backward(actual, [distribute_tensor(g, mesh, [placement]) for g in grads])
+    for a, e in zip(spread, local, strict=True):
+        assert a.grad.dtype == e.grad.dtype
+        torch.testing.assert_close(a.grad.full_tensor(), e.grad, rtol=tol, atol=tol)
+
+
+for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"):
+    for affine in (True, False):
+        for shape, tail, placement in (
+            ((4, 6, 16), 1, Shard(0)),  # data parallel
+            ((4, 6, 16), 1, Shard(1)),  # sequence parallel
+            ((4, 6, 16), 1, Shard(2)),  # tensor parallel
+            ((4, 6, 7), 1, Shard(2)),  # of parts that are not equal
+            ((4, 6, 1), 1, Shard(2)),  # of which one is empty
+            ((3, 5, 8), 1, Shard(0)),
+            ((4, 6, 16), 2, Shard(1)),  # the first of two normalized dimensions
+            ((4, 6, 16), 2, Shard(2)),
+            ((4, 16), 1, Replicate()),
+        ):
+            case(name, shape, tail, placement, affine)
+        case(name, (5, 33), 1, Shard(1), affine, torch.float32)
+
+# The modules, with parameters as parallelize_module leaves them; a partial sum is summed first.
+module = layernorm.LayerNorm(8)
+x = torch.randn(4, 8)
+expected = module(x)
+spread = torch.distributed.tensor.distribute_module(module, mesh)
+partial = DTensor.from_local(x / 2, mesh, [Partial()], run_check=False)
+torch.testing.assert_close(spread(partial).full_tensor(), expected, rtol=1e-5, atol=1e-5)
+
+# A large offset loses nothing where rows are cut.
+x = torch.randn(3, 64) * 1e-3 + 1e4
+exact = reference.layer_norm(x.double(), (64,), eps=1e-12)
+cut = LF.layer_norm(distribute_tensor(x, mesh, [Shard(1)]), (64,), eps=1e-12).full_tensor()
+offset = (x.double().mean(-1) / x.double().std(-1, correction=0)).unsqueeze(-1)
+assert ((cut - exact).abs() <= 4 * EPS32 * (1 + offset)).all()
+
+# Half inputs and a residual stream in float32.
+x, residual = torch.randn(4, 16).bfloat16(), torch.randn(4, 16)
+for placement in (Shard(0), Shard(1)):
+    output, total = LF.add_rms_norm(
+        distribute_tensor(x, mesh, [placement]), distribute_tensor(residual, mesh, [placement]), (16,)
+    )
+    assert (output.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    wanted = LF.add_rms_norm(x, residual, (16,))
+    torch.testing.assert_close(output.full_tensor(), wanted[0], rtol=2**-7, atol=1e-6)
+    assert torch.equal(total.full_tensor(), wanted[1])
+
+x = distribute_tensor(torch.randn(4, 16), mesh, [Shard(1)])
+with pytest.raises(RuntimeError, match="weight must be one on it too, but got a plain Tensor"):
+    LF.layer_norm(x, (16,), torch.ones(16))
+y = LF.layer_norm(x.requires_grad_(), (16,)).to_local().square().sum()
+(grad,) = torch.autograd.grad(y, x, create_graph=True)
+with pytest.raises(RuntimeError, match="once_differentiable"):
+    grad.to_local().sum().backward()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes(tmp_path: Path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "store")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+
+
+def test_plain_tensors_know_nothing_of_it():
+    program = "import sys, torch, layernorm; layernorm.LayerNorm(4)(torch.zeros(2, 4)); "
+    program += "sys.exit('layernorm.distributed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,293 @@
+"""The Triton norms: what the CPU's kernels do not have, in Triton's interpreter; and compiled without a GPU.
+
+``test_norm_kernels.py`` has their numerics, interpreted and on a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.testing._internal.common_methods_invocations import op_db
+
+from layernorm import backends, ops, reference
+from layernorm import functional as LF
+from layernorm.kernels import settings
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'layernorm[triton]'")
+
+EPS32 = 2.0**-23
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def leaf(t: Tensor) -> Tensor:
+    return t.detach().clone().requires_grad_()
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_agrees_with_torch_on_its_own_samples(name):
+    info = next(op for op in op_db if op.name == f"nn.functional.{name}")
+    count = 0
+    for sample in info.sample_inputs("cpu", torch.float32):
+        expected = getattr(F, name)(sample.input, *sample.args, **sample.kwargs)
+        actual = getattr(LF, name)(sample.input, *sample.args, **sample.kwargs)
+        # As in test_norms.py.
+        torch.testing.assert_close(actual, expected, rtol=540 * EPS32, atol=540 * EPS32, equal_nan=True)
+        count += 1
+    assert count >= 5
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("grad", [False, True])
+def test_operators_pass_opcheck(grad):
+    for dtype in (torch.float32, torch.bfloat16):
+
+        def tensor(*shape, dtype=dtype):
+            return torch.randn(*shape).to(dtype).requires_grad_(grad)
+
+        x, residual, weight, bias = tensor(3, 2, 8), tensor(3, 2, 8), tensor(8), tensor(8)
+        wide = torch.randn(3, 2, 8, requires_grad=grad)  # a residual stream in float32
+        for operator, args in (
+            ("layer_norm", (x, [8], weight, bias, 1e-5)),
+            ("layer_norm", (x, [2, 8], None, None, 1e-5)),
+            ("rms_norm", (x, [8], weight, 1e-5)),
+            ("add_layer_norm", (x, residual, [8], None, bias, 0.1)),
+            ("add_layer_norm", (x, wide, [8], weight, bias, 0.1)),
+            ("add_rms_norm", (x, wide, [8], weight, 0.1)),
+        ):
+            torch.library.opcheck(getattr(torch.ops.layernorm, operator).default, args)
+
+
+@pytest.mark.usefixtures("looped")
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("width", [7, 64, 600])
+def test_a_float32_residual_stream_beside_half_inputs(width, centred):
+    # The operators themselves: on the CPU the functions give such sums to the reference.
+    norm = getattr(torch.ops.layernorm, "add_layer_norm" if centred else "add_rms_norm")
+    plain = reference.layer_norm if centred else reference.rms_norm
+    for dtype, wide_gain in itertools.product(HALVES, (False, True)):
+        x, residual = torch.randn(3, width).to(dtype), torch.randn(3, width)
+        weight = torch.randn(width).to(torch.float32 if wide_gain else dtype)
+        grads = torch.randn(3, width).to(dtype), torch.randn(3, width)
+        leaves = [leaf(t) for t in (x, residual, weight)]
+        affine = (leaves[2], None) if centred else (leaves[2],)
+        output, total = norm(leaves[0], leaves[1], [width], *affine, 0.1)
+        assert output.dtype == dtype
+        assert torch.equal(total, x + residual)
+        torch.autograd.backward((output, total), grads)
+        doubles = [leaf(t.double()) for t in (x, residual, weight)]
+        exact_total = doubles[0] + doubles[1]
+        exact = plain(exact_total, (width,), doubles[2], eps=0.1)
+        torch.autograd.backward((exact, exact_total), [g.double() for g in grads])
+        unit = torch.finfo(dtype).eps
+        # One rounding to the dtype; in float32 about 16 roundings of values of order 10.
+        torch.testing.assert_close(output.double(), exact, rtol=unit / 2 + 16 * EPS32, atol=160 * EPS32)
+        assert [a.grad.dtype for a in leaves] == [dtype, torch.float32, weight.dtype]
+        for a, e in zip(leaves, doubles, strict=True):
+            close = unit / 2 if a.dtype == dtype else 0.0
+            torch.testing.assert_close(a.grad.double(), e.grad, rtol=close + 64 * EPS32, atol=640 * EPS32)
+
+
+@pytest.mark.usefixtures("looped")
+@pytest.mark.parametrize("width", [7, 64, 600])
+def test_any_strides(width):
+    base = torch.randn(3, 2, 2, 2 * width + 5)
+    for view in (
+        base[..., :width],
+        base[..., 3 : width + 3],  # not aligned
+        base[::2, :, 1, :width],
+        base.transpose(0, 1)[..., :width],
+        base.permute(2, 0, 1, 3)[..., :width],  # three strides: a copy
+        base[:1, :1, :, :width].expand(2, 3, -1, -1),
+        base[0].expand(2, -1, -1, -1)[..., 5 : width + 5],
+    ):
+        a, b = leaf(view), leaf(view.contiguous())
+        a.data = view  # the leaf keeps the strides
+        gain = torch.randn(2 * width)[1 : width + 1]  # not aligned
+        y, expected = LF.layer_norm(a, (width,), gain), LF.layer_norm(b, (width,), gain)
+        assert y.is_contiguous()
+        assert torch.equal(y, expected)
+        grad = torch.randn(2, *y.shape).transpose(0, 1)[:, 1] if y.dim() > 3 else torch.randn(y.shape)
+        (found,), (wanted,) = (
+            torch.autograd.grad(out, of, g) for out, of, g in ((y, a, grad), (expected, b, grad.contiguous()))
+        )
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_more_elements_than_32_bits_count():
+    # pytorch#181555, Liger-Kernel#1483. The second row begins after 2³¹ elements that nobody touches.
+    width, stride = 48, 2**31 + 16
+    try:
+        storage = torch.empty(stride + width, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("4 GiB of address space are not to be had")
+    x = storage.as_strided((2, width), (stride, 1))
+    x.copy_(torch.randn(2, width))
+    for row in (0, 1):
+        assert torch.equal(
+            LF.layer_norm(x, (width,))[row], LF.layer_norm(x[row : row + 1].clone(), (width,))[0]
+        )
+    a = x.detach().requires_grad_()
+    (found,) = torch.autograd.grad(LF.layer_norm(a, (width,)).sum(), a)
+    b = leaf(x.contiguous())
+    (expected,) = torch.autograd.grad(LF.layer_norm(b, (width,)).sum(), b)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("looped")
+@pytest.mark.parametrize("width", [33, 600])
+def test_gradients_of_gain_and_bias_have_the_same_bits_each_time(width):
+    # flash-attention#781
+    x, gain, bias = torch.randn(40, width), leaf(torch.ones(width)), leaf(torch.ones(width))
+    grad = torch.randn(40, width)
+    found = [
+        torch.autograd.grad(LF.layer_norm(x, (width,), gain, bias), (gain, bias), grad) for _ in range(2)
+    ]
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    # They are sums over all rows: alone a part of them is another sum.
+    doubles = leaf(gain.double()), leaf(bias.double())
+    output = reference.layer_norm(x.double(), (width,), *doubles)
+    for a, e in zip(found[0], torch.autograd.grad(output, doubles, grad.double()), strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=40 * 4 * EPS32)
+
+
+def in_triton(program: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program in which Triton compiles what it interprets here."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_width_has_a_tile():
+    for width in (1, 2, 3, 1023, 1024, 1025, 2**15, 2**15 + 1, 2**20, 2**31 - 2**16):
+        for tile in (
+            settings.forward_tile(settings.DEFAULT, width),
+            settings.backward_tile(settings.DEFAULT, width),
+        ):
+            assert tile.whole == (tile.block >= width)
+            assert tile.rows * tile.block <= 2**15
+            assert tile.whole or tile.rows == 1
+        tile = settings.backward_tile(settings.DEFAULT, width)
+        for rows in (1, 7, 1000, 10**6):
+            assert settings.rows_per_part(settings.DEFAULT, tile, rows) % tile.rows == 0
+
+
+def test_the_choice_on_gpus(monkeypatch):
+    gpu, half = torch.device("cuda", 0), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    if ops.NATIVE_PROBLEM is None:
+        choice = backends.choose("layer_norm", gpu, half)
+        assert choice.kernel == "torch"
+        assert "not been measured on compute capability 9.0" in choice.reason
+        monkeypatch.setitem(settings.FASTER, (9, 0), frozenset({("layer_norm", "bfloat16")}))
+        assert backends.choose("layer_norm", gpu, half).kernel == "triton"
+        assert backends.choose("rms_norm", gpu, half).kernel == "torch"
+        assert "float32, bfloat16" in backends.choose("layer_norm", gpu, torch.float64).reason
+        with backends.use("triton"):
+            assert backends.choose("rms_norm", gpu, half).kernel == "triton"
+    assert backends.choose("lstm", gpu, half).kernel == "reference"
+    with backends.use("triton"), pytest.raises(RuntimeError, match="no kernel for cpu"):
+        LF.layer_norm(torch.zeros(2, 3), (3,))
+
+
+@pytest.mark.usefixtures("native")
+def test_traced_programs_hold_the_kernels_themselves():
+    # Liger-Kernel#871. What torch.compile sees, on tensors that need no GPU.
+    done = in_triton("""
+import torch
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+import layernorm
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+def function(x, residual, weight):
+    ops = torch.ops.layernorm
+    output, total, stats = ops.norm_forward(x, residual, [64], weight, None, 1e-5, False)
+    grads = ops.norm_backward(
+        output, None, total, stats, [64], weight, None, False, [True, True, False]
+    )
+    return ops.layer_norm(grads[0], [64], None, None, 1e-5), grads[1]
+
+driver.set_active(Driver())
+with FakeTensorMode(), torch.no_grad():
+    tensors = [torch.empty(*s, device="cuda") for s in ((6, 64), (6, 64), (64,))]
+    graph = aot_export_joint_simple(function, tensors, trace_joint=False)
+names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+print(sum("triton_kernel_wrapper_functional" in name for name in names))
+print(sum("layernorm" in name for name in names))
+""")
+    assert done.returncode == 0, done.stderr
+    # Two norms forward; backward those of the input and a sum of parts.
+    assert done.stdout.split() == ["4", "0"]
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_the_kernels_compile_and_fit_into_registers(architecture):
+    done = in_triton(
+        "from layernorm.kernels import resources\n"
+        f"for row in resources.table({architecture}): print(*row, sep='\\t')"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert {row[0] for row in rows} == {"forward", "backward", "row_sums"}
+    for name, _, width, warps, registers, stack, shared in rows:
+        assert int(stack) == 0, (name, width)
+        # At least one program has room on a multiprocessor, of 65,536 registers and 99 KiB.
+        assert int(registers) * int(warps) * 32 <= 65536, (name, width)
+        assert int(shared) <= 99 * 1024, (name, width)
+
+
+def test_where_a_tensor_begins_and_how_many_rows_it_has_change_no_program():
+    # Else a row's bits could depend on them. Where the width is no multiple of 16, rows begin anywhere, and
+    # so may input, residual and gradients; all else is aligned.
+    done = in_triton("""
+import re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from layernorm.kernels import norm_kernels
+
+constants = dict(CENTRED=True, NESTED=False, WHOLE=True, ROWS=2, BLOCK=1024, CHUNK=256)
+for kernel in (norm_kernels.forward, norm_kernels.backward):
+    assert kernel.params[kernel.arg_names.index("rows")].do_not_specialize
+    codes = set()
+    for aligned in (True, False):
+        signature, constexprs, attributes = {}, {}, {}
+        for index, name in enumerate(kernel.arg_names):
+            if name in constants or name == "sums":
+                signature[name], constexprs[(index,)] = "constexpr", constants.get(name)
+            elif name.startswith("rows") or name == "width" or name[-6:] in ("_inner", "_outer", "stride"):
+                signature[name] = "i32"
+            elif name == "eps":
+                signature[name] = "fp32"
+            else:
+                signature[name] = "*fp32"
+                if aligned or name not in ("input", "residual", "grad", "grad_sum"):
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constexprs, attributes)
+        ptx = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 4}).asm["ptx"]
+        body = ptx[ptx.index(".reg") : ptx.index(".section")]
+        lines = (line.strip() for line in body.splitlines())
+        codes.add("|".join(line for line in lines if not line.startswith((".loc", "//", "$"))))
+    print(len(codes))
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1", "1"]
