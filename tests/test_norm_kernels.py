@@ -378,6 +378,21 @@ def test_rows_whose_squares_float32_cannot_hold(capability, dtype, size):
         assert (np.abs(array(found_gain) - dgain) <= relative * gain_terms + half).all()
 
 
+def test_gradients_of_rows_whose_differences_float32_cannot_hold(capability):
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.full((3, 100), -3e38).to(dtype)
+        x[:, ::20] = 3e38  # 5.7e38 from the mean
+        x[1] = torch.randn(100).to(dtype)
+        grad, a = torch.randn(3, 100).to(dtype), leaf(x)
+        (found,) = torch.autograd.grad(LF.layer_norm(a, (100,)), a, grad)
+        (dx, _, _), (terms, _, _) = exact_gradients(x, grad, None, 1e-5, True)
+        # rstd, near 1e-38 and kept in float32, may be subnormal: then it has as many units as it has.
+        relative = 16 * 2**-23 + 2**-149 * 3e38
+        least = torch.finfo(dtype).smallest_normal
+        bound = relative * terms + torch.finfo(dtype).eps / 2 * np.abs(dx) + least
+        assert (np.abs(array(found) - dx) <= bound).all()
+
+
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 def test_half_rows_whose_sum_or_square_overflows_half(capability, name):
     # onnxruntime#29034, #17692, keras#22586

@@ -123,15 +123,15 @@ def test_any_strides(width):
 
 @pytest.mark.usefixtures("interpreted")
 def test_more_elements_than_32_bits_count():
-    # pytorch#181555, Liger-Kernel#1483. The second row begins after 2³¹ elements that nobody touches.
-    width, stride = 48, 2**31 + 16
+    # pytorch#181555, Liger-Kernel#1483. The third row begins after 2³¹ elements that nobody touches.
+    width, stride = 48, 2**30 + 16
     try:
-        storage = torch.empty(stride + width, dtype=torch.bfloat16)
+        storage = torch.empty(2 * stride + width, dtype=torch.bfloat16)
     except RuntimeError:
         pytest.skip("4 GiB of address space are not to be had")
-    x = storage.as_strided((2, width), (stride, 1))
-    x.copy_(torch.randn(2, width))
-    for row in (0, 1):
+    x = storage.as_strided((3, width), (stride, 1))
+    x.copy_(torch.randn(3, width))
+    for row in range(3):
         assert torch.equal(
             LF.layer_norm(x, (width,))[row], LF.layer_norm(x[row : row + 1].clone(), (width,))[0]
         )

@@ -36,6 +36,7 @@ RECURRENT: Final = ("lstm", "gru", "rnn")
 NATIVE_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 VARIABLE: Final = "LAYERNORM_BACKEND"
+_HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
 _PLAIN: Final = (Tensor, torch.nn.Parameter)
 # What stands for them while a program is traced.
 _TRACED: Final = (*_PLAIN, FakeTensor, FunctionalTensor)
@@ -107,7 +108,7 @@ def triton_problem(dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot serve tensors of this dtype on a GPU, or None."""
     if dtype not in TRITON_DTYPES:
         return "the Triton kernels are for float32, bfloat16 and float16"
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "Triton is not installed"
     if ops.NATIVE_PROBLEM is not None:
         return f"no compiled kernels, which have the derivative: {ops.NATIVE_PROBLEM}"
