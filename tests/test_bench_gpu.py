@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from layernorm import machine
 from layernorm.bench import gpu, gpu_peers, gpu_report, report
 from layernorm.bench.benchmark import in_folder
 from layernorm.bench.norms_peers import make_case
@@ -40,7 +41,7 @@ def test_the_worker_and_the_report(tmp_path: Path):
             assert {row["status"] for row in rows[2:]} <= {"not installed", "not supported", "failed"}
             assert rows[1]["ratio_to_torch"] == 1.0
             assert all(row["copy_us"] > 0 and row["host_us"] > 0 for row in rows[:2])
-            figures = dict.fromkeys(gpu.COLUMNS[-12:], "x")
+            figures = dict.fromkeys((*machine.GPU_COLUMNS, *machine.COLUMNS), "x")
             table.add(figures | {"date": "2000-01-02T00:00:00Z"} | row | {"gpu": "A GPU"} for row in rows)
     lines = report.write("gpu", outputs)
     assert len(lines) == 2
@@ -48,7 +49,7 @@ def test_the_worker_and_the_report(tmp_path: Path):
     page = outputs.page.read_text()
     for text in (
         "## Norm operators on a GPU",
-        "A GPU. Driver",
+        "A GPU. Python",
         "add_rms_norm",
         "8×64",
         "bench-gpu-layer_norm.png",

@@ -18,7 +18,16 @@ import layernorm
 #: The columns of ``environment``, which every table of benchmarks has.
 COLUMNS: Final = ("machine", "python", "torch", "layernorm", "jax", "onnxruntime", "commit", "date")
 #: The columns of ``gpu``.
-GPU_COLUMNS: Final = ("gpu", "driver", "cuda", "triton")
+GPU_COLUMNS: Final = (
+    "gpu",
+    "driver",
+    "cuda",
+    "triton",
+    "liger-kernel",
+    "quack-kernels",
+    "apex",
+    "flash-attn",
+)
 _CACHES: Final = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -78,14 +87,14 @@ def environment() -> dict[str, str]:
 
 
 def gpu() -> dict[str, str]:
-    """The GPU and what drives it, by the names in ``GPU_COLUMNS``; nothing where there is none."""
+    """The GPU, what drives it and packages for it, by ``GPU_COLUMNS``; nothing where there is none."""
     found = dict.fromkeys(GPU_COLUMNS, "")
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         found["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         found["driver"] = _driver()
         found["cuda"] = torch.version.cuda or ""
-        found["triton"] = _version("triton")
+        found |= {name: _version(name) for name in GPU_COLUMNS[3:]}
     return found
 
 

@@ -19,6 +19,15 @@ from layernorm.bench.table import MEASURES
 
 _NUMBERS: Final = ("rows", "width", "threads", *MEASURES, *gpu.LIMITS)
 _POINT: Final = ["dtype", "rows", "width", "mode"]
+_PACKAGES: Final = {
+    "driver": "driver",
+    "cuda": "CUDA",
+    "triton": "Triton",
+    "liger-kernel": "Liger",
+    "quack-kernels": "quack",
+    "apex": "apex",
+    "flash-attn": "flash-attention",
+}
 #: Bytes a second that the makers name for the memory.
 BANDWIDTHS: Final = {"H100 SXM": 3.35e12, "H200": 4.8e12}
 
@@ -58,7 +67,7 @@ def load(path: Path) -> pd.DataFrame:
 def pictures(data: pd.DataFrame, outputs: Outputs) -> Iterator[tuple[Path, Figure]]:
     """A picture for each operator, and where it goes."""
     for operator, rows in data.groupby("operator", sort=False):
-        yield outputs.image("gpu", str(operator)), plots.ratios(rows, BASE)
+        yield outputs.image("gpu", str(operator)), plots.ratios(rows, BASE, by_threads=False)
 
 
 def section(data: pd.DataFrame, outputs: Outputs) -> Iterator[str]:
@@ -67,10 +76,7 @@ def section(data: pd.DataFrame, outputs: Outputs) -> Iterator[str]:
     for operator, rows in data.groupby("operator", sort=False):
         image = os.path.relpath(outputs.image("gpu", str(operator)), outputs.page.parent)
         yield f"### {operator} on a GPU\n"
-        for _, part in rows.groupby("date"):
-            first = part.iloc[0]
-            yield f"{first.gpu}. Driver {first.driver}, CUDA {first.cuda}, Triton {first.triton}.\n"
-        yield from (f"{line}\n" for line in pages.environments(rows))
+        yield from (f"{line}\n" for line in pages.environments(rows, "gpu", _PACKAGES))
         text = f"Speed of {operator} relative to PyTorch's eager operator on a GPU"
         yield f"![{text}]({Path(image).as_posix()})\n"
         yield "Times in µs; ratio, part of the limit, CPU and graph are `layernorm`'s.\n"

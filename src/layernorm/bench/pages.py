@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pandas as pd
 
@@ -38,15 +38,26 @@ def load(
     return data.assign(**places)
 
 
-def environments(rows: pd.DataFrame) -> Iterator[str]:
-    """What was measured where, once for each run that the rows come from."""
+#: Columns with the versions of peers' packages, and their names.
+_PACKAGES: Final = {"jax": "JAX", "onnxruntime": "ONNX Runtime"}
+
+
+def environments(
+    rows: pd.DataFrame, device: str = "machine", packages: Mapping[str, str] = _PACKAGES
+) -> Iterator[str]:
+    """What was measured where, once for each run that the rows come from.
+
+    Args:
+        rows: of the table.
+        device: the column that names it.
+        packages: the names of those whose versions matter, by their columns.
+    """
     for _, part in rows.groupby("date"):
         row = part.iloc[0]
         commit = f" ({_commit(row.commit)})" if row.commit else ""
         versions = [f"Python {row.python}", f"PyTorch {row.torch}", f"layernorm {row.layernorm}{commit}"]
-        for name, column in (("JAX", "jax"), ("ONNX Runtime", "onnxruntime")):
-            versions.append(f"{name} {row[column]}")
-        yield f"{row.machine}. {', '.join(versions)}. Measured on {row.date[:10]}."
+        versions += [f"{name} {row[column]}" for column, name in packages.items()]
+        yield f"{row[device]}. {', '.join(versions)}. Measured on {row.date[:10]}."
 
 
 def _commit(commit: str) -> str:

@@ -33,13 +33,14 @@ _CURVES: Final = (
 _DISTANCE: Final = 0.17  # between the marks of one point, whose line is 1 high
 
 
-def ratios(data: pd.DataFrame, base: str) -> Figure:
+def ratios(data: pd.DataFrame, base: str, *, by_threads: bool = True) -> Figure:
     """Dots with whiskers on a logarithmic axis; a row of panels for each number of threads.
 
     Args:
         data: the rows of one operator, with the columns ``label``, ``mode``, ``threads``, ``peer``,
             ``ratio_to_torch``, ``ratio_q25`` and ``ratio_q75``.
         base: the peer that is 1 everywhere.
+        by_threads: whether titles tell the number of threads.
     """
     labels = list(dict.fromkeys(data.label))
     modes, threads = list(dict.fromkeys(data["mode"])), sorted(data.threads.unique())
@@ -53,7 +54,8 @@ def ratios(data: pd.DataFrame, base: str) -> Figure:
         for column, mode in enumerate(modes):
             axis = axes[row, column]
             _panel(axis, measured[(measured.threads == count) & (measured["mode"] == mode)], labels, peers)
-            axis.set_title(f"{mode}, {count} thread{'s' if count > 1 else ''}", fontsize=10)
+            threaded = f", {count} thread{'s' if count > 1 else ''}" if by_threads else ""
+            axis.set_title(f"{mode}{threaded}", fontsize=10)
     _logarithmic(axes[0, 0])
     for axis in axes[-1]:
         axis.set_xlabel("times the speed of PyTorch's eager operator", fontsize=9)
