@@ -183,8 +183,8 @@ def use(kernel: str) -> Iterator[None]:
 
     Args:
         kernel: ``"native"``, ``"triton"``, ``"torch"`` or ``"reference"``. An operator that has no kernel
-            of that kind raises when it is called; recurrent operators have no ``"torch"`` kernel and keep
-            the reference then.
+            of that kind raises when it is called; recurrent operators have neither a ``"torch"`` nor a
+            ``"triton"`` kernel and keep the reference then.
 
     Raises:
         ValueError: ``kernel`` is none of these.
@@ -203,8 +203,10 @@ def use(kernel: str) -> Iterator[None]:
 
 
 def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    if kernel == "torch" and operator in RECURRENT:
-        return Choice("reference", "PyTorch has no normalized recurrent operator")
+    if kernel in ("torch", "triton") and operator in RECURRENT:
+        return Choice(
+            "reference", f"the override asks for {kernel}, which has no normalized recurrent operator"
+        )
     if kernel == "native":
         if not _has_native(device, dtype):
             raise RuntimeError(
@@ -215,8 +217,6 @@ def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype
             raise RuntimeError(f"the override asks for the native kernel, but {ops.NATIVE_PROBLEM}")
     if kernel == "triton":
         problem = triton_problem(dtype) if device.type == "cuda" else f"it has no kernel for {device.type}"
-        if problem is None and operator not in NORMS:
-            problem = "it has norms only"
         if problem is not None:
             raise RuntimeError(f"the override asks for the Triton kernel of {operator}, but {problem}")
     return Choice(kernel, "the override asks for it")

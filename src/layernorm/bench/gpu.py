@@ -185,7 +185,7 @@ peers beside torch and torch.compile, where they are installed:
   apex             apex's fused norms
   flash-attention  its Triton norm
 
-The default grid takes less than 8 minutes.
+The default grid is planned for 8 minutes at most; no GPU has timed it yet.
 
 """,
 )

@@ -190,7 +190,7 @@ def add_options(
         help="forward, training (forward and backward); default: both",
     )
     add("--rounds", type=positive, metavar="N", help=f"samples of each peer (default: {rounds})")
-    add("--quick", action="store_true", help=f"{_QUICK_ROUNDS} rounds, and the small sizes only")
+    add("--quick", action="store_true", help=f"{_QUICK_ROUNDS} rounds, and fewer sizes")
 
 
 def _works(options: argparse.Namespace) -> list[Work]:
