@@ -101,8 +101,7 @@ def norm_forward(
         )
     elif stats is not None:
         stats.zero_()
-    none = input.new_empty(0)
-    return output, none if total is None else total, none if stats is None else stats
+    return output, _or_nothing(total, input), _or_nothing(stats, input)
 
 
 def norm_backward(
@@ -234,9 +233,16 @@ def norm_backward(
         for found in (grad_gain, grad_bias):
             if found is not None:
                 found.zero_()
-    none = input.new_empty(0)
-    results = (none if found is None else found for found in (grad_input, grad_gain, grad_bias))
-    return tuple(results)  # type: ignore[return-value]
+    return (
+        _or_nothing(grad_input, input),
+        _or_nothing(grad_gain, input),
+        _or_nothing(grad_bias, input),
+    )
+
+
+def _or_nothing(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """The tensor, or one without elements: operators return no None."""
+    return like.new_empty(0) if tensor is None else tensor
 
 
 def _launch(
@@ -329,7 +335,7 @@ _NO_ROWS: Final = _Rows(None, 1, 0, 0)
 
 def _rows(tensor: Tensor, leading: int, width: int) -> _Rows:
     """The tensor itself where its rows lie at one or two strides, else a copy."""
-    found = _strides(tensor, leading, width)
+    found = (1, width, width) if tensor.is_contiguous() else _strides(tensor, leading, width)
     if found is not None:
         inner, outer, stride = found
         # Vectors are read wherever the width allows them, so that a row has the same bits in any layout.
