@@ -182,7 +182,7 @@ def test_every_width_has_a_tile():
             assert tile.whole or tile.rows == 1
         tile = settings.backward_tile(settings.DEFAULT, width)
         for rows in (1, 7, 1000, 10**6):
-            assert settings.rows_per_part(settings.DEFAULT, tile, rows) % tile.rows == 0
+            assert settings.rows_per_part(settings.DEFAULT, tile, rows, width) % tile.rows == 0
 
 
 def test_the_choice_on_gpus(monkeypatch):

@@ -158,7 +158,9 @@ def predictions() -> str:
             if point.mode == "training":
                 tile = settings.backward_tile(settings.DEFAULT, point.width)
                 traffic += 0 if tile.whole else 2 * size
-                parts = -(-point.rows // settings.rows_per_part(settings.DEFAULT, tile, point.rows))
+                parts = -(
+                    -point.rows // settings.rows_per_part(settings.DEFAULT, tile, point.rows, point.width)
+                )
                 traffic += 2 * (2 if operator.endswith("layer_norm") else 1) * parts * point.width * 4
             times = (f"{1e6 * traffic / bandwidth:,.1f}" for bandwidth in BANDWIDTHS.values())
             where = f"{point.rows}×{point.width}"

@@ -180,7 +180,7 @@ def norm_backward(
                 BLOCK=block,
                 num_warps=warps,
             )
-        per_part = settings.rows_per_part(chosen, tile, rows)
+        per_part = settings.rows_per_part(chosen, tile, rows, width)
         parts = -(-rows // per_part)
         part_gain, part_bias = (
             input.new_empty((parts, width), dtype=torch.float32) if is_wanted else None

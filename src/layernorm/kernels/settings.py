@@ -7,7 +7,7 @@ the compiled kernels and the bytes in flight, for no device has been measured ye
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 
@@ -38,7 +38,7 @@ class Settings:
         looped_forward: block and warps for a row that no block holds.
         looped_sums: likewise for the sums of backward.
         columns: block and warps for the columns of such a row.
-        blocks: parts that the sums over rows are formed in, at most.
+        multiprocessors: of the device, to which the parts of the sums over rows are fitted.
         least_rows: of such a part.
     """
 
@@ -47,7 +47,7 @@ class Settings:
     looped_forward: tuple[int, int]
     looped_sums: tuple[int, int]
     columns: tuple[int, int]
-    blocks: int
+    multiprocessors: int
     least_rows: int
 
 
@@ -63,12 +63,21 @@ DEFAULT: Final = Settings(
     looped_forward=(8192, 16),
     looped_sums=(4096, 8),
     columns=(1024, 4),
-    blocks=256,
-    least_rows=8,
+    multiprocessors=132,
+    least_rows=4,
 )
 
-#: By compute capability; DEFAULT serves any other. H100 and H200 have 132 multiprocessors.
-BY_ARCHITECTURE: Final[dict[tuple[int, int], Settings]] = {}
+#: By compute capability; DEFAULT serves any other. A100 has 108 multiprocessors, H100 and H200 132, B200 148.
+BY_ARCHITECTURE: Final[dict[tuple[int, int], Settings]] = {
+    (8, 0): replace(DEFAULT, multiprocessors=108),
+    (9, 0): DEFAULT,
+    (10, 0): replace(DEFAULT, multiprocessors=148),
+}
+
+# Warps that a multiprocessor holds of the backward kernel: with 128 registers to a thread where it forms a
+# row's sums, with 64 where it finds them.
+_WARPS_WHOLE: Final = 16
+_WARPS_OF_COLUMNS: Final = 32
 
 #: The architectures on which ``python -m benchmarks gpu`` found these kernels at least as fast as PyTorch's,
 #: and the operators and dtypes it found that for. Elsewhere PyTorch's serve.
@@ -111,8 +120,13 @@ def backward_tile(settings: Settings, width: int) -> Tile:
     return Tile(1, block, warps, whole=False)
 
 
-def rows_per_part(settings: Settings, tile: Tile, rows: int) -> int:
-    """How many rows each part of the sums over rows takes; it depends on rows, width and architecture."""
-    parts = settings.blocks if tile.whole else max(1, settings.blocks // 16)
+def rows_per_part(settings: Settings, tile: Tile, rows: int, width: int) -> int:
+    """How many rows each part of the sums over rows takes: as many parts as run at a time.
+
+    More of them would add traffic, fewer leave multiprocessors idle.
+    """
+    warps = _WARPS_WHOLE if tile.whole else _WARPS_OF_COLUMNS
+    programs = settings.multiprocessors * (warps // tile.warps)
+    parts = -(-programs // -(-width // tile.block))
     per_part = max(settings.least_rows, -(-rows // parts))
     return -(-per_part // tile.rows) * tile.rows
