@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -16,6 +18,10 @@ import pytest
 import torch
 
 from layernorm import backends, ops
+
+# Who runs the tests in the background may have Ctrl-C ignored; the commands under test must not inherit that.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Several workers with several threads each would wait for one another; so would their subprocesses.
 if "PYTEST_XDIST_WORKER" in os.environ:
