@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 import layernorm
-from layernorm import functional as LF, reference
+from layernorm import backends, functional as LF, ops, reference
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
@@ -110,7 +110,22 @@ for placement in (Shard(0), Shard(1)):
     torch.testing.assert_close(output.full_tensor(), wanted[0], rtol=2**-7, atol=1e-6)
     assert torch.equal(total.full_tensor(), wanted[1])
 
+# Whatever kernel is asked for; PyTorch's own operator too.
+x = torch.randn(4, 16)
+expected = LF.layer_norm(x, (16,))
+for kernel in ("reference", "torch") + (("native",) if ops.NATIVE_PROBLEM is None else ()):
+    with backends.use(kernel):
+        for placement in (Shard(0), Shard(1)):
+            found = LF.layer_norm(distribute_tensor(x, mesh, [placement]), (16,))
+            torch.testing.assert_close(found.full_tensor(), expected, rtol=1e-5, atol=1e-5)
+
 x = distribute_tensor(torch.randn(4, 16), mesh, [Shard(1)])
+with pytest.raises(RuntimeError, match=r"Given normalized_shape=\\[8\\], expected input with shape"):
+    LF.layer_norm(x, (8,))
+with pytest.raises(RuntimeError, match="weight to be of same shape"):
+    LF.layer_norm(x, (16,), distribute_tensor(torch.ones(8), mesh, [Shard(0)]))
+with pytest.raises(RuntimeError, match="residual to be of the input's shape"):
+    LF.add_rms_norm(x, distribute_tensor(torch.ones(2, 16), mesh, [Shard(1)]), (16,))
 with pytest.raises(RuntimeError, match="weight must be one on it too, but got a plain Tensor"):
     LF.layer_norm(x, (16,), torch.ones(16))
 y = LF.layer_norm(x.requires_grad_(), (16,)).to_local().square().sum()

@@ -273,8 +273,15 @@ def test_operators_pass_opcheck(dtype, grad):
         torch.library.opcheck(getattr(torch.ops.layernorm, name).default, args)
 
 
-@pytest.mark.usefixtures("native")
-def test_operators_raise_in_place_of_crashing():
+@pytest.mark.parametrize(
+    ("kernels", "double", "dtype", "dtypes", "residual"),
+    [
+        ("native", "Double", torch.int64, "the compiled kernels are for float32", "of the input's shape"),
+        ("interpreted", "torch.float64", torch.float64, "the Triton kernels are for float32", "of shape"),
+    ],
+)
+def test_operators_raise_in_place_of_crashing(kernels, double, dtype, dtypes, residual, request):
+    request.getfixturevalue(kernels)
     ops = torch.ops.layernorm
     x, ones = torch.randn(2, 3), torch.ones(3)
     stats = torch.zeros(2, 2)
@@ -284,11 +291,11 @@ def test_operators_raise_in_place_of_crashing():
         ("layer_norm", (x, [], None, None, 1e-5), "normalized_shape"),
         ("layer_norm", (x, [1, 2, 3], None, None, 1e-5), "normalized_shape"),
         ("layer_norm", (x, [3], torch.ones(2), None, 1e-5), "weight must be of shape"),
-        ("layer_norm", (x, [3], None, ones.double(), 1e-5), "bias must be .* Double"),
-        ("layer_norm", (x.long(), [3], None, None, 1e-5), "compiled kernels are for float32"),
+        ("layer_norm", (x, [3], None, ones.double(), 1e-5), f"bias must be .* {double}"),
+        ("layer_norm", (x.to(dtype), [3], None, None, 1e-5), dtypes),
         ("rms_norm", (x, [3], torch.ones(3, 1), 1e-5), "weight must be of shape"),
-        ("add_rms_norm", (x, x[:1], [3], None, 1e-5), "residual must be of the input's shape"),
-        ("add_layer_norm", (x, x.double(), [3], None, None, 1e-5), "residual must be .* Double"),
+        ("add_rms_norm", (x, x[:1], [3], None, 1e-5), f"residual must be {residual}"),
+        ("add_layer_norm", (x, x.double(), [3], None, None, 1e-5), f"residual must be .* {double}"),
         ("norm_forward", (x, None, [3], ones, ones, 1e-5, False), "RMS norm has no bias"),
         ("norm_backward", (x[:1], None, x, stats, [3], None, None, True, wanted), "grad must be"),
         ("norm_backward", (x, x[:1], x, stats, [3], None, None, True, wanted), "grad_sum must be"),

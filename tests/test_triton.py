@@ -188,16 +188,19 @@ def test_every_width_has_a_tile():
 def test_the_choice_on_gpus(monkeypatch):
     gpu, half = torch.device("cuda", 0), torch.bfloat16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    backends._measured.cache_clear()
     if ops.NATIVE_PROBLEM is None:
         choice = backends.choose("layer_norm", gpu, half)
         assert choice.kernel == "torch"
         assert "not been measured on compute capability 9.0" in choice.reason
         monkeypatch.setitem(settings.FASTER, (9, 0), frozenset({("layer_norm", "bfloat16")}))
+        backends._measured.cache_clear()
         assert backends.choose("layer_norm", gpu, half).kernel == "triton"
         assert backends.choose("rms_norm", gpu, half).kernel == "torch"
         assert "float32, bfloat16" in backends.choose("layer_norm", gpu, torch.float64).reason
         with backends.use("triton"):
             assert backends.choose("rms_norm", gpu, half).kernel == "triton"
+    backends._measured.cache_clear()
     assert backends.choose("lstm", gpu, half).kernel == "reference"
     with backends.use("triton"), pytest.raises(RuntimeError, match="no kernel for cpu"):
         LF.layer_norm(torch.zeros(2, 3), (3,))
@@ -294,30 +297,7 @@ for kernel in (norm_kernels.forward, norm_kernels.backward):
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_operators_raise_in_place_of_crashing():
-    x, ones, stats, wanted = torch.randn(2, 3), torch.ones(3), torch.zeros(2, 2), [True] * 3
-    for name, args, message in (
-        ("layer_norm", (x, [4], None, None, 1e-5), "normalized_shape"),
-        ("layer_norm", (x, [], None, None, 1e-5), "normalized_shape"),
-        ("layer_norm", (x, [1, 2, 3], None, None, 1e-5), "normalized_shape"),
-        ("layer_norm", (x, [3], torch.ones(2), None, 1e-5), "weight must be of shape"),
-        ("layer_norm", (x, [3], None, ones.double(), 1e-5), "bias must be .* torch.float64"),
-        (
-            "layer_norm",
-            (x.double(), [3], None, None, 1e-5),
-            "float32, bfloat16 and float16, got torch.float64",
-        ),
-        ("rms_norm", (x, [3], torch.ones(3, 1), 1e-5), "weight must be of shape"),
-        ("add_rms_norm", (x, x[:1], [3], None, 1e-5), "residual must be of shape"),
-        ("add_layer_norm", (x, x.double(), [3], None, None, 1e-5), "residual must be .* torch.float64"),
-        ("norm_forward", (x, None, [3], ones, ones, 1e-5, False), "RMS norm has no bias"),
-        ("norm_backward", (x[:1], None, x, stats, [3], None, None, True, wanted), "grad must be"),
-        ("norm_backward", (x, x[:1], x, stats, [3], None, None, True, wanted), "grad_sum must be"),
-        ("norm_backward", (x, None, x, stats[:1], [3], None, None, True, wanted), "stats must be"),
-        ("norm_backward", (x, None, x, stats[:1], [3], None, None, False, wanted), "no bias"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            getattr(torch.ops.layernorm, name)(*args)
+def test_empty_inputs():
     for shape in ((0, 4), (3, 0)):
         a = torch.empty(shape, requires_grad=True)
         weight = torch.ones(shape[1], requires_grad=True)

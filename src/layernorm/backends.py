@@ -11,6 +11,7 @@ the instruction set of the compiled kernels; ``capability`` tells which it is.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -31,7 +32,7 @@ from layernorm.kernels import settings
 KERNELS: Final = ("native", "triton", "torch", "reference")
 #: Those that this package's operators have.
 OPERATORS: Final = ("native", "triton")
-NORMS: Final = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+NORMS: Final = ops.NORMS
 RECURRENT: Final = ("lstm", "gru", "rnn")
 NATIVE_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,6 +95,12 @@ def _on_gpu(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice("torch", "inside torch.compile PyTorch's norm fuses with its neighbours")
     if torch._C._are_functorch_transforms_active():
         return Choice("torch", "torch.func transforms")
+    return _measured(operator, device, dtype)
+
+
+@functools.cache
+def _measured(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """What the measurement on devices like this one says."""
     architecture = torch.cuda.get_device_capability(device)
     name = f"compute capability {architecture[0]}.{architecture[1]}"
     faster = settings.FASTER.get(architecture)
@@ -138,10 +145,10 @@ def foreign(input: object) -> bool:
     return type(input) not in _PLAIN or input.layout != torch.strided or input.is_nested
 
 
-def distributed(input: Tensor) -> ModuleType | None:
-    """``layernorm.distributed`` where the input is a ``DTensor``, which nobody has who did not import it."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None or not isinstance(input, module.DTensor):
+def distributed(input: object) -> ModuleType | None:
+    """``layernorm.distributed`` for a ``DTensor``, unless PyTorch's operators are asked for."""
+    module = sys.modules.get("torch.distributed.tensor")  # nobody has one who did not import it
+    if module is None or not isinstance(input, module.DTensor) or _override == "torch":
         return None
     return importlib.import_module("layernorm.distributed")
 

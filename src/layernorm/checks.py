@@ -72,7 +72,7 @@ def _affine(operator: str, name: str, tensor: Tensor, input: Tensor, shape: list
         )
 
 
-def residual_argument(operator: str, residual: Tensor, input: Tensor) -> None:
+def residual_argument(operator: str, residual: Tensor | None, input: Tensor) -> None:
     """Raises unless ``residual`` is like ``input``, or float32 beside a half one."""
     if not isinstance(residual, Tensor):
         raise TypeError(f"{operator}: residual must be a Tensor, got {type(residual).__name__}")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from layernorm import functional
+from layernorm import checks, functional
 
 
 class _Layout(NamedTuple):
@@ -63,9 +63,13 @@ def norm(
         eps: added to the variance or the mean square.
 
     Raises:
-        RuntimeError: another tensor is no DTensor, or on another mesh; a second derivative is asked for
-            where rows are cut.
+        TypeError: an argument is of the wrong type.
+        RuntimeError: shapes, dtypes or devices do not fit together; another tensor is no DTensor, or on
+            another mesh; a second derivative is asked for where rows are cut.
     """
+    checks.norm_arguments(operator, input, normalized_shape, weight, bias)
+    if operator.startswith("add_"):
+        checks.residual_argument(operator, residual, input)
     layout = _layout(input, len(normalized_shape))
     given = {"residual": residual, "weight": weight, "bias": bias}
     for name, tensor in given.items():

@@ -58,10 +58,10 @@ def layer_norm(
         output = compiled.layer_norm(input, normalized_shape, weight, bias, eps)
         if output is not NotImplemented:
             return output
+    if (distributed := backends.distributed(input)) is not None:
+        output = distributed.norm("layer_norm", input, None, normalized_shape, weight, bias, eps)
+        return output
     if backends.foreign(input):
-        if (distributed := backends.distributed(input)) is not None:
-            output = distributed.norm("layer_norm", input, None, normalized_shape, weight, bias, eps)
-            return output
         return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
     checks.norm_arguments("layer_norm", input, normalized_shape, weight, bias)
     kernel = backends.kernel_for("layer_norm", input)
@@ -107,10 +107,10 @@ def rms_norm(
         output = compiled.rms_norm(input, normalized_shape, weight, eps)
         if output is not NotImplemented:
             return output
+    if (distributed := backends.distributed(input)) is not None:
+        output = distributed.norm("rms_norm", input, None, normalized_shape, weight, None, eps)
+        return output
     if backends.foreign(input):
-        if (distributed := backends.distributed(input)) is not None:
-            output = distributed.norm("rms_norm", input, None, normalized_shape, weight, None, eps)
-            return output
         return F.rms_norm(input, list(normalized_shape), weight, eps)
     checks.norm_arguments("rms_norm", input, normalized_shape, weight)
     kernel = backends.kernel_for("rms_norm", input)
@@ -158,10 +158,10 @@ def add_layer_norm(
         outputs = compiled.add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
         if outputs is not NotImplemented:
             return outputs
+    if (distributed := backends.distributed(input)) is not None:
+        outputs = distributed.norm("add_layer_norm", input, residual, normalized_shape, weight, bias, eps)
+        return outputs
     if backends.foreign(input):
-        if (distributed := backends.distributed(input)) is not None:
-            outputs = distributed.norm("add_layer_norm", input, residual, normalized_shape, weight, bias, eps)
-            return outputs
         total = input + residual
         return F.layer_norm(total, list(normalized_shape), weight, bias, eps), total
     checks.norm_arguments("add_layer_norm", input, normalized_shape, weight, bias)
@@ -198,10 +198,10 @@ def add_rms_norm(
         outputs = compiled.add_rms_norm(input, residual, normalized_shape, weight, eps)
         if outputs is not NotImplemented:
             return outputs
+    if (distributed := backends.distributed(input)) is not None:
+        outputs = distributed.norm("add_rms_norm", input, residual, normalized_shape, weight, None, eps)
+        return outputs
     if backends.foreign(input):
-        if (distributed := backends.distributed(input)) is not None:
-            outputs = distributed.norm("add_rms_norm", input, residual, normalized_shape, weight, None, eps)
-            return outputs
         total = input + residual
         return F.rms_norm(total, list(normalized_shape), weight, eps), total
     checks.norm_arguments("add_rms_norm", input, normalized_shape, weight)

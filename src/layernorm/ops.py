@@ -120,8 +120,10 @@ def _norm_backward_fake(
     return grad_input, like(weight, wanted[1]), like(bias, wanted[2])
 
 
+#: The norms that users call.
+NORMS: Final = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 #: The operators that ``kernels.norm`` serves on GPUs.
-TRITON: Final = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "norm_forward", "norm_backward")
+TRITON: Final = (*NORMS, "norm_forward", "norm_backward")
 #: What PyTorch does to the arguments of its norms under autocast on a GPU.
 _AUTOCAST_DTYPE: Final = torch.float32
 
@@ -139,7 +141,7 @@ def triton_kernel(name: str, **options: Any) -> Callable[..., Any]:
 
 def _register_on_gpus(name: str) -> None:
     torch.library.impl(f"layernorm::{name}", "cuda", triton_kernel(name))
-    if name in TRITON[:4]:
+    if name in NORMS:
         torch.library.register_autocast(f"layernorm::{name}", "cuda", _AUTOCAST_DTYPE)
     inside = triton_kernel(name, wrap=torch.library.wrap_triton)
 
