@@ -17,17 +17,9 @@ import layernorm
 
 #: The columns of ``environment``, which every table of benchmarks has.
 COLUMNS: Final = ("machine", "python", "torch", "layernorm", "jax", "onnxruntime", "commit", "date")
+_GPU_PACKAGES: Final = ("triton", "liger-kernel", "quack-kernels", "apex", "flash-attn")
 #: The columns of ``gpu``.
-GPU_COLUMNS: Final = (
-    "gpu",
-    "driver",
-    "cuda",
-    "triton",
-    "liger-kernel",
-    "quack-kernels",
-    "apex",
-    "flash-attn",
-)
+GPU_COLUMNS: Final = ("gpu", "driver", "cuda", *_GPU_PACKAGES)
 _CACHES: Final = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -94,7 +86,7 @@ def gpu() -> dict[str, str]:
         found["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         found["driver"] = _driver()
         found["cuda"] = torch.version.cuda or ""
-        found |= {name: _version(name) for name in GPU_COLUMNS[3:]}
+        found |= {name: _version(name) for name in _GPU_PACKAGES}
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from itertools import cycle
 from typing import Any, Final
@@ -17,25 +17,20 @@ from layernorm.bench import gpu_peers
 from layernorm.bench.benchmark import OURS, Benchmark, Work
 from layernorm.bench.gpu_peers import PEERS
 from layernorm.bench.measuring import Row, each_point, peer_rows, sample
-from layernorm.bench.norms import KEYS, Point, add_options, checked, grid
+from layernorm.bench.norms import KEYS, Grid, Point, add_options, checked
 from layernorm.bench.norms_peers import Case
 from layernorm.bench.subjects import Subject
 from layernorm.bench.table import MEASURES, significant
 from layernorm.bench.timing import Clock, quartiles
 from layernorm.bench.workers import Emit, serve
 
-DEFAULT_OPERATORS: Final = ("layer_norm", "add_rms_norm")
-DEFAULT_SIZES: Final = (
-    (32768, 1024),
-    (16384, 4096),
-    (8192, 8192),
-    (4096, 32768),
-    (1024, 131072),
-    (128, 768),
+DEFAULTS: Final = Grid(
+    operators=("layer_norm", "add_rms_norm"),
+    sizes=((32768, 1024), (16384, 4096), (8192, 8192), (4096, 32768), (1024, 131072), (128, 768)),
+    rounds=30,
+    quick_sizes=((16384, 4096), (128, 768)),
+    quick_rounds=10,
 )
-DEFAULT_ROUNDS: Final = 30
-_QUICK_SIZES: Final = ((16384, 4096), (128, 768))
-_QUICK_ROUNDS: Final = 10
 _BUDGET: Final = 4.0  # seconds for each point
 _HOST_CALLS: Final = 50
 #: ``host_us``: the CPU's time for issuing a call. ``graph_us``: the GPU's time for one in a CUDA graph.
@@ -68,7 +63,12 @@ class Instant:
 
 def measure(job: dict[str, Any], emit: Emit) -> None:
     """The worker."""
-    each_point(job, emit, Point, lambda point: _measure(point, job, emit))
+    environment = machine.gpu()
+
+    def rows_of(point: Point) -> list[Row]:
+        return [row | environment for row in _measure(point, job, emit)]
+
+    each_point(job, emit, Point, rows_of)
 
 
 def _measure(point: Point, job: Mapping[str, Any], emit: Emit) -> list[Row]:
@@ -90,7 +90,6 @@ def _measure(point: Point, job: Mapping[str, Any], emit: Emit) -> list[Row]:
     limit = point.clones * copy
     table = []
     for row, measured in peer_rows(point, job["peers"], problems, samples, others):
-        row |= machine.gpu()
         if row["peer"] == OURS:
             row["kernel"] = "triton" if device == "cuda" else _kernel(point)
         if measured:
@@ -150,10 +149,13 @@ def _synchronize(device: str) -> None:
 
 
 def _works(options: argparse.Namespace) -> list[Work]:
-    sizes = options.sizes or (_QUICK_SIZES if options.quick else DEFAULT_SIZES)
-    rounds = options.rounds or (_QUICK_ROUNDS if options.quick else DEFAULT_ROUNDS)
-    points: Sequence[Point] = list(grid(options.operator, options.dtypes, sizes, options.modes))
-    job = {"peers": GPU.chosen(options.peers), "rounds": rounds, "budget": _BUDGET, "device": "cuda"}
+    points = DEFAULTS.points(options)
+    job = {
+        "peers": GPU.chosen(options.peers),
+        "rounds": DEFAULTS.rounds_for(options),
+        "budget": _BUDGET,
+        "device": "cuda",
+    }
     return [Work(points, job, machine.cpus())]
 
 
@@ -171,9 +173,7 @@ GPU: Final = Benchmark(
     keys=KEYS,
     columns=COLUMNS,
     peers=tuple(PEERS),
-    add_options=partial(
-        add_options, operators=DEFAULT_OPERATORS, grid_sizes=DEFAULT_SIZES, rounds=DEFAULT_ROUNDS
-    ),
+    add_options=partial(add_options, defaults=DEFAULTS),
     works=_works,
     group="operator",
     threaded=False,

@@ -130,13 +130,13 @@ def options(data: pd.DataFrame) -> list[str]:
     sizes = dict.fromkeys(zip(data.rows, data.width, strict=True))
     found = pages.options(
         data,
-        {"operator": ("operator", gpu.DEFAULT_OPERATORS), "dtype": ("dtypes", norms.DEFAULT_DTYPES)},
+        {"operator": ("operator", gpu.DEFAULTS.operators), "dtype": ("dtypes", norms.DEFAULT_DTYPES)},
     )
-    if set(sizes) != set(gpu.DEFAULT_SIZES):
+    if set(sizes) != set(gpu.DEFAULTS.sizes):
         found.append("--sizes " + ",".join(f"{rows}x{width}" for rows, width in sizes))
     found += pages.options(data, {"mode": ("modes", norms.MODES)})
     found += pages.options(data, {"peer": ("peers", tuple(PEERS))})
-    if data.rounds.notna().any() and data.rounds.max() != gpu.DEFAULT_ROUNDS:
+    if data.rounds.notna().any() and data.rounds.max() != gpu.DEFAULTS.rounds:
         found.append(f"--rounds {data.rounds.max():.0f}")
     return found
 
@@ -151,8 +151,8 @@ def predictions() -> str:
 
     heads = ["operator", "dtype", "rows × width", "mode", "MiB", *(f"{name}, µs" for name in BANDWIDTHS)]
     body = []
-    for operator in gpu.DEFAULT_OPERATORS:
-        for point in norms.grid((operator,), norms.DEFAULT_DTYPES, gpu.DEFAULT_SIZES, norms.MODES):
+    for operator in gpu.DEFAULTS.operators:
+        for point in norms.grid((operator,), norms.DEFAULT_DTYPES, gpu.DEFAULTS.sizes, norms.MODES):
             size = point.rows * point.width * (4 if point.dtype == "float32" else 2)
             traffic = 2 * point.clones * size
             if point.mode == "training":

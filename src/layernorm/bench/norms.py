@@ -24,11 +24,6 @@ from layernorm.bench.workers import Emit, serve
 DTYPES: Final = ("float32", "bfloat16", "float16")
 MODES: Final = ("forward", "training")
 DEFAULT_DTYPES: Final = ("float32", "bfloat16")
-#: Rows and width: an activation in and out of the caches, a long row, a single step of a small network.
-DEFAULT_SIZES: Final = ((64, 256), (512, 512), (4096, 1024), (16384, 2048), (1, 64), (8, 768))
-DEFAULT_ROUNDS: Final = 30
-_QUICK_SIZES: Final = ((64, 256), (512, 512), (1, 64), (8, 768))
-_QUICK_ROUNDS: Final = 10
 _BUDGET: Final = 9.0  # seconds for each point
 #: What makes a point; two rows with the same ones are two peers.
 KEYS: Final = ("operator", "dtype", "rows", "width", "mode", "threads")
@@ -157,21 +152,55 @@ def checked(
     return found
 
 
-def add_options(
-    parser: argparse.ArgumentParser,
-    operators: Sequence[str],
-    grid_sizes: Sequence[tuple[int, int]],
-    rounds: int,
-) -> None:
-    """The options that choose points, with their defaults."""
+@dataclass(frozen=True)
+class Grid:
+    """The points and rounds of a benchmark of norms, unless options say otherwise.
+
+    Attributes:
+        operators: some of ``layernorm.backends.NORMS``.
+        sizes: rows and width.
+        rounds: samples of each peer.
+        quick_sizes: with ``--quick``.
+        quick_rounds: likewise.
+    """
+
+    operators: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]
+    rounds: int
+    quick_sizes: tuple[tuple[int, int], ...]
+    quick_rounds: int
+
+    def points(self, options: argparse.Namespace) -> list[Point]:
+        """The points that the options ask for."""
+        sizes = options.sizes or (self.quick_sizes if options.quick else self.sizes)
+        return list(grid(options.operator, options.dtypes, sizes, options.modes))
+
+    def rounds_for(self, options: argparse.Namespace) -> int:
+        """The rounds that the options ask for."""
+        rounds: int = options.rounds or (self.quick_rounds if options.quick else self.rounds)
+        return rounds
+
+
+#: An activation in and out of the caches, a long row, a single step of a small network.
+DEFAULTS: Final = Grid(
+    operators=("layer_norm",),
+    sizes=((64, 256), (512, 512), (4096, 1024), (16384, 2048), (1, 64), (8, 768)),
+    rounds=30,
+    quick_sizes=((64, 256), (512, 512), (1, 64), (8, 768)),
+    quick_rounds=10,
+)
+
+
+def add_options(parser: argparse.ArgumentParser, defaults: Grid = DEFAULTS) -> None:
+    """The options that choose points."""
     add = parser.add_argument
     add(
         "--operator",
         type=some_of(backends.NORMS),
-        default=tuple(operators),
+        default=defaults.operators,
         metavar="A,B,…",
-        help=f"some of {', '.join(backends.NORMS)} (default: {','.join(operators)}); an earlier table in "
-        "the same place keeps its other operators",
+        help=f"some of {', '.join(backends.NORMS)} (default: {','.join(defaults.operators)}); an "
+        "earlier table in the same place keeps its other operators",
     )
     add(
         "--dtypes",
@@ -180,7 +209,7 @@ def add_options(
         metavar="A,B,…",
         help=f"some of {', '.join(DTYPES)} (default: {','.join(DEFAULT_DTYPES)})",
     )
-    sizes = ",".join(f"{rows}x{width}" for rows, width in grid_sizes)
+    sizes = ",".join(f"{rows}x{width}" for rows, width in defaults.sizes)
     add("--sizes", type=_sizes, metavar="RxW,…", help=f"rows and width (default: {sizes})")
     add(
         "--modes",
@@ -189,15 +218,17 @@ def add_options(
         metavar="A,B",
         help="forward, training (forward and backward); default: both",
     )
-    add("--rounds", type=positive, metavar="N", help=f"samples of each peer (default: {rounds})")
-    add("--quick", action="store_true", help=f"{_QUICK_ROUNDS} rounds, and fewer sizes")
+    add("--rounds", type=positive, metavar="N", help=f"samples of each peer (default: {defaults.rounds})")
+    add("--quick", action="store_true", help=f"{defaults.quick_rounds} rounds, and fewer sizes")
 
 
 def _works(options: argparse.Namespace) -> list[Work]:
-    sizes = options.sizes or (_QUICK_SIZES if options.quick else DEFAULT_SIZES)
-    rounds = options.rounds or (_QUICK_ROUNDS if options.quick else DEFAULT_ROUNDS)
-    points = list(grid(options.operator, options.dtypes, sizes, options.modes))
-    job = {"peers": NORMS.chosen(options.peers), "rounds": rounds, "budget": _BUDGET}
+    points = DEFAULTS.points(options)
+    job = {
+        "peers": NORMS.chosen(options.peers),
+        "rounds": DEFAULTS.rounds_for(options),
+        "budget": _BUDGET,
+    }
     return [Work(points, job, threads) for threads in options.threads]
 
 
@@ -221,9 +252,7 @@ NORMS: Final = Benchmark(
     keys=KEYS,
     columns=COLUMNS,
     peers=tuple(PEERS),
-    add_options=partial(
-        add_options, operators=("layer_norm",), grid_sizes=DEFAULT_SIZES, rounds=DEFAULT_ROUNDS
-    ),
+    add_options=add_options,
     works=_works,
     group="operator",
 )

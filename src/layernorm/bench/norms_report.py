@@ -217,11 +217,11 @@ def options(data: pd.DataFrame) -> list[str]:
     found = pages.options(
         data, {"operator": ("operator", ("layer_norm",)), "dtype": ("dtypes", norms.DEFAULT_DTYPES)}
     )
-    if set(sizes) != set(norms.DEFAULT_SIZES):
+    if set(sizes) != set(norms.DEFAULTS.sizes):
         found.append("--sizes " + ",".join(f"{rows}x{width}" for rows, width in sizes))
     found += pages.options(data, {"mode": ("modes", norms.MODES)})
     found += pages.options(data, {"peer": ("peers", tuple(PEERS))})
-    return found + pages.asked_for(data, norms.DEFAULT_ROUNDS)
+    return found + pages.asked_for(data, norms.DEFAULTS.rounds)
 
 
 def _size(rows: Any, width: Any) -> Any:

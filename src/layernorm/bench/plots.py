@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import Any, Final
 
 import matplotlib as mpl
@@ -182,12 +182,14 @@ def _over_sizes(axes: Any, sizes: Sequence[int], text: str) -> None:
     """Both axes logarithmic, and a tick for each size."""
     axes[0, 0].set_xscale("log")
     axes[0, 0].xaxis.set_minor_locator(mpl.ticker.NullLocator())
-    axes[0, 0].set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
+    near = any(b < 1.4 * a for a, b in pairwise(sizes))
+    axes[0, 0].set_xticks(sizes, [str(size) for size in sizes])
     _logarithmic(axes[0, 0], "y")
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
+        axis.tick_params(axis="x", rotation=45 if near else 0)
     for axis in axes[-1]:
         axis.set_xlabel("hidden size", fontsize=9)
     for axis in axes[:, 0]:

@@ -7,6 +7,7 @@ gradient has the same bits each time.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -265,9 +266,13 @@ def chunk(tile: settings.Tile) -> int:
 
 
 def _settings(input: Tensor) -> settings.Settings:
-    if not input.is_cuda or not torch.cuda.is_available():
-        return settings.DEFAULT
-    return settings.for_architecture(torch.cuda.get_device_capability(input.device))
+    return settings.for_architecture(_capability(input.device) if input.is_cuda else None)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    # A program may be traced for a GPU where there is none.
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
 def _sizes(input: Tensor, normalized_shape: Sequence[int]) -> tuple[int, int, int]:

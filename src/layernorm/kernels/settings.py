@@ -102,22 +102,19 @@ def block_for(width: int) -> int:
 
 def forward_tile(settings: Settings, width: int) -> Tile:
     """The tile of the forward kernel for rows of this width."""
-    block = block_for(width)
-    if block in settings.forward:
-        rows, warps = settings.forward[block]
-        return Tile(rows, block, warps)
-    block, warps = settings.looped_forward
-    return Tile(1, block, warps, whole=False)
+    return _tile(settings.forward, settings.looped_forward, width)
 
 
 def backward_tile(settings: Settings, width: int) -> Tile:
     """The tile of the backward kernel for rows of this width."""
+    return _tile(settings.backward, settings.columns, width)
+
+
+def _tile(blocks: dict[int, tuple[int, int]], wider: tuple[int, int], width: int) -> Tile:
     block = block_for(width)
-    if block in settings.backward:
-        rows, warps = settings.backward[block]
-        return Tile(rows, block, warps)
-    block, warps = settings.columns
-    return Tile(1, block, warps, whole=False)
+    if block in blocks:
+        return Tile(blocks[block][0], block, blocks[block][1])
+    return Tile(1, *wider, whole=False)
 
 
 def rows_per_part(settings: Settings, tile: Tile, rows: int, width: int) -> int:
