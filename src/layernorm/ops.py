@@ -122,19 +122,20 @@ def _norm_backward_fake(
 
 #: The norms that users call.
 NORMS: Final = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
-#: The operators that ``kernels.norm`` serves on GPUs.
-TRITON: Final = (*NORMS, "norm_forward", "norm_backward")
+_NORM: Final = (*NORMS, "norm_forward", "norm_backward")
+_RECURRENT_NAMES: Final = ("recurrent", "recurrent_forward", "recurrent_backward")
+#: The operators that Triton serves on GPUs.
+TRITON: Final = (*_NORM, *_RECURRENT_NAMES)
 #: What PyTorch does to the arguments of its norms under autocast on a GPU.
 _AUTOCAST_DTYPE: Final = torch.float32
 
 
 def triton_kernel(name: str, **options: Any) -> Callable[..., Any]:
-    """The function of that name in ``kernels.norm``, which is imported when it is called first."""
+    """The function of that name in ``layernorm.kernels``, which is imported when it is called first."""
+    module = "layernorm.kernels." + ("norm" if name in _NORM else "recurrent")
 
     def call(*arguments: Any) -> Any:
-        from layernorm.kernels import norm
-
-        return getattr(norm, name)(*arguments, **options)
+        return getattr(importlib.import_module(module), name)(*arguments, **options)
 
     return call
 
@@ -154,7 +155,7 @@ def _register_on_gpus(name: str) -> None:
             return inside(*arguments)
 
 
-for _name in TRITON:
+for _name in _NORM:
     _register_on_gpus(_name)
 
 #: The parameters of a recurrent layer in the order in which operators list them. Where inputs are summed
@@ -200,6 +201,8 @@ torch.library.define(
     f"({_RECURRENT}, {_GRADS}, bool[14] wanted)"
     " -> (Tensor grad_input, Tensor grad_h, Tensor grad_c, Tensor[] grad_weights)",
 )
+for _name in _RECURRENT_NAMES:
+    torch.library.impl(f"layernorm::{_name}", "cuda", triton_kernel(_name))
 
 
 def _gates(cell: str) -> int:

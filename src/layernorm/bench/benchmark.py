@@ -54,6 +54,8 @@ class Benchmark:
         epilog: for ``--help``.
         threaded: whether numbers of threads are measured.
         problem: why it cannot be measured here, None where it can.
+        also: others that the same command measures after it, by the options that they share; their columns
+            and files are their own.
     """
 
     name: str
@@ -69,6 +71,12 @@ class Benchmark:
     epilog: str = field(default="", repr=False)
     threaded: bool = True
     problem: Callable[[], str | None] = lambda: None
+    also: tuple[Benchmark, ...] = ()
+
+    @property
+    def tables(self) -> tuple[Benchmark, ...]:
+        """What a command measures: a table each."""
+        return (self, *self.also)
 
     @property
     def default_peers(self) -> tuple[str, ...]:

@@ -74,12 +74,12 @@ def _add_shared_options(parser: argparse.ArgumentParser, benchmark: Benchmark, o
             help="numbers of threads, or all (default: 1,all)",
         )
     unasked = f" but {', '.join(benchmark.unasked)}" if benchmark.unasked else ""
+    peers = list(dict.fromkeys(name for table in benchmark.tables for name in table.peers))
     add(
         "--peers",
-        type=some_of(benchmark.peers),
+        type=some_of(peers),
         metavar="A,B,…",
-        help=f"some of {', '.join(benchmark.peers)} (default: all{unasked}); {OURS} and {BASE} are always "
-        "measured",
+        help=f"some of {', '.join(peers)} (default: all{unasked}); {OURS} and {BASE} are always measured",
     )
     add("--resume", action="store_true", help="measure only the points that the table does not have")
     add("--report-only", action="store_true", help="write pictures and page again from the table")
@@ -90,7 +90,6 @@ def run(options: argparse.Namespace, outputs: Outputs | None, program: str) -> i
     """Measures, or only reports; returns the exit code. Without ``outputs`` a folder takes all files."""
     benchmark = BENCHMARKS[options.benchmark]
     outputs = outputs or in_folder(options.out or DEFAULT_OUT)
-    table = outputs.table(benchmark.name)
     try:
         from rich.console import Console
 
@@ -100,21 +99,35 @@ def run(options: argparse.Namespace, outputs: Outputs | None, program: str) -> i
     console = Console()
     if not options.report_only and (problem := benchmark.problem()) is not None:
         return _fail(program, problem, code=2)
+    tables = _tables(benchmark, options, outputs)
+    path = outputs.table(tables[0].name)
     try:
         with _stoppable():
             if not options.report_only:
                 _warn_if_busy(console)
-                _measure(benchmark, options, table, console)
-            for line in report.write(benchmark.name, outputs):
-                console.print(line, soft_wrap=True, highlight=False, markup=False)
+            for table in tables:
+                path = outputs.table(table.name)
+                if not options.report_only:
+                    _measure(table, options, path, console)
+                for line in report.write(table.name, outputs):
+                    console.print(line, soft_wrap=True, highlight=False, markup=False)
     except TableError as error:
         return _fail(program, str(error), code=2)
     except workers.WorkerError as error:
-        return _fail(program, f"{error}; what was measured before is in {table}", code=1)
+        return _fail(program, f"{error}; what was measured before is in {path}", code=1)
     except KeyboardInterrupt:
-        return _fail(program, f"interrupted; what was measured is in {table}; go on with --resume", code=130)
+        return _fail(program, f"interrupted; what was measured is in {path}; go on with --resume", code=130)
     console.print(f"Page: {outputs.page}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _tables(benchmark: Benchmark, options: argparse.Namespace, outputs: Outputs) -> list[Benchmark]:
+    """The benchmarks that the command is for: those with points, or where it only reports with a table."""
+    if options.report_only:
+        found = [table for table in benchmark.tables if outputs.table(table.name).is_file()]
+    else:
+        found = [t for t in benchmark.tables if any(work.points for work in t.works(options))]
+    return found or [benchmark]
 
 
 def _warn_if_busy(console: Console) -> None:

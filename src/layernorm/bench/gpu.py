@@ -6,22 +6,22 @@ import argparse
 import statistics
 import time
 from collections.abc import Mapping
-from functools import partial
 from itertools import cycle
 from typing import Any, Final
 
 import torch
 
 from layernorm import backends, machine
-from layernorm.bench import gpu_peers
+from layernorm.bench import cuda, gpu_peers, gpu_recurrent, norms, recurrent
 from layernorm.bench.benchmark import OURS, Benchmark, Work
 from layernorm.bench.gpu_peers import PEERS
+from layernorm.bench.gpu_recurrent import GPU_RECURRENT
 from layernorm.bench.measuring import Row, each_point, peer_rows, sample
-from layernorm.bench.norms import KEYS, Grid, Point, add_options, checked
+from layernorm.bench.norms import KEYS, Grid, Point, checked
 from layernorm.bench.norms_peers import Case
 from layernorm.bench.subjects import Subject
 from layernorm.bench.table import MEASURES, significant
-from layernorm.bench.timing import Clock, quartiles
+from layernorm.bench.timing import quartiles
 from layernorm.bench.workers import Emit, serve
 
 DEFAULTS: Final = Grid(
@@ -47,20 +47,6 @@ COLUMNS: Final = (
 )
 
 
-class Instant:
-    """A place in the GPU's queue; the difference of two is seconds."""
-
-    def __init__(self) -> None:
-        self._event = torch.cuda.Event(enable_timing=True)
-        self._event.record()
-
-    def __sub__(self, earlier: Instant) -> float:
-        """The GPU's seconds between the two, for which this waits."""
-        self._event.synchronize()
-        milliseconds: float = earlier._event.elapsed_time(self._event)
-        return milliseconds / 1e3
-
-
 def measure(job: dict[str, Any], emit: Emit) -> None:
     """The worker."""
     environment = machine.gpu()
@@ -73,7 +59,6 @@ def measure(job: dict[str, Any], emit: Emit) -> None:
 
 def _measure(point: Point, job: Mapping[str, Any], emit: Emit) -> list[Row]:
     device: str = job["device"]
-    clock: Clock = Instant if device == "cuda" else time.perf_counter
     with torch.set_grad_enabled(point.mode == "training"):
         case = point.case(device)
         cases = gpu_peers.rotation(case)
@@ -83,7 +68,7 @@ def _measure(point: Point, job: Mapping[str, Any], emit: Emit) -> list[Row]:
 
         subjects, problems = checked(point, case, job["peers"], build, emit)
         clones = cycle([each.inputs[0].clone for each in cases])
-        samples, others = sample(subjects, {"copy": lambda: next(clones)()}, job, clock=clock)
+        samples, others = sample(subjects, {"copy": lambda: next(clones)()}, job, clock=cuda.clock(device))
         host = {name: _host_us(subject, device) for name, subject in subjects.items()}
         graph = {name: _graph_us(subject, point, len(cases), device) for name, subject in subjects.items()}
     copy = 1e6 * quartiles(samples["copy"].seconds).median
@@ -114,12 +99,12 @@ def _host_us(subject: Subject, device: str) -> float:
     times = []
     with subject.context():
         for _ in range(5):
-            _synchronize(device)
+            cuda.synchronize(device)
             began = time.perf_counter()
             for _ in range(_HOST_CALLS):
                 subject.call()
             times.append((time.perf_counter() - began) / _HOST_CALLS)
-            _synchronize(device)
+            cuda.synchronize(device)
     return 1e6 * statistics.median(times)
 
 
@@ -137,15 +122,21 @@ def _graph_us(subject: Subject, point: Point, cases: int, device: str) -> float 
         return None
     times = []
     for _ in range(7):
-        began = Instant()
+        began = cuda.Instant()
         graph.replay()
-        times.append(Instant() - began)
+        times.append(cuda.Instant() - began)
     return 1e6 * statistics.median(times) / cases
 
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    norms.add_options(
+        parser,
+        DEFAULTS,
+        choices=(*backends.NORMS, *recurrent.CELLS),
+        chosen=(*DEFAULTS.operators, *gpu_recurrent.CELLS),
+        modes=("forward", "inference", "training"),
+    )
+    gpu_recurrent.add_options(parser)
 
 
 def _works(options: argparse.Namespace) -> list[Work]:
@@ -159,35 +150,43 @@ def _works(options: argparse.Namespace) -> list[Work]:
     return [Work(points, job, machine.cpus())]
 
 
-def _problem() -> str | None:
-    if not torch.cuda.is_available():
-        return "this benchmark needs a GPU, and PyTorch finds none (torch.cuda.is_available() is False)"
-    return backends.triton_problem(torch.float32)
+_EPILOG: Final = f"""\
+Norms and recurrent layers have tables of their own, and --operator chooses one or the other. --sizes is for
+norms, --batches, --hidden, --steps, --time and --compile-limit are for recurrent layers; norms have the modes
+forward and training, recurrent layers inference and training.
 
+peers of norms beside torch and torch.compile, where they are installed:
+  liger                 liger-kernel's functions
+  quack                 quack-kernels' rmsnorm
+  apex                  apex's fused norms
+  flash-attention       its Triton norm
+
+The default grid of the norms is planned for 8 minutes at most; no GPU has timed it yet.
+
+{GPU_RECURRENT.epilog}
+examples:
+  layernorm bench gpu --operator layer_norm,add_rms_norm
+  layernorm bench gpu --operator lstm,gru --quick
+  layernorm bench gpu --operator lstm --batches 16 --hidden 512 --peers compile-step,scan
+
+"""
 
 GPU: Final = Benchmark(
     name="gpu",
-    title="the norm operators on a GPU",
-    description="Measures the norm operators on a GPU beside PyTorch's and others', interleaved, by CUDA "
-    "events and with inputs that no cache holds; writes a table, pictures and a page.",
+    title="the norm operators and recurrent layers on a GPU",
+    description="Measures the norm operators and recurrent layers on a GPU beside PyTorch's and others',\n"
+    "interleaved, by CUDA events, the norms with inputs that no cache holds; writes tables, pictures and\n"
+    "a page.",
     keys=KEYS,
     columns=COLUMNS,
     peers=tuple(PEERS),
-    add_options=partial(add_options, defaults=DEFAULTS),
+    add_options=_add_options,
     works=_works,
     group="operator",
     threaded=False,
-    problem=_problem,
-    epilog="""\
-peers beside torch and torch.compile, where they are installed:
-  liger            liger-kernel's functions
-  quack            quack-kernels' rmsnorm
-  apex             apex's fused norms
-  flash-attention  its Triton norm
-
-The default grid is planned for 8 minutes at most; no GPU has timed it yet.
-
-""",
+    problem=cuda.problem,
+    also=(GPU_RECURRENT,),
+    epilog=_EPILOG,
 )
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from layernorm import backends
 from layernorm import functional as LF
+from layernorm.bench import cuda
 from layernorm.bench.norms_peers import WRITTEN_OUT, Case, eager
 from layernorm.bench.subjects import NotSupportedError, Subject, module
 
@@ -58,9 +58,7 @@ _Peer = tuple[_Function, Callable[[], Any]]
 
 
 def _ours(case: Case) -> _Peer:
-    # On a GPU the choice may still be PyTorch's kernel; here it is to be measured beside ours.
-    on_gpu = case.inputs[0].is_cuda
-    return getattr(LF, case.operator), (lambda: backends.use("triton")) if on_gpu else nullcontext
+    return getattr(LF, case.operator), cuda.kernels(case.inputs[0].device.type)
 
 
 def _torch(case: Case) -> _Peer:

@@ -128,10 +128,9 @@ def summary(data: pd.DataFrame) -> list[str]:
 def options(data: pd.DataFrame) -> list[str]:
     """The options that measure these points again, where they are not the defaults."""
     sizes = dict.fromkeys(zip(data.rows, data.width, strict=True))
-    found = pages.options(
-        data,
-        {"operator": ("operator", gpu.DEFAULTS.operators), "dtype": ("dtypes", norms.DEFAULT_DTYPES)},
-    )
+    # The command measures recurrent layers too, unless operators are named.
+    found = [f"--operator {pages.joined(data.operator)}"]
+    found += pages.options(data, {"dtype": ("dtypes", norms.DEFAULT_DTYPES)})
     if set(sizes) != set(gpu.DEFAULTS.sizes):
         found.append("--sizes " + ",".join(f"{rows}x{width}" for rows, width in sizes))
     found += pages.options(data, {"mode": ("modes", norms.MODES)})

@@ -173,7 +173,9 @@ class Grid:
     def points(self, options: argparse.Namespace) -> list[Point]:
         """The points that the options ask for."""
         sizes = options.sizes or (self.quick_sizes if options.quick else self.sizes)
-        return list(grid(options.operator, options.dtypes, sizes, options.modes))
+        operators = [name for name in options.operator if name in backends.NORMS]
+        modes = [name for name in options.modes if name in MODES]
+        return list(grid(operators, options.dtypes, sizes, modes))
 
     def rounds_for(self, options: argparse.Namespace) -> int:
         """The rounds that the options ask for."""
@@ -191,15 +193,30 @@ DEFAULTS: Final = Grid(
 )
 
 
-def add_options(parser: argparse.ArgumentParser, defaults: Grid = DEFAULTS) -> None:
-    """The options that choose points."""
+def add_options(
+    parser: argparse.ArgumentParser,
+    defaults: Grid = DEFAULTS,
+    *,
+    choices: Sequence[str] = backends.NORMS,
+    chosen: Sequence[str] = DEFAULTS.operators,
+    modes: Sequence[str] = MODES,
+) -> None:
+    """The options that choose points.
+
+    Args:
+        parser: to which they are added.
+        defaults: the points that they give otherwise.
+        choices: the operators there are.
+        chosen: those that are measured unless others are named.
+        modes: all there are.
+    """
     add = parser.add_argument
     add(
         "--operator",
-        type=some_of(backends.NORMS),
-        default=defaults.operators,
+        type=some_of(choices),
+        default=tuple(chosen),
         metavar="A,B,…",
-        help=f"some of {', '.join(backends.NORMS)} (default: {','.join(defaults.operators)}); an "
+        help=f"some of {', '.join(choices)} (default: {','.join(chosen)}); an "
         "earlier table in the same place keeps its other operators",
     )
     add(
@@ -213,10 +230,10 @@ def add_options(parser: argparse.ArgumentParser, defaults: Grid = DEFAULTS) -> N
     add("--sizes", type=_sizes, metavar="RxW,…", help=f"rows and width (default: {sizes})")
     add(
         "--modes",
-        type=some_of(MODES),
-        default=MODES,
+        type=some_of(modes),
+        default=tuple(modes),
         metavar="A,B",
-        help="forward, training (forward and backward); default: both",
+        help=f"some of {', '.join(modes)}, which is forward and backward (default: all)",
     )
     add("--rounds", type=positive, metavar="N", help=f"samples of each peer (default: {defaults.rounds})")
     add("--quick", action="store_true", help=f"{defaults.quick_rounds} rounds, and fewer sizes")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from layernorm.bench.memory import kept_for_backward
 from layernorm.bench.recurrent_peers import ONLY_IN, PEERS, PLAIN, Case, make_case
 from layernorm.bench.subjects import Subject, difference, prepare
 from layernorm.bench.table import MEASURES, significant
-from layernorm.bench.timing import quartiles, ratios
+from layernorm.bench.timing import Samples, quartiles, ratios
 from layernorm.bench.workers import Emit, serve
 from layernorm.variants import GATES
 
@@ -52,8 +52,10 @@ _COMPILE_LIMIT: Final = 600.0
 # Results may differ from those of PyTorch's functions in float32 by this much, relative to their norm, or by
 # twice what PyTorch's own in that dtype do: a hundred steps of rounding in another order, and bfloat16 keeps
 # 8 bits in each of them. A wrong formula is off by far more.
-_TOLERANCE: Final = {"float32": 1e-4, "bfloat16": 5e-2}
+_TOLERANCE: Final = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 _JUDGES: Final = {True: "torch", False: "loop"}  # by whether the cell is un-normalized
+#: By whether the cell is un-normalized, the results that are right.
+Expected = Mapping[bool, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ class Point:
         """The point in words."""
         return f"{self.cell} {self.dtype} batch {self.batch} hidden {self.hidden} {self.mode}"
 
+    def case(self, device: str = "cpu") -> Case:
+        """Its numbers in float32."""
+        return make_case(self.cell, self.batch, self.hidden, self.steps, self.mode == "training", device)
+
     @property
     def gflop(self) -> float:
         """The work of the matrix products."""
@@ -107,56 +113,74 @@ def grid(
 
 def measure(job: dict[str, Any], emit: Emit) -> None:
     """The worker."""
-    known: dict[Point, dict[bool, list[Tensor]]] = {}
+    right = known()
+    each_point(job, emit, Point, lambda point: _measure(point, right(point), job, emit))
 
-    def rows_of(point: Point) -> list[Row]:
+
+def known(device: str = "cpu") -> Callable[[Point], Expected]:
+    """Tells what peers must give in float32; for one point after another, whatever their dtypes are."""
+    found: dict[Point, Expected] = {}
+
+    def expected(point: Point) -> Expected:
         # The numbers are the same in every dtype, and so are the results that are right.
         same = replace(point, dtype="float32")
-        if same not in known:
-            known.clear()
-            known[same] = _expected(same)
-        return _measure(point, known[same], job, emit)
+        if same not in found:
+            found.clear()
+            with torch.set_grad_enabled(point.mode == "training"):
+                case = same.case(device)
+                found[same] = {plain: PEERS[judge](case).results() for plain, judge in _JUDGES.items()}
+        return found[same]
 
-    each_point(job, emit, Point, rows_of)
-
-
-def _case(point: Point) -> Case:
-    return make_case(point.cell, point.batch, point.hidden, point.steps, point.mode == "training")
+    return expected
 
 
-def _expected(point: Point) -> dict[bool, list[Tensor]]:
-    """What peers of the un-normalized cell (True) and of the normalized one (False) must give, in float32."""
-    with torch.set_grad_enabled(point.mode == "training"):
-        case = _case(point)
-        return {plain: PEERS[judge](case).results() for plain, judge in _JUDGES.items()}
+def checked(
+    point: Point,
+    case: Case,
+    expected: Expected,
+    peers: Mapping[str, Callable[[Case], Subject]],
+    plain: Collection[str],
+    emit: Emit,
+) -> tuple[dict[str, Subject], dict[str, str], dict[str, float]]:
+    """The peers that can be measured, what is the matter with the others, and how far off results are.
 
-
-def _measure(
-    point: Point, expected: Mapping[bool, list[Tensor]], job: Mapping[str, Any], emit: Emit
-) -> list[Row]:
-    training = point.mode == "training"
-    names = [name for name in job["peers"] if ONLY_IN.get(name, point.mode) == point.mode]
-    if point.gflop > job["large"]:
-        names = [name for name in names if name in LARGE_PEERS]
+    Args:
+        point: of the grid.
+        case: its tensors, in its dtype.
+        expected: what is right.
+        peers: what makes each ready.
+        plain: those that compute PyTorch's un-normalized cell.
+        emit: is told why a peer has no figures.
+    """
     differences: dict[str, float] = {}
 
     def check(name: str, subject: Subject) -> None:
-        right = expected[name in PLAIN]
+        right = expected[name in plain]
         differences[name] = off = difference(subject.results(), right)
         if off <= _TOLERANCE[point.dtype]:
             return
-        judge = PEERS[_JUDGES[name in PLAIN]](case).results()
+        judge = PEERS[_JUDGES[name in plain]](case).results()
         if not off <= 2 * difference(judge, right):
             raise RuntimeError(f"its results are off by {off:.1e}")
 
     def note(text: str) -> None:
         emit({"note": f"{point.name}: {text}"})
 
+    subjects, problems = prepare(list(peers), lambda name: peers[name](case), check, note)
+    if BASE not in subjects:
+        raise RuntimeError(f"{BASE} itself cannot be measured at {point.name}")
+    return subjects, problems, differences
+
+
+def _measure(point: Point, expected: Expected, job: Mapping[str, Any], emit: Emit) -> list[Row]:
+    training = point.mode == "training"
+    names = in_mode(job["peers"], point.mode)
+    if point.gflop > job["large"]:
+        names = [name for name in names if name in LARGE_PEERS]
     with torch.inference_mode(not training):
-        case = _case(point).to(getattr(torch, point.dtype))
-        subjects, problems = prepare(names, lambda name: PEERS[name](case), check, note)
-        if BASE not in subjects:
-            raise RuntimeError(f"{BASE} itself cannot be measured at {point.name}")
+        case = point.case().to(getattr(torch, point.dtype))
+        peers = {name: PEERS[name] for name in names}
+        subjects, problems, differences = checked(point, case, expected, peers, PLAIN, emit)
         kept = {}
         if job["memory"]:
             kept = {name: kept_for_backward(s.forward) for name, s in subjects.items() if s.forward}
@@ -172,30 +196,69 @@ def _measure(
             device = torch.device("cpu")
             row["kernel"] = backends.choose(point.cell, device, getattr(torch, point.dtype)).kernel
         if measured:
-            over = ratios(samples[name], samples["products"])
-            row["products_us"] = significant(1e6 * quartiles(samples["products"].seconds).median)
-            row["over_products"] = significant(quartiles(over).median)
-            row["difference"] = float(f"{differences[name]:.1e}")
+            row |= figures(subjects[name], differences[name], samples[name], samples["products"])
             row["saved_bytes"] = kept.get(name, "")
-            if subjects[name].compile_s is not None:
-                row["compile_s"] = significant(subjects[name].compile_s or 0.0)
             if "read" in samples:
                 row["weights_us"] = significant(point.steps * limits.read_us(samples))
         table.append(row)
     return table
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def in_mode(names: Sequence[str], mode: str) -> list[str]:
+    """The peers that there are in a mode."""
+    return [name for name in names if ONLY_IN.get(name, mode) == mode]
+
+
+def figures(subject: Subject, off: float, own: Samples, products: Samples) -> Row:
+    """What a peer's row has of the check, of compiling and of the limit."""
+    row: Row = {
+        "difference": float(f"{off:.1e}"),
+        "products_us": significant(1e6 * quartiles(products.seconds).median),
+        "over_products": significant(quartiles(ratios(own, products)).median),
+    }
+    if subject.compile_s is not None:
+        row["compile_s"] = significant(subject.compile_s)
+    return row
+
+
+def add_shapes(
+    parser: argparse.ArgumentParser, batches: Sequence[int], hidden: Sequence[int], steps: int
+) -> None:
+    """The options that choose points by their sizes; these are the defaults."""
     add = parser.add_argument
-    add("--cells", type=some_of(CELLS), metavar="A,B,…", help=f"some of {', '.join(CELLS)} (default: all)")
-    add("--batches", type=positives, metavar="N,…", help=f"(default: {','.join(map(str, BATCHES))})")
+    add("--batches", type=positives, metavar="N,…", help=f"(default: {','.join(map(str, batches))})")
     add(
         "--hidden",
         type=positives,
         metavar="H,…",
-        help=f"features of input and state (default: {','.join(map(str, HIDDEN))})",
+        help=f"features of input and state (default: {','.join(map(str, hidden))})",
     )
-    add("--steps", type=positive, default=STEPS, metavar="T", help=f"of time (default: {STEPS})")
+    add("--steps", type=positive, default=steps, metavar="T", help=f"of time (default: {steps})")
+
+
+def add_limits(parser: argparse.ArgumentParser, alone: str) -> None:
+    """The options for how long peers are sampled, and those with processes of their own compile."""
+    add = parser.add_argument
+    add(
+        "--time",
+        type=seconds,
+        metavar="S",
+        help=f"seconds of samples of each peer at a point; {LEAST_ROUNDS} are taken even if they take longer "
+        f"(default: {EACH})",
+    )
+    add(
+        "--compile-limit",
+        type=seconds,
+        default=_COMPILE_LIMIT,
+        metavar="S",
+        help=f"seconds for a point of {alone} (default: {_COMPILE_LIMIT:g})",
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--cells", type=some_of(CELLS), metavar="A,B,…", help=f"some of {', '.join(CELLS)} (default: all)")
+    add_shapes(parser, BATCHES, HIDDEN, STEPS)
     add(
         "--dtypes",
         type=some_of(DTYPES),
@@ -211,20 +274,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="inference, training (forward, and backward to input and parameters); default: both",
     )
     add("--rounds", type=positive, metavar="N", help=f"samples of each peer, at most (default: {ROUNDS})")
-    add(
-        "--time",
-        type=seconds,
-        metavar="S",
-        help=f"seconds of samples of each peer at a point; {LEAST_ROUNDS} are taken even if they take longer "
-        f"(default: {EACH})",
-    )
-    add(
-        "--compile-limit",
-        type=seconds,
-        default=_COMPILE_LIMIT,
-        metavar="S",
-        help=f"seconds for a point of the peer compile (default: {_COMPILE_LIMIT:g})",
-    )
+    add_limits(parser, "the peer compile")
     add("--full", action="store_true", help="the whole grid with all peers; takes hours")
     add("--quick", action="store_true", help="a small grid and few rounds; takes about 2 minutes")
 
@@ -258,13 +308,29 @@ examples:
 """
 
 
-def _works(options: argparse.Namespace) -> list[Work]:
-    chosen = RECURRENT.chosen(options.peers)
-    job = {
-        "peers": [name for name in chosen if name != "compile"],
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """What a job says of how long peers are sampled."""
+    return {
         "rounds": options.rounds or (_QUICK_ROUNDS if options.quick else ROUNDS),
         "each": options.time or (_QUICK_EACH if options.quick else EACH),
         "budget": float("inf"),
+    }
+
+
+def in_own_workers(peer: str, works: Sequence[Work], limit: float) -> list[Work]:
+    """For each point a worker that measures this peer too, and keeps its rows only."""
+    alone = {"peers": [OURS, BASE, peer]}
+    return [
+        Work([point], dict(work.job) | alone, work.threads, peer, limit)
+        for work in works
+        for point in work.points
+    ]
+
+
+def _works(options: argparse.Namespace) -> list[Work]:
+    chosen = RECURRENT.chosen(options.peers)
+    job = sampling(options) | {
+        "peers": [name for name in chosen if name != "compile"],
         "large": LARGE if options.peers is None and not options.full else float("inf"),
     }
     most = max(options.threads)  # memory is the same with any number
@@ -273,12 +339,7 @@ def _works(options: argparse.Namespace) -> list[Work]:
         for threads in options.threads
     ]
     if "compile" in chosen:
-        alone = {"peers": [OURS, BASE, "compile"]}
-        works += [
-            Work([point], dict(work.job) | alone, work.threads, "compile", options.compile_limit)
-            for work in list(works)
-            for point in work.points
-        ]
+        works += in_own_workers("compile", list(works), options.compile_limit)
     return works
 
 

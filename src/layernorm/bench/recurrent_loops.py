@@ -9,11 +9,17 @@ the two can judge each other.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def lstm_project(x: Tensor, weight_ih: Tensor, gain_ih: Tensor, bias: Tensor) -> Tensor:
+    """The normalized product with the input."""
+    return F.layer_norm(F.linear(x, weight_ih), [weight_ih.size(0)], gain_ih, bias)
 
 
 def lstm_step(
@@ -42,7 +48,7 @@ def lstm(
     size = weight_hh.size(1)
     h = x.new_zeros([x.size(1), size])
     c = h
-    projected = F.layer_norm(F.linear(x, weight_ih), [4 * size], gain_ih, bias)
+    projected = lstm_project(x, weight_ih, gain_ih, bias)
     outputs = []
     for x_t in projected.unbind(0):
         h, c = lstm_step(x_t, h, c, weight_hh, gain_hh, gain_cell, bias_cell)
@@ -63,7 +69,7 @@ def lstm_cell(
     bias_cell: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """One step of an LSTM."""
-    projected = F.layer_norm(F.linear(x, weight_ih), [4 * h.size(-1)], gain_ih, bias)
+    projected = lstm_project(x, weight_ih, gain_ih, bias)
     return lstm_step(projected, h, c, weight_hh, gain_hh, gain_cell, bias_cell)
 
 
@@ -149,6 +155,41 @@ CELLS: Final[dict[str, Callable[..., tuple[Tensor, ...]]]] = {
     "gru": gru_cell,
     "rnn": rnn_cell,
 }
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A cell as what is taken out of the loop, and what is in it.
+
+    Attributes:
+        project: x and its weights to what the steps take.
+        step: that of one step, the state and its weights to the next state.
+        states: how many tensors the state has; the first is the output.
+        project_weights: the weights of ``project``, by name.
+        step_weights: those of ``step``.
+    """
+
+    project: Callable[..., Tensor]
+    step: Callable[..., Any]
+    states: int
+    project_weights: tuple[str, ...]
+    step_weights: tuple[str, ...]
+
+
+#: By cell.
+PARTS: Final[dict[str, Parts]] = {
+    "lstm": Parts(
+        lstm_project,
+        lstm_step,
+        2,
+        ("weight_ih", "gain_ih", "bias"),
+        ("weight_hh", "gain_hh", "gain_cell", "bias_cell"),
+    ),
+    "gru": Parts(
+        gru_project, gru_step, 1, ("weight_ih", "gain_ih", "bias"), ("weight_hh", "gain_hh", "bias_hn")
+    ),
+    "rnn": Parts(F.linear, rnn_step, 1, ("weight_ih",), ("weight_hh", "gain", "bias")),
+}
 _SCRIPTS: Final[dict[Callable[..., Any], Any]] = {}
 
 
@@ -163,4 +204,4 @@ def scripted(function: Callable[..., Any]) -> Any:
     return _SCRIPTS[function]
 
 
-__all__ = ["CELLS", "SEQUENCES", "scripted"]
+__all__ = ["CELLS", "PARTS", "SEQUENCES", "Parts", "scripted"]

@@ -58,18 +58,18 @@ class Case:
         return replace(self, x=self.x.to(dtype), grad=self.grad.to(dtype), normalized=normalized, plain=plain)
 
 
-def make_case(cell: Any, batch: int, hidden: int, steps: int, training: bool) -> Case:
-    """Random float32 tensors, the same ones each time, whose values bfloat16 has exactly."""
-    random = torch.Generator().manual_seed(0)
+def make_case(cell: Any, batch: int, hidden: int, steps: int, training: bool, device: str = "cpu") -> Case:
+    """Random float32 tensors, on a device the same ones each time, whose values bfloat16 has exactly."""
+    random = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random)
+        return torch.randn(*shape, generator=random, device=device)
 
     def weights(variant: str) -> dict[str, Tensor]:
         found = {}
         for name, shape in parameter_shapes(cell, resolve(variant, cell), hidden, hidden).items():
             if name.startswith("weight"):
-                value = (2 * torch.rand(shape, generator=random) - 1) / hidden**0.5
+                value = (2 * torch.rand(shape, generator=random, device=device) - 1) / hidden**0.5
             else:
                 # A normalized LSTM whose gain_hh is 1 amplifies every rounding from step to step: after
                 # a hundred of them bfloat16 results share nothing with float32's, in any implementation.
@@ -92,9 +92,12 @@ def subject(forward: Callable[[Tensor], Tensor], x: Tensor, leaves: list[Tensor]
         return Subject(call, lambda: [call()])
     every = [x, *leaves]
 
-    def step() -> Tensor:
+    def release() -> None:
         for leaf in every:
             leaf.grad = None
+
+    def step() -> Tensor:
+        release()
         output = forward(x)
         output.backward(case.grad)
         return output
@@ -106,7 +109,7 @@ def subject(forward: Callable[[Tensor], Tensor], x: Tensor, leaves: list[Tensor]
             raise RuntimeError("a parameter has no gradient")
         return [output.detach(), *(grad for grad in grads if grad is not None)]
 
-    return Subject(step, results, forward=lambda: [forward(x)])
+    return Subject(step, results, forward=lambda: [forward(x)], release=release)
 
 
 def _module(case: Case, module: torch.nn.Module, weights: dict[str, Tensor]) -> Subject:
@@ -133,7 +136,7 @@ def _module(case: Case, module: torch.nn.Module, weights: dict[str, Tensor]) -> 
 
 def _layernorm(case: Case, **options: Any) -> Subject:
     make = getattr(layernorm, f"LayerNorm{_CLASSES[case.cell]}")
-    module = make(case.hidden, case.hidden, dtype=case.x.dtype, **options)
+    module = make(case.hidden, case.hidden, device=case.x.device, dtype=case.x.dtype, **options)
     return _module(case, module, case.plain if options.get("variant") == "none" else case.normalized)
 
 
@@ -147,22 +150,23 @@ def _recompute(case: Case) -> Subject:
 
 def _torch(case: Case) -> Subject:
     make = getattr(torch.nn, _CLASSES[case.cell])
-    return _module(case, make(case.hidden, case.hidden, dtype=case.x.dtype), case.plain)
+    module = make(case.hidden, case.hidden, device=case.x.device, dtype=case.x.dtype)
+    return _module(case, module, case.plain)
 
 
-def _function(function: Callable[..., Tensor], case: Case) -> Subject:
-    """A function of x and the weights."""
+def of_function(function: Callable[..., Tensor], case: Case, weights: dict[str, Tensor]) -> Subject:
+    """A function of x and the weights, in the order that these have."""
     x = case.x.detach().requires_grad_(case.training)
-    leaves = [value.detach().requires_grad_(case.training) for value in case.normalized.values()]
+    leaves = [value.detach().requires_grad_(case.training) for value in weights.values()]
     return subject(lambda x: function(x, *leaves), x, leaves, case)
 
 
 def _loop(case: Case) -> Subject:
-    return _function(SEQUENCES[case.cell], case)
+    return of_function(SEQUENCES[case.cell], case, case.normalized)
 
 
 def _script(case: Case) -> Subject:
-    made = _function(scripted(SEQUENCES[case.cell]), case)
+    made = of_function(scripted(SEQUENCES[case.cell]), case, case.normalized)
     made.call()  # the first calls profile and specialize
     made.call()
     return made
@@ -170,7 +174,12 @@ def _script(case: Case) -> Subject:
 
 def _compile(case: Case) -> Subject:
     torch._dynamo.reset()
-    made = _function(torch.compile(SEQUENCES[case.cell], dynamic=False, fullgraph=True), case)
+    function = torch.compile(SEQUENCES[case.cell], dynamic=False, fullgraph=True)
+    return compiled(of_function(function, case, case.normalized))
+
+
+def compiled(made: Subject) -> Subject:
+    """The same after its first call, which compiles."""
     began = time.perf_counter()
     made.call()
     return replace(made, compile_s=time.perf_counter() - began)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +30,7 @@ _AGAINST: Final = {
     "jax": "JAX",
     "products": "share of the products' limit",
 }
+_GROUPS: Final = {"by hand": BY_HAND, "jax": ("jax",)}
 
 _METHOD: Final = """\
 ### How the recurrent layers are measured
@@ -98,21 +99,21 @@ def _image(outputs: Outputs, threads: Any) -> Path:
     return outputs.image("recurrent", plural(threads, "thread").replace(" ", "-"))
 
 
-def compared(data: pd.DataFrame) -> pd.DataFrame:
+def compared(data: pd.DataFrame, groups: Mapping[str, Sequence[str]] = _GROUPS) -> pd.DataFrame:
     """A row for each point: its keys, and what this package's speed is relative to that of each in turn.
 
-    The columns are ``torch``, ``by hand`` (the fastest of those), ``jax`` and ``products``, the last being
-    the share of the limit. NaN is what was not measured.
+    The columns are ``torch``, then the names of the groups, each standing for the fastest of its peers, and
+    ``products``, which is the share of the limit. NaN is what was not measured.
     """
     times, ratios, over = (
         pages.by_peer(data, _POINT, name) for name in ("median_us", "ratio_to_torch", "over_products")
     )
     found = times[_POINT].copy()
     if OURS not in times:
-        return found.assign(**dict.fromkeys(_AGAINST, float("nan")))
+        return found.assign(**dict.fromkeys((BASE, *groups, "products"), float("nan")))
     # Where the table has ratios of the same rounds these are taken.
     found[BASE] = ratios[OURS]
-    for name, peers in (("by hand", BY_HAND), ("jax", ("jax",))):
+    for name, peers in groups.items():
         known = [peer for peer in peers if peer in times]
         found[name] = times[known].min(axis=1) / times[OURS] if known else float("nan")
     found["products"] = 1 / over[OURS]
@@ -126,13 +127,17 @@ def section(data: pd.DataFrame, outputs: Outputs) -> Iterator[str]:
     table = compared(data)
     yield "Speed of `layernorm` relative to others': geometric means, the least of all points in brackets:\n"
     yield _summary_table(table)
-    yield from _slower(data)
+    yield from slower(data, ["threads", "cell", "dtype", "mode", "batch", "hidden"])
     for threads in sorted(data.threads.unique()):
         if _is_drawn(data, threads):
             image = Path(os.path.relpath(_image(outputs, threads), outputs.page.parent)).as_posix()
             text = f"Speed relative to torch.nn's un-normalized layers with {plural(threads, 'thread')}"
             yield f"![{text}]({image})\n"
-    yield from _memory(data)
+    heads = (
+        "### Memory of a training step",
+        "MB that the forward pass keeps for backward, beside its results:",
+    )
+    yield from memory(data, "saved_bytes", tuple(PEERS), heads)
     for (threads, cell), rows in data.groupby(["threads", "cell"], sort=False):
         yield f"### {str(cell).upper()}, {plural(threads, 'thread')}\n"
         yield "Times in µs; the ratio is `layernorm`'s speed over `torch`'s.\n"
@@ -193,8 +198,8 @@ def _summary_table(table: pd.DataFrame) -> str:
     return pages.markdown(["threads", "mode", "points of", "points", *_AGAINST.values()], "rllrrrrr", body)
 
 
-def _slower(data: pd.DataFrame) -> Iterator[str]:
-    """Names the points at which the un-normalized layer is faster."""
+def slower(data: pd.DataFrame, columns: Sequence[str]) -> Iterator[str]:
+    """Names the points at which the un-normalized layer is faster, by these columns."""
     ours = data[(data.peer == OURS) & data.ratio_to_torch.notna()]
     slow = ours[ours.ratio_to_torch < 1].sort_values("ratio_to_torch", kind="stable")
     if slow.empty:
@@ -204,22 +209,30 @@ def _slower(data: pd.DataFrame) -> Iterator[str]:
         f"`{OURS}` is slower than `torch.nn`'s un-normalized layer at {len(slow)} of {len(ours)} points, at "
         f"{'these' if len(slow) > 1 else 'this'} most:\n"
     )
-    columns = ["threads", "cell", "dtype", "mode", "batch", "hidden"]
     body = [
         [*(str(row[name]) for name in columns), pages.ratio(row)] for row in slow.head(10).to_dict("records")
     ]
-    yield pages.markdown([*columns, "ratio"], "rlllrrr", body)
+    numbers = ("threads", "batch", "hidden")
+    align = "".join("r" if name in numbers else "l" for name in columns)
+    yield pages.markdown([*columns, "ratio"], f"{align}r", body)
 
 
-def _memory(data: pd.DataFrame) -> Iterator[str]:
-    rows = data[data.saved_bytes.notna()]
+def memory(data: pd.DataFrame, column: str, names: Sequence[str], heads: Sequence[str]) -> Iterator[str]:
+    """What training takes, in MB.
+
+    Args:
+        data: the rows of the table.
+        column: the one with bytes.
+        names: of peers, in their order.
+        heads: the title and what stands before the table.
+    """
+    rows = data[data[column].notna()]
     if rows.empty:
         return
-    peers = [peer for peer in PEERS if peer in set(rows.peer)]
+    peers = [peer for peer in names if peer in set(rows.peer)]
     keys = ["cell", "dtype", "batch", "hidden"]
-    table = pages.by_peer(rows, keys, "saved_bytes")
-    yield "### Memory of a training step\n"
-    yield "MB that the forward pass keeps for backward, beside its results:\n"
+    table = pages.by_peer(rows, keys, column)
+    yield from (f"{head}\n" for head in heads)
     body = [
         [*(str(row[name]) for name in keys), *(_megabytes(row[peer]) for peer in peers)]
         for row in table.to_dict("records")
@@ -241,7 +254,7 @@ def _points_table(rows: pd.DataFrame) -> str:
             [
                 *(str(ours[name]) for name in ("dtype", "mode", "batch", "hidden", "kernel")),
                 *(pages.time(found[peer]) if peer in found else "–" for peer in peers),
-                *(_known(part[name]) for name in ("products_us", "weights_us")),
+                *(known(part[name]) for name in ("products_us", "weights_us")),
                 pages.ratio(ours),
             ]
         )
@@ -250,7 +263,7 @@ def _points_table(rows: pd.DataFrame) -> str:
     return pages.markdown(heads, "llrrl" + "r" * (len(peers) + 3), body)
 
 
-def _known(column: pd.Series[float]) -> str:
+def known(column: pd.Series[float]) -> str:
     """The one figure that all peers of a point share."""
     values = column.dropna()
     return pages.microseconds(values.iloc[0]) if len(values) else "–"
@@ -260,4 +273,4 @@ def _is_drawn(data: pd.DataFrame, threads: Any) -> bool:
     return bool(data[(data.peer == OURS) & (data.threads == threads)].ratio_to_torch.notna().any())
 
 
-__all__ = ["compared", "load", "options", "pictures", "section", "summary"]
+__all__ = ["compared", "known", "load", "memory", "options", "pictures", "section", "slower", "summary"]

@@ -7,7 +7,7 @@ from typing import Final
 
 import pandas as pd
 
-from layernorm.bench import gpu_report, norms_report, recurrent_report, stream_report
+from layernorm.bench import gpu_recurrent_report, gpu_report, norms_report, recurrent_report, stream_report
 from layernorm.bench.benchmark import Outputs
 from layernorm.bench.table import TableError
 from layernorm.experiments.files import replacing
@@ -19,7 +19,10 @@ REPORTS: Final[dict[str, ModuleType]] = {
     "stream": stream_report,
     "norms": norms_report,
     "gpu": gpu_report,
+    "gpu_recurrent": gpu_recurrent_report,
 }
+#: The commands of tables that are not named after them.
+_COMMANDS: Final = {"gpu_recurrent": "gpu"}
 
 _HEAD: Final = """\
 # Benchmarks
@@ -75,7 +78,7 @@ def page(outputs: Outputs) -> str:
     }
     options = {name: "".join(f" {o}" for o in REPORTS[name].options(data)) for name, data in found.items()}
     commands = [
-        f"{start} {name}{options[name]}"
+        f"{start} {_COMMANDS.get(name, name)}{options[name]}"
         for start in ("python -m benchmarks", "layernorm bench")
         for name in found
     ]

@@ -30,6 +30,7 @@ class Subject:
         context: what has to surround each sample.
         forward: the forward pass of training alone, whose outputs still hold what backward needs.
         compile_s: seconds that compiling took, where the peer is compiled for the point.
+        release: frees the gradients that the call before has left.
     """
 
     call: Callable[[], object]
@@ -37,6 +38,7 @@ class Subject:
     context: Callable[[], AbstractContextManager[None]] = nullcontext
     forward: Callable[[], Sequence[Tensor]] | None = None
     compile_s: float | None = None
+    release: Callable[[], None] = lambda: None
 
 
 def prepare(

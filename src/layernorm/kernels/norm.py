@@ -7,18 +7,15 @@ gradient has the same bits each time.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final, NamedTuple
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from layernorm.kernels import norm_kernels, settings
+from layernorm.kernels.launching import ALIGNED, Wrap, aligned, capability, is_aligned, launch
 
 #: Of input, residual and parameters, in any mixture.
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,10 +23,7 @@ DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _PARTS: Final = 32
 _COLUMNS: Final = 64
 _CHUNK: Final = 512  # elements of a tile of rows that float32 cannot hold
-_ALIGNED: Final = 16  # elements, and bytes
 _MOST_WIDTH: Final = 2**31 - 2**16  # columns are counted in 32 bits, rows and elements in 64
-#: Makes of a kernel what a traced program can hold: ``torch.library.wrap_triton``; None outside of one.
-Wrap = Callable[[Any], Any] | None
 
 
 def norm_forward(
@@ -75,11 +69,10 @@ def norm_forward(
         x = _rows(input, leading, width)
         other = _NO_ROWS if residual is None else _rows(residual, leading, width)
         tile = settings.forward_tile(_settings(input), width)
-        _launch(
+        launch(
             norm_kernels.forward,
             (-(-rows // tile.rows),),
             input,
-            wrap,
             x.tensor,
             other.tensor,
             gain,
@@ -99,6 +92,7 @@ def norm_forward(
             BLOCK=tile.block,
             CHUNK=chunk(tile),
             num_warps=tile.warps,
+            wrap=wrap,
         )
     elif stats is not None:
         stats.zero_()
@@ -162,11 +156,10 @@ def norm_backward(
         if not tile.whole and wanted[0]:
             sums = input.new_empty((2, rows), dtype=torch.float32)
             block, warps = chosen.looped_sums
-            _launch(
+            launch(
                 norm_kernels.row_sums,
                 (rows,),
                 input,
-                wrap,
                 g.tensor,
                 x.tensor,
                 stats,
@@ -180,6 +173,7 @@ def norm_backward(
                 NESTED=nested,
                 BLOCK=block,
                 num_warps=warps,
+                wrap=wrap,
             )
         per_part = settings.rows_per_part(chosen, tile, rows, width)
         parts = -(-rows // per_part)
@@ -187,11 +181,10 @@ def norm_backward(
             input.new_empty((parts, width), dtype=torch.float32) if is_wanted else None
             for is_wanted in wanted[1:]
         )
-        _launch(
+        launch(
             norm_kernels.backward,
             (-(-width // tile.block), parts),
             input,
-            wrap,
             g.tensor,
             other.tensor,
             x.tensor,
@@ -213,13 +206,13 @@ def norm_backward(
             ROWS=tile.rows,
             BLOCK=tile.block,
             num_warps=tile.warps,
+            wrap=wrap,
         )
         if wanted[1] or wanted[2]:
-            _launch(
+            launch(
                 norm_kernels.sum_parts,
                 (-(-width // _COLUMNS),),
                 input,
-                wrap,
                 part_gain,
                 part_bias,
                 grad_gain,
@@ -229,6 +222,7 @@ def norm_backward(
                 PARTS=_PARTS,
                 COLUMNS=_COLUMNS,
                 num_warps=4,
+                wrap=wrap,
             )
     else:
         for found in (grad_gain, grad_bias):
@@ -246,33 +240,13 @@ def _or_nothing(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-def _launch(
-    kernel: Any, grid: tuple[int, ...], beside: Tensor, wrap: Wrap, *arguments: Any, **options: Any
-) -> None:
-    """Runs the kernel on the device of ``beside``, whichever is the current one."""
-    if wrap is not None:
-        wrap(kernel)[grid](*arguments, **options)
-        return
-    device: AbstractContextManager[Any] = nullcontext()
-    if beside.is_cuda and beside.device.index != torch.cuda.current_device():
-        device = torch.cuda.device(beside.device)
-    with device:
-        kernel[grid](*arguments, **options)
-
-
 def chunk(tile: settings.Tile) -> int:
     """Columns at a time of rows that float32 cannot hold."""
     return max(1, min(tile.block, _CHUNK // tile.rows))
 
 
 def _settings(input: Tensor) -> settings.Settings:
-    return settings.for_architecture(_capability(input.device) if input.is_cuda else None)
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    # A program may be traced for a GPU where there is none.
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
+    return settings.for_architecture(capability(input.device))
 
 
 def _sizes(input: Tensor, normalized_shape: Sequence[int]) -> tuple[int, int, int]:
@@ -307,13 +281,7 @@ def _parameter(
     if tensor is None:
         return None
     _check(name, tensor, input, normalized_shape)
-    tensor = tensor.contiguous()
-    return tensor if _is_aligned(tensor) else tensor.clone()
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    # A traced tensor has no address; what runs the program aligns its own tensors.
-    return isinstance(tensor, FakeTensor | FunctionalTensor) or tensor.data_ptr() % _ALIGNED == 0
+    return aligned(tensor)
 
 
 class _Rows(NamedTuple):
@@ -344,8 +312,8 @@ def _rows(tensor: Tensor, leading: int, width: int) -> _Rows:
     if found is not None:
         inner, outer, stride = found
         # Vectors are read wherever the width allows them, so that a row has the same bits in any layout.
-        aligned = outer % _ALIGNED == 0 and stride % _ALIGNED == 0 and _is_aligned(tensor)
-        if width % _ALIGNED != 0 or aligned:
+        in_place = outer % ALIGNED == 0 and stride % ALIGNED == 0 and is_aligned(tensor)
+        if width % ALIGNED != 0 or in_place:
             return _Rows(tensor, inner, outer, stride)
     return _Rows(tensor.clone(memory_format=torch.contiguous_format), 1, width, width)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
+import torch
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -74,6 +76,35 @@ BY_ARCHITECTURE: Final[dict[tuple[int, int], Settings]] = {
     (10, 0): replace(DEFAULT, multiprocessors=148),
 }
 
+
+@dataclass(frozen=True)
+class ProductTile:
+    """What one program of a recurrent layer's product takes.
+
+    Attributes:
+        rows, columns: of the result.
+        depth: that is loaded at a time.
+        warps: of the program.
+        stages: of loads ahead.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """As the kernels take them."""
+        return {
+            "BLOCK_M": self.rows,
+            "BLOCK_N": self.columns,
+            "BLOCK_K": self.depth,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
 # Warps that a multiprocessor holds of the backward kernel: with 128 registers to a thread where it forms a
 # row's sums, with 64 where it finds them.
 _WARPS_WHOLE: Final = 16
@@ -115,6 +146,23 @@ def _tile(blocks: dict[int, tuple[int, int]], wider: tuple[int, int], width: int
     if block in blocks:
         return Tile(blocks[block][0], block, blocks[block][1])
     return Tile(1, *wider, whole=False)
+
+
+def product_tile(columns: int, dtype: torch.dtype) -> ProductTile:
+    """The tile of a product with a matrix of so many columns, whatever the number of rows.
+
+    64 rows are what a warp group's instruction takes. A step's product has few rows, so its columns are what
+    keeps multiprocessors busy: 4·512 of them in 64 programs.
+    """
+    narrow = 32 if columns <= 2048 else 64
+    if dtype == torch.float32:
+        return ProductTile(64, narrow, 32, 4, 3)
+    return ProductTile(64, narrow, 64, 4, 4)
+
+
+def row_warps(block: int) -> int:
+    """Warps of a program that takes one row of gates, of a block of features: four features a thread."""
+    return max(1, min(16, block // 128))
 
 
 def rows_per_part(settings: Settings, tile: Tile, rows: int, width: int) -> int:

@@ -1,0 +1,52 @@
+"""Launches of Triton kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+#: What vectors want of an address, in bytes, and of a width or stride, in elements.
+ALIGNED: Final = 16
+#: Makes of a kernel what a traced program can hold: ``torch.library.wrap_triton``; None outside of one.
+Wrap = Callable[[Any], Any] | None
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], beside: Tensor, *arguments: Any, wrap: Wrap = None, **options: Any
+) -> None:
+    """Runs the kernel on the device of ``beside``, whichever is the current one."""
+    if wrap is not None:
+        wrap(kernel)[grid](*arguments, **options)
+        return
+    device: AbstractContextManager[Any] = nullcontext()
+    if beside.is_cuda and beside.device.index != torch.cuda.current_device():
+        device = torch.cuda.device(beside.device)
+    with device:
+        kernel[grid](*arguments, **options)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a device, None for another than a GPU."""
+    # A program may be traced for a GPU where there is none.
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_capability(device) if on_gpu else None
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether it begins where vectors can be read."""
+    # A traced tensor has no address; what runs the program aligns its own tensors.
+    return isinstance(tensor, FakeTensor | FunctionalTensor) or tensor.data_ptr() % ALIGNED == 0
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor if it is contiguous and aligned, else a copy that is."""
+    tensor = tensor.contiguous()
+    return tensor if is_aligned(tensor) else tensor.clone()

@@ -1,0 +1,208 @@
+"""Compiling the persistent kernel by NVRTC, its cache on disk, and its launch by the driver.
+
+``cuda-bindings`` is imported by the first call that needs it. A compiled kernel is kept in the folder that
+``LAYERNORM_CACHE`` names, or in the user's cache folder; where that cannot be written there is no cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from layernorm.kernels.persistent_plan import Plan
+
+CACHE_VARIABLE: Final = "LAYERNORM_CACHE"
+KERNEL: Final = b"layernorm_persistent"
+#: In the order in which they are compiled as one.
+SOURCES: Final = ("device.cuh", "persistent.cu")
+_DIGEST_BYTES: Final = 32
+_PORTABLE_BLOCKS: Final = 8
+
+
+def problem(architecture: int) -> str | None:
+    """Why nothing can be compiled for this architecture here, or None."""
+    known = _nvrtc_architectures()
+    if isinstance(known, str):
+        return known
+    if architecture in known:
+        return None
+    major, minor = _nvrtc_version()
+    return f"NVRTC {major}.{minor} does not know compute capability {architecture // 10}.{architecture % 10}"
+
+
+@functools.cache
+def _nvrtc_architectures() -> frozenset[int] | str:
+    try:
+        nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+    except ImportError:
+        return "the package cuda-bindings is not installed: pip install 'layernorm[cuda]'"
+    try:
+        error, known = nvrtc.nvrtcGetSupportedArchs()
+    except Exception as failure:  # noqa: BLE001 - whatever a missing library raises
+        return f"NVRTC cannot be loaded: {' '.join(str(failure).split())}"
+    return f"NVRTC fails: {error}" if int(error) != 0 else frozenset(int(a) for a in known)
+
+
+def _nvrtc_version() -> tuple[int, int]:
+    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+    _, major, minor = nvrtc.nvrtcVersion()
+    return major, minor
+
+
+def source() -> str:
+    """All files as one."""
+    folder = Path(__file__).parent
+    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in SOURCES)
+
+
+def compile(plan: Plan, architecture: int) -> bytes:
+    """The kernel's machine code (a cubin), from the cache where it is there.
+
+    Raises:
+        RuntimeError: NVRTC is missing, or failed.
+    """
+    why_not = problem(architecture)
+    if why_not is not None:
+        raise RuntimeError(f"the persistent recurrent kernel cannot be compiled: {why_not}")
+    options = [
+        f"--gpu-architecture=sm_{architecture}",
+        "--std=c++17",
+        "--device-as-default-execution-space",
+        *(f"-D{name}={value}" for name, value in plan.macros().items()),
+    ]
+    text = source()
+    key = hashlib.sha256(repr((text, options, _nvrtc_version())).encode()).hexdigest()
+    folder = _cache_folder()
+    cached = None if folder is None else _read(folder / f"{key}.cubin")
+    if cached is not None:
+        return cached
+    cubin = _compile(text, options)
+    if folder is not None:
+        _write(folder, f"{key}.cubin", cubin)
+    return cubin
+
+
+def _compile(text: str, options: list[str]) -> bytes:
+    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+
+    def checked(result: tuple[Any, ...], program: Any = None) -> Any:
+        error, *values = result
+        if int(error) == 0:
+            return values[0] if values else None
+        log = b""
+        if program is not None:
+            _, size = nvrtc.nvrtcGetProgramLogSize(program)
+            log = b" " * size
+            nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"NVRTC failed: {error}\n{log.decode(errors='replace')}")
+
+    program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"persistent.cu", 0, [], []))
+    try:
+        checked(nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options]), program)
+        cubin = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+        checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return cubin
+
+
+def _cache_folder() -> Path | None:
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named)
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return base / "layernorm"
+
+
+def _read(path: Path) -> bytes | None:
+    """What was written there, if it is whole: the file begins with the digest of the rest."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, cubin = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return cubin if cubin and hashlib.sha256(cubin).digest() == digest else None
+
+
+def _write(folder: Path, name: str, cubin: bytes) -> None:
+    """Nobody ever sees a part of the file; that it cannot be written is no error."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(cubin).digest() + cubin)
+            os.replace(temporary, folder / name)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError:
+        return
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    error, *values = result
+    if int(error) != 0:
+        raise RuntimeError(f"the CUDA driver failed: {error}")
+    return values[0] if values else None
+
+
+@functools.cache
+def kernel(plan: Plan, device: torch.device, groups: int) -> tuple[Any, int]:
+    """The kernel loaded on a device, with its shared memory set for so many groups, and these bytes."""
+    driver = importlib.import_module("cuda.bindings.driver")
+    with torch.cuda.device(device):
+        torch.cuda.current_stream(device)  # whatever makes PyTorch's context current
+        torch.cuda.synchronize(device)
+        function = _function(plan, device)
+        attributes = driver.CUfunction_attribute
+        bytes_ = plan.shared_bytes(groups)
+        name = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(function, name, bytes_))
+        if plan.blocks > _PORTABLE_BLOCKS:
+            name = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            _checked(driver.cuFuncSetAttribute(function, name, 1))
+    return function, bytes_
+
+
+@functools.cache
+def _function(plan: Plan, device: torch.device) -> Any:
+    driver = importlib.import_module("cuda.bindings.driver")
+    major, minor = torch.cuda.get_device_capability(device)
+    module = _checked(driver.cuModuleLoadData(compile(plan, 10 * major + minor)))
+    return _checked(driver.cuModuleGetFunction(module, KERNEL))
+
+
+def launch(
+    loaded: tuple[Any, int], plan: Plan, clusters: int, arguments: ctypes.Structure, device: torch.device
+) -> None:
+    """On the device's current stream."""
+    driver = importlib.import_module("cuda.bindings.driver")
+    function, shared = loaded
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _checked(
+            driver.cuLaunchKernel(
+                *(function, clusters * plan.blocks, 1, 1, plan.threads, 1, 1, shared, stream),
+                *(ctypes.addressof(pointers), 0),
+            )
+        )

@@ -1,0 +1,312 @@
+"""How the persistent recurrent kernel is laid out on a GPU, as data, and how long a step should take.
+
+The kernel (``persistent.cu``) gives a cluster of thread blocks some rows of the batch for all steps. The
+weights W_hh stay on the chip for the whole sequence; each step the blocks exchange statistics and states
+through each other's shared memory. A ``Plan`` says which block has which units and where their weights are;
+it is found here, and it alone makes the kernel's macros.
+
+A row's bits follow from the cell, the hidden size and ``k_split``: what a sum is made of, and in which order,
+is the same for any ``blocks``, ``units``, ``register_pairs`` and ``rows``. ``plan`` takes nothing of the
+batch but ``rows``.
+
+No device has run this kernel yet. The times are predictions from the constants below, which say what they
+assume.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
+
+from layernorm.variants import GATES, Cell
+
+#: The dtypes served, by their names in ``torch``.
+DTYPES: Final = ("bfloat16", "float16")
+#: Of a block: bytes of shared memory that it may have, registers, threads; and of a thread.
+SHARED_BYTES: Final = 227 * 1024
+REGISTERS: Final = 64 * 1024
+REGISTERS_PER_THREAD: Final = 255
+THREADS: Final = 512
+#: Blocks of a cluster; more than 8 are not portable and must be asked for.
+BLOCKS: Final = (1, 2, 4, 8, 16)
+#: Rows of the batch that a cluster may take.
+ROWS: Final = (8, 16, 32)
+_K_SPLITS: Final = (1, 2, 4, 8)
+
+# Assumptions of the prediction, for an H100; measured ones will replace them.
+CLOCKS_PER_SECOND: Final = 1.7e9
+MULTIPROCESSORS: Final = 132
+#: Multiply-adds that mma.sync does in a clock on a multiprocessor, half of what wgmma can.
+PRODUCTS_PER_CLOCK: Final = 1024
+#: From an mma to the next that adds to its sums.
+PRODUCT_LATENCY_CLOCKS: Final = 33
+#: Bytes that a multiprocessor's shared memory gives in a clock.
+SHARED_BYTES_PER_CLOCK: Final = 128
+#: Bytes that a multiprocessor sends to others of its cluster in a clock.
+REMOTE_BYTES_PER_CLOCK: Final = 16
+#: From the last arrival at one of the cluster's barriers to all blocks going on; within one block.
+BARRIER_SECONDS: Final = 0.5e-6
+BLOCK_BARRIER_SECONDS: Final = 0.05e-6
+#: A sigmoid or tanh on a multiprocessor: two special functions at 16 a clock, and about 16 other
+#: instructions at 128 a clock.
+ACTIVATION_CLOCKS: Final = 0.25
+#: What an activation adds to the time of a thread, which has a few side by side.
+ACTIVATION_LATENCY_CLOCKS: Final = 30
+#: What a warp waits for shuffles, one after the other, that make and combine statistics: two sums over
+#: three shuffles and two over two, at about 25 clocks, for each exchange of statistics.
+STATISTICS_CLOCKS: Final = 250
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the kernel is compiled for.
+
+    Attributes:
+        cell: ``"lstm"``, ``"gru"`` or ``"rnn"``.
+        hidden: H, a multiple of 16.
+        dtype: ``"bfloat16"`` or ``"float16"``, of states and weights.
+        blocks: of a cluster.
+        units: hidden units of a block, the last of which may have fewer.
+        k_split: warps that share the sums over h of the same units.
+        register_pairs: of the ``pairs`` of k-steps of 16 that a warp has, those with weights in registers.
+        rows: of the batch, of a cluster.
+    """
+
+    cell: Cell
+    hidden: int
+    dtype: str
+    blocks: int
+    units: int
+    k_split: int
+    register_pairs: int
+    rows: int
+
+    @property
+    def gates(self) -> int:
+        """Of the cell."""
+        return GATES[self.cell]
+
+    @property
+    def warp_units(self) -> int:
+        """Hidden units of a warp: of an RNN two eights, where others have two or more gates."""
+        return 16 if self.cell == "rnn" else 8
+
+    @property
+    def slots(self) -> int:
+        """Eights of weight rows of a warp; two of them are the 16 rows of an mma."""
+        return 2 if self.cell == "rnn" else self.gates
+
+    @property
+    def products(self) -> int:
+        """The mma of a k-step and eight rows."""
+        return -(-self.slots // 2)
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.k_split * (self.units // self.warp_units)
+
+    @property
+    def warp_tiles(self) -> int:
+        """Eights of rows whose gates a warp makes; the warps that share sums share these too."""
+        return -(-(self.rows // 8) // self.k_split)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of k-steps of a warp: 32 features of h each."""
+        return _pairs(self.hidden, self.k_split)
+
+    @property
+    def width(self) -> int:
+        """Features of h in the kernel, with zeros after H."""
+        return 32 * self.k_split * self.pairs
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Shared memory for the statistics of one group: a pair of float32 for each row and warp's units."""
+        parts = self.hidden // self.warp_units
+        return 8 * self.rows * (-(-parts // 4) * 4)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Shared memory for the weights that are not in registers."""
+        return 16 * self.threads * self.slots * (self.pairs - self.register_pairs)
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread that its warps leave it."""
+        return min(REGISTERS_PER_THREAD, REGISTERS // self.threads // 8 * 8)
+
+    def shared_bytes(self, groups: int = 1) -> int:
+        """Shared memory of a block, the statistics of so many groups among it; as in ``persistent.cu``."""
+        stride = self.width + (32 if self.width // 32 % 2 == 0 else 0)
+        own = self.rows * self.units
+        sums = 0 if self.k_split == 1 else 16 * (self.rows // 8) * self.threads * self.products
+        parts = [
+            16,  # barriers
+            2 * self.rows * stride,  # h
+            self.weight_bytes,
+            sums,
+            16 * self.gates * self.units,  # gains and biases
+            4 * self.units if self.cell == "gru" else 0,  # bias_hn
+            2 * own,  # h of own units
+        ]
+        if self.cell == "lstm":
+            parts += [
+                2 * own,  # c and
+                4 * own,  # σ(o) of own units
+                4 * self.rows * self.hidden,  # σ(o)
+                8 * self.hidden,  # gain and bias of the cell
+                self.statistics_bytes,  # of c
+            ]
+        parts += [4 * self.rows, groups * self.statistics_bytes]
+        return sum(-(-part // 16) * 16 for part in parts)
+
+    def macros(self) -> dict[str, int]:
+        """What ``persistent.cu`` is compiled with."""
+        values = {
+            "cell": ("lstm", "gru", "rnn").index(self.cell),
+            "hidden": self.hidden,
+            "float16": int(self.dtype == "float16"),
+            "blocks": self.blocks,
+            "units": self.units,
+            "k_split": self.k_split,
+            "register_pairs": self.register_pairs,
+            "rows": self.rows,
+            "shared_bytes": self.shared_bytes(),
+        }
+        return {f"LAYERNORM_{name.upper()}": value for name, value in values.items()}
+
+
+class Seconds(NamedTuple):
+    """What a step is predicted to take, part by part; their sum is the prediction, as if none overlapped.
+
+    Attributes:
+        product: W_hh h by mma.
+        weights: reading weights from shared memory.
+        states: reading h from shared memory, and the partial sums of K.
+        barriers: two of the cluster, and those within a block.
+        exchange: sending statistics and states.
+        activations: sigmoid and tanh.
+        statistics: making and combining them.
+    """
+
+    product: float
+    weights: float
+    states: float
+    barriers: float
+    exchange: float
+    activations: float
+    statistics: float
+
+
+def seconds_per_step(plan: Plan, *, cell_norm: bool = True, groups: int = 1) -> Seconds:
+    """The predicted time of one step of one cluster.
+
+    Args:
+        plan: the kernel's.
+        cell_norm: whether an LSTM's cell is normalized, when every block shows all units.
+        groups: of features that share statistics.
+
+    Examples:
+        >>> from layernorm.kernels.persistent_plan import plan, seconds_per_step
+        >>> 1e-6 < sum(seconds_per_step(plan("lstm", 256, "bfloat16", 90))) < 1e-5
+        True
+    """
+    normed = plan.cell == "lstm" and cell_norm
+    unit_warps = plan.units // plan.warp_units
+    products = 16 * plan.products * unit_warps * plan.width * plan.rows / PRODUCTS_PER_CLOCK
+    sums = 0 if plan.k_split == 1 else 2 * 16 * (plan.rows // 8) * plan.threads * plan.products
+    states = 2 * unit_warps * plan.rows * plan.width + sums
+    sent = plan.rows * (plan.units * (6 if normed else 2) + 8 * unit_warps * (groups + normed))
+    # Those of gates are the work of some warps; what a normalized cell shows, of all.
+    gates = plan.gates + (plan.cell == "lstm" and not normed)
+    shown = plan.rows * plan.hidden if normed else 0
+    in_thread = 2 * (plan.slots if plan.cell == "rnn" else gates) * plan.warp_tiles + shown / plan.threads
+    activations = max(
+        (plan.rows * plan.units * gates + shown) * ACTIVATION_CLOCKS, in_thread * ACTIVATION_LATENCY_CLOCKS
+    )
+    barrier = BARRIER_SECONDS if plan.blocks > 1 else BLOCK_BARRIER_SECONDS
+    within = 1 + (plan.k_split > 1)
+    clock = 1 / CLOCKS_PER_SECOND
+    return Seconds(
+        product=max(products, 2 * plan.pairs * PRODUCT_LATENCY_CLOCKS) * clock,
+        weights=plan.weight_bytes / SHARED_BYTES_PER_CLOCK * clock,
+        states=states / SHARED_BYTES_PER_CLOCK * clock,
+        barriers=2 * barrier + within * BLOCK_BARRIER_SECONDS,
+        exchange=sent * (plan.blocks - 1) / REMOTE_BYTES_PER_CLOCK * clock,
+        activations=activations * clock,
+        statistics=STATISTICS_CLOCKS * (groups + normed) * clock,
+    )
+
+
+def waves(plan: Plan, batch: int) -> int:
+    """How many times all multiprocessors must be filled with clusters; assumed that any of them may meet."""
+    return -(-(-(-batch // plan.rows)) // (MULTIPROCESSORS // plan.blocks))
+
+
+@functools.cache
+def plan(cell: Cell, hidden: int, dtype: str, architecture: int, batch: int = 1, groups: int = 1) -> Plan | str:
+    """The plan for a cell, or in words why there is none.
+
+    Args:
+        cell: ``"lstm"``, ``"gru"`` or ``"rnn"``.
+        hidden: H.
+        dtype: of states and weights.
+        architecture: of the device, as in ``sm_90``.
+        batch: N, which alone decides ``rows``, and with it how many weights are in registers.
+        groups: of features that share statistics, for which there must be room.
+
+    Examples:
+        >>> from layernorm.kernels.persistent_plan import plan
+        >>> plan("lstm", 512, "bfloat16", 90).blocks
+        16
+        >>> plan("lstm", 512, "bfloat16", 80)
+        'compute capability 8.0 has no thread block clusters; 9.0 or later is needed'
+    """
+    if architecture < 90:
+        capability = f"{architecture // 10}.{architecture % 10}"
+        return f"compute capability {capability} has no thread block clusters; 9.0 or later is needed"
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not served; {' and '.join(DTYPES)} are"
+    if hidden <= 0 or hidden % 16 != 0:
+        return f"hidden size {hidden} is not a multiple of 16"
+    fitting = [(sum(seconds_per_step(p)), p) for p in _candidates(cell, hidden, dtype, groups)]
+    if not fitting:
+        return f"the weights of hidden size {hidden} do not fit into {BLOCKS[-1]} multiprocessors"
+    best = min(fitting, key=lambda pair: pair[0])[1]
+    larger = (_filled(replace(best, rows=rows), groups) for rows in ROWS)
+    return min(
+        (p for p in larger if p is not None), key=lambda p: waves(p, batch) * sum(seconds_per_step(p))
+    )
+
+
+def _candidates(cell: Cell, hidden: int, dtype: str, groups: int) -> list[Plan]:
+    """All plans for eight rows."""
+    found = []
+    for blocks in BLOCKS:
+        for k_split in _K_SPLITS:
+            warp_units = 16 if cell == "rnn" else 8
+            units = -(-hidden // (blocks * warp_units)) * warp_units
+            some = Plan(cell, hidden, dtype, blocks, units, k_split, 0, ROWS[0])
+            filled = _filled(some, groups) if units * (blocks - 1) < hidden else None
+            if filled is not None:
+                found.append(filled)
+    return found
+
+
+def _filled(plan: Plan, groups: int) -> Plan | None:
+    """The plan with as many weights in registers as go there; None where the rest has no room."""
+    if plan.threads > THREADS:
+        return None
+    # What a thread needs besides, as the compiler has it: see test_persistent.py.
+    tiles = plan.rows // 8
+    besides = 76 + 4 * tiles * plan.products + 4 * plan.slots * (plan.warp_tiles - 1)
+    room = max(0, plan.registers - besides) // (4 * plan.slots)
+    filled = replace(plan, register_pairs=min(plan.pairs, room))
+    return filled if filled.shared_bytes(groups) <= SHARED_BYTES else None
+
+
+def _pairs(hidden: int, k_split: int) -> int:
+    return -(-hidden // (32 * k_split))
