@@ -75,7 +75,7 @@ def round_to_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def interpreted(native: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The norm operators of CPU tensors are served by the Triton kernels, in Triton's interpreter."""
+    """The operators of CPU tensors are served by the Triton kernels, in Triton's interpreter."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed: pip install 'layernorm[triton]'")
     if os.environ["TRITON_INTERPRET"] != "1":
@@ -93,7 +93,21 @@ def interpreted(native: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
             return data.astype(np.uint32) << 16
         return convert(data, source, target, rounding)
 
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def float_dot(self, a, b, *rest):
+        # It multiplies the bits of bfloat16 as integers.
+        wide = [self.create_fp_ext(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)]
+        return dot(self, *wide, *rest)
+
+    def splat(self, shape, value):
+        # It makes integers of booleans.
+        data = np.full(shape.shape, value.data.item(), dtype=value.data.dtype)
+        return interpreter.TensorHandle(data, value.dtype.scalar)
+
     monkeypatch.setattr(interpreter, "_convert_float", converted)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", splat)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", float_dot)
     library = torch.library.Library("layernorm", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
@@ -125,12 +139,17 @@ def looped(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def on_gpu(native: None) -> Iterator[None]:
-    """Tensors are made on a GPU, and the Triton kernels serve the norms."""
+def gpu(native: None) -> None:
+    """Skips where no GPU can run the Triton kernels."""
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
     if os.environ["TRITON_INTERPRET"] == "1":
         pytest.skip("Triton's kernels are interpreted: set TRITON_INTERPRET=0")
+
+
+@pytest.fixture
+def on_gpu(gpu: None) -> Iterator[None]:
+    """Tensors are made on a GPU, and the Triton kernels serve."""
     before = torch.get_default_device()
     torch.set_default_device("cuda")
     with backends.use("triton"):

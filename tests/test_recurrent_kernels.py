@@ -81,12 +81,12 @@ class Case:
     rows: int
 
 
-def drawn_cases(times: int, seed: int) -> list[Case]:
+def drawn_cases(times: int, seed: int, choices=CHOICES) -> list[Case]:
     """Every function of the spec so many times, with options of which each value is as frequent as any."""
     generator = random.Random(seed)
     functions = SPECS * times
     columns = {}
-    for name, values in CHOICES.items():
+    for name, values in choices.items():
         column = (values * len(functions))[: len(functions)]
         columns[name] = generator.sample(column, len(column))
     return [
@@ -212,19 +212,21 @@ def flat(result) -> list[torch.Tensor]:
 
 def results(case: Case, module: nn.Module, leaves: dict[str, torch.Tensor], kernel: str):
     """Outputs, final states and the gradients of a random sum of them."""
-    leaves = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+    device = "cuda" if kernel == "triton" else "cpu"
+    module = copy.deepcopy(module).to(device)
+    leaves = {name: leaf.detach().to(device, copy=True) for name, leaf in leaves.items()}
     needed = required(case, module, leaves)
     x, state, resets = arguments_of(case, leaves)
     with backends.use(kernel):
-        found = flat(module(x, state, resets=resets))
+        found = flat(module(x, state, resets=None if resets is None else resets.to(device)))
     generator = torch.Generator().manual_seed(case.seed)
-    seeds = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in found]
+    seeds = [torch.randn(t.shape, generator=generator, device="cpu").to(device, t.dtype) for t in found]
     pairs = [(t, s) for t, s in zip(found, seeds, strict=True) if t.requires_grad]
     outputs, seeds = zip(*pairs, strict=True)
     grads = torch.autograd.grad(outputs, needed, seeds, materialize_grads=True)
     for tensor, grad in zip(needed, grads, strict=True):
         assert (grad.dtype, grad.shape) == (tensor.dtype, tensor.shape)
-    return [t.detach() for t in found], list(grads)
+    return [t.detach().cpu() for t in found], [grad.cpu() for grad in grads]
 
 
 def drawn(case: Case, dtype: torch.dtype):
@@ -268,7 +270,7 @@ def perturbed(tensors, unit: float, generator: torch.Generator):
             t.mul_(1 + unit * torch.randn(t.shape, generator=generator, dtype=t.dtype))
 
 
-def alike(case: Case, dtype: torch.dtype, draws: int = 2):
+def alike(case: Case, dtype: torch.dtype, draws: int = 2, kernel: str = "native"):
     """Native results in a precision below float64 against the reference in float64 on the same numbers.
 
     How far a result may be off follows from how far it moves when every number that goes in does by a
@@ -284,7 +286,7 @@ def alike(case: Case, dtype: torch.dtype, draws: int = 2):
     exact = copy.deepcopy(module).double()
     wide = {name: leaf.double() for name, leaf in leaves.items()}
     expected = list(itertools.chain(*results(case, exact, wide, "reference")))
-    found = list(itertools.chain(*results(case, module, leaves, "native")))
+    found = list(itertools.chain(*results(case, module, leaves, kernel)))
     unit = torch.finfo(dtype).eps / 2
     allowed = [unit * (1 + largest(e)) for e in expected]
     others = []

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 import layernorm
-from layernorm import Variant, backends, native, ops
+from layernorm import Variant, backends, ops, recurrent_operator
 from layernorm import functional as LF
 from layernorm.variants import GATES, parameter_shapes
 
@@ -51,12 +51,12 @@ def arguments(cell="lstm", variant=None, proj=0, dtype=torch.float32, packed=Fal
     weights = weights_of(cell, variant, proj, dtype)
     state = state_of(cell, 2, proj, dtype)
     shape = (5,) if packed else (3, 2)
-    kind, inputs, scope, cell_norm, eps = native.spec(variant)
+    kind, inputs, scope, cell_norm, eps = recurrent_operator.spec(variant)
     return {
         "input": torch.randn(*shape, F).to(dtype).requires_grad_(),
         "h": state[0],
         "c": state[1] if cell == "lstm" else None,
-        "weights": native.listed(weights, variant),
+        "weights": recurrent_operator.listed(weights, variant),
         "resets": torch.rand(shape) < 0.3 if resets else None,
         "batch_sizes": [2, 2, 1] if packed else None,
         "cell": "rnn_tanh" if cell == "rnn" else cell,
@@ -381,12 +381,12 @@ def test_no_more_is_kept_than_by_torch():
     kept = {}
     for recompute in (False, True):
         weights = weights_of("lstm", variant, 0, torch.float32, size, size)
-        kind, inputs, scope, cell_norm, eps = native.spec(variant)
+        kind, inputs, scope, cell_norm, eps = recurrent_operator.spec(variant)
         output, _, _, *saved = torch.ops.layernorm.recurrent_forward(
             torch.randn(steps, rows, size),
             torch.zeros(rows, size),
             torch.zeros(rows, size),
-            [w if w is None else w.detach() for w in native.listed(weights, variant)],
+            [w if w is None else w.detach() for w in recurrent_operator.listed(weights, variant)],
             None,
             None,
             "lstm",

@@ -201,7 +201,6 @@ def test_the_choice_on_gpus(monkeypatch):
         with backends.use("triton"):
             assert backends.choose("rms_norm", gpu, half).kernel == "triton"
     backends._measured.cache_clear()
-    assert backends.choose("lstm", gpu, half).kernel == "reference"
     with backends.use("triton"), pytest.raises(RuntimeError, match="no kernel for cpu"):
         LF.layer_norm(torch.zeros(2, 3), (3,))
 
@@ -243,15 +242,35 @@ print(sum("layernorm" in name for name in names))
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_the_kernels_compile_and_fit_into_registers(architecture):
+@pytest.mark.parametrize(
+    ("rows", "kernels"),
+    [
+        ("norms({})", {"forward", "backward", "row_sums", "sum_parts"}),
+        (
+            "recurrent({}, (512, 2048), ('lstm', 'gru'))",
+            {
+                "product",
+                "step_product",
+                "cell_forward",
+                "cell_backward",
+                "normalize_rows",
+                "rows_backward",
+                "gather_before",
+                "column_sums",
+            },
+        ),
+    ],
+    ids=["norms", "recurrent"],
+)
+def test_the_kernels_compile_and_fit_into_registers(architecture, rows, kernels):
     done = in_triton(
         "from layernorm.kernels import resources\n"
-        f"for row in resources.table({architecture}): print(*row, sep='\\t')"
+        f"for row in resources.{rows.format(architecture)}: print(*row, sep='\\t')"
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split("\t") for line in done.stdout.splitlines()]
-    assert {row[0] for row in rows} == {"forward", "backward", "row_sums"}
-    for name, _, width, warps, registers, stack, shared in rows:
+    assert {row[0] for row in rows} == kernels
+    for name, _, _, width, warps, registers, stack, shared in rows:
         assert int(stack) == 0, (name, width)
         # At least one program has room on a multiprocessor, of 65,536 registers and 99 KiB.
         assert int(registers) * int(warps) * 32 <= 65536, (name, width)

@@ -134,6 +134,9 @@ RecurrentOutputs recurrent_autograd(LAYERNORM_RECURRENT_ARGUMENTS, bool recomput
 TORCH_LIBRARY_IMPL(layernorm, AutogradCPU, library) {
   library.impl("recurrent", recurrent_autograd);
 }
+TORCH_LIBRARY_IMPL(layernorm, AutogradCUDA, library) {
+  library.impl("recurrent", recurrent_autograd);
+}
 
 }  // namespace
 }  // namespace layernorm

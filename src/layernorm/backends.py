@@ -1,9 +1,9 @@
 """Which kernel serves which operator, why, and how to choose another.
 
-There are four kernels: ``native``, this package's compiled one; ``triton``, its norms on GPUs; ``torch``,
-PyTorch's own operators; ``reference``, the plain definitions of ``layernorm.reference``. The choice depends
-on the operator, the device and the dtype, never on the number of rows: a row's bits do not depend on its
-batch.
+There are four kernels: ``native``, this package's compiled ones on the CPU; ``triton``, those on GPUs;
+``torch``, PyTorch's own operators; ``reference``, the plain definitions of ``layernorm.reference``. The
+choice depends on the operator, the device and the dtype, never on the number of rows: a row's bits do not
+depend on its batch.
 
 The environment variable ``LAYERNORM_BACKEND`` or ``use`` overrides it. ``LAYERNORM_CPU_CAPABILITY`` chooses
 the instruction set of the compiled kernels; ``capability`` tells which it is.
@@ -73,8 +73,8 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
     if _override is not None:
         return _forced(_checked(_override, VARIABLE), operator, device, dtype)
     other = "reference" if operator in RECURRENT else "torch"
-    if device.type == "cuda" and operator in NORMS:
-        return _on_gpu(operator, device, dtype)
+    if device.type == "cuda":
+        return _on_gpu(operator, device, dtype, other)
     if not _has_native(device, dtype):
         return Choice(other, "the compiled kernels are for floating-point tensors on the CPU")
     if ops.NATIVE_PROBLEM is not None:
@@ -88,14 +88,18 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
     return Choice("native", "compiled for the CPU")
 
 
-def _on_gpu(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
+def _on_gpu(operator: str, device: torch.device, dtype: torch.dtype, other: str) -> Choice:
     if (problem := triton_problem(dtype)) is not None:
-        return Choice("torch", problem)
-    if torch.compiler.is_compiling():
-        return Choice("torch", "inside torch.compile PyTorch's norm fuses with its neighbours")
+        return Choice(other, problem)
+    if torch.compiler.is_compiling() and operator in NORMS:
+        return Choice(other, "inside torch.compile PyTorch's norm fuses with its neighbours")
     if torch._C._are_functorch_transforms_active():
-        return Choice("torch", "torch.func transforms")
-    return _measured(operator, device, dtype)
+        return Choice(other, "torch.func transforms")
+    if operator in NORMS:
+        return _measured(operator, device, dtype)
+    if _in_forward_mode():
+        return Choice(other, "forward-mode derivatives")
+    return Choice("triton", "Triton kernels, for any size and variant")
 
 
 @functools.cache
@@ -170,14 +174,14 @@ def recurrent_kernel_for(operator: str, input: Tensor, others: Sequence[Tensor])
     Where these differ in dtype or device the reference serves, and raises or promotes as PyTorch does.
     """
     kernel = kernel_for(operator, input)
-    if kernel != "native":
+    if kernel not in OPERATORS:
         return kernel
     tensors = (input, *others)
     if any(type(t) not in _TRACED or t.layout != torch.strided for t in tensors) and _override is None:
         return "reference"
-    autocast = torch.is_autocast_enabled("cpu")
+    autocast = torch.is_autocast_enabled(input.device.type)
     alike = all(t.device == input.device and (autocast or t.dtype == input.dtype) for t in others)
-    return "native" if alike else "reference"
+    return kernel if alike else "reference"
 
 
 def _in_forward_mode() -> bool:
@@ -190,8 +194,8 @@ def use(kernel: str) -> Iterator[None]:
 
     Args:
         kernel: ``"native"``, ``"triton"``, ``"torch"`` or ``"reference"``. An operator that has no kernel
-            of that kind raises when it is called; recurrent operators have neither a ``"torch"`` nor a
-            ``"triton"`` kernel and keep the reference then.
+            of that kind raises when it is called; recurrent operators have no ``"torch"`` kernel and keep
+            the reference then.
 
     Raises:
         ValueError: ``kernel`` is none of these.
@@ -210,10 +214,8 @@ def use(kernel: str) -> Iterator[None]:
 
 
 def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    if kernel in ("torch", "triton") and operator in RECURRENT:
-        return Choice(
-            "reference", f"the override asks for {kernel}, which has no normalized recurrent operator"
-        )
+    if kernel == "torch" and operator in RECURRENT:
+        return Choice("reference", "the override asks for torch, which has no normalized recurrent operator")
     if kernel == "native":
         if not _has_native(device, dtype):
             raise RuntimeError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from layernorm import backends, checks, native, reference
+from layernorm import backends, checks, recurrent_operator, reference
 from layernorm.variants import GATES, Cell, Variant, parameter_shapes, resolve
 
 
@@ -393,9 +393,8 @@ def _sequence(
     spec = resolve(variant, cell)
     shapes = _shapes(cell, weights, spec)
     checks.sequence_arguments(cell, input, state, weights, shapes, batch_sizes, resets)
-    if backends.recurrent_kernel_for(cell, input, (*state, *weights.values())) == "native":
-        return native, spec
-    return reference, spec
+    kernel = backends.recurrent_kernel_for(cell, input, (*state, *weights.values()))
+    return (recurrent_operator if kernel in backends.OPERATORS else reference), spec
 
 
 def _shapes(cell: Cell, weights: Mapping[str, Any], spec: Variant) -> dict[str, tuple[int, ...]]:

@@ -1,18 +1,20 @@
 """Online inference: a recurrent network one time step at a time, with its weights packed once.
 
 ``module.stream()`` makes a ``Stream``. On the CPU a step is one call into compiled code, which reads the
-packed weights and writes the result, with the bits of the module's call over the whole sequence.
+packed weights and writes the result; on a GPU it is the replay of one CUDA graph. Either has the bits of the
+module's call over the whole sequence.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from layernorm import backends, checks, native, ops, reference
+from layernorm import backends, checks, ops, recurrent_operator, reference
 from layernorm.cells import State
 
 if TYPE_CHECKING:
@@ -26,11 +28,11 @@ class Stream:
     the compiled kernel: parameters that change later are not seen until ``refresh()``. Dropout is not
     applied, as in evaluation, autocast has no effect, and no derivative is recorded.
 
-    The compiled kernel serves where it serves the module: parameters on the CPU in a floating-point dtype.
-    A step then allocates nothing but its result, and has the bits that the module gives for the whole
-    sequence, however it is cut into steps. Elsewhere, and where ``layernorm.backends`` says so when the
-    stream is made or refreshed, ``layernorm.reference`` serves, which gives the sequence's numbers up to the
-    rounding of its products.
+    The kernel that serves the module serves the stream: compiled for the CPU, or Triton's on a GPU, for
+    which the first step captures a CUDA graph. A step then allocates nothing but its result, and has the bits
+    that the module gives for the whole sequence, however it is cut into steps. Elsewhere, and where
+    ``layernorm.backends`` says so when the stream is made or refreshed, ``layernorm.reference`` serves, which
+    gives the sequence's numbers up to the rounding of its products.
 
     A stream is for one thread at a time; streams of the same module in several threads are independent. It
     can be neither copied nor pickled; its ``state`` can, and makes another stream go on from there.
@@ -42,7 +44,7 @@ class Stream:
 
     Attributes:
         batch_size: N.
-        kernel: what serves the steps, ``"native"`` or ``"reference"``.
+        kernel: what serves the steps, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Raises:
         ValueError: the module is bidirectional, or batch_size not positive.
@@ -105,16 +107,20 @@ class Stream:
                 self._take = self._compiled(layers)
             else:
                 self._layers = [{name: w.detach().clone() for name, w in layer.items()} for layer in layers]
-                self._take = self._by_reference
+                self._kernels = reference if self.kernel == "reference" else recurrent_operator
+                self._captured: Captured | None = None
+                self._take = self._by_sequences
 
     def _compiled(self, layers: list[dict[str, Tensor]]) -> Any:
         """A function of the input and ``out``, which takes a step or returns NotImplemented."""
         assert ops.native is not None  # noqa: S101 - it was chosen
         module = self._module
         cell = f"rnn_{module.nonlinearity}" if module._cell == "rnn" else module._cell
-        listed = [native.listed(layer, module.variant) for layer in layers]
+        listed = [recurrent_operator.listed(layer, module.variant) for layer in layers]
         h, *c = self._state
-        return ops.native.Stream(listed, h, c[0] if c else None, cell, *native.spec(module.variant)).step
+        return ops.native.Stream(
+            listed, h, c[0] if c else None, cell, *recurrent_operator.spec(module.variant)
+        ).step
 
     def step(self, x_t: Tensor, out: Tensor | None = None) -> Tensor:
         """Takes one step.
@@ -161,21 +167,31 @@ class Stream:
                 )
             return fresh if out is None else out.copy_(fresh)
 
-    def _by_reference(self, x_t: Tensor, out: Tensor | None) -> Tensor:
+    def _by_sequences(self, x_t: Tensor, out: Tensor | None) -> Tensor:
+        """A step as a sequence of one."""
         self._check_step(x_t, out)
-        module = self._module
-        options: dict[str, Any] = {"nonlinearity": module.nonlinearity} if module._cell == "rnn" else {}
-        kernel = getattr(reference, module._cell)
         with torch.no_grad(), _no_autocast(x_t.device):
             data = x_t.reshape(1, self.batch_size, -1)
-            for layer, weights in enumerate(self._layers):
-                held = tuple(s[layer] for s in self._state)
-                given = held if module._cell == "lstm" else held[0]
-                data, final = kernel(data, given, weights, module.variant, **options)
-                for s, new in zip(held, final if module._cell == "lstm" else (final,), strict=True):
-                    s.copy_(new)
-            result = data[0].reshape(*x_t.shape[:-1], -1)
+            if self.kernel == "triton" and x_t.is_cuda and not torch.cuda.is_current_stream_capturing():
+                if self._captured is None:
+                    self._captured = Captured(self._through_layers, data, self._state)
+                result = self._captured(data).reshape(*x_t.shape[:-1], -1)
+                return result.clone() if out is None else out.copy_(result)
+            result = self._through_layers(data).reshape(*x_t.shape[:-1], -1)
             return result if out is None else out.copy_(result)
+
+    def _through_layers(self, data: Tensor) -> Tensor:
+        """Of a sequence of one step; the state moves on."""
+        module = self._module
+        options: dict[str, Any] = {"nonlinearity": module.nonlinearity} if module._cell == "rnn" else {}
+        kernel = getattr(self._kernels, module._cell)
+        for layer, weights in enumerate(self._layers):
+            held = tuple(s[layer] for s in self._state)
+            given = held if module._cell == "lstm" else held[0]
+            data, final = kernel(data, given, weights, module.variant, **options)
+            for s, new in zip(held, final if module._cell == "lstm" else (final,), strict=True):
+                s.copy_(new)
+        return data
 
     def _check_step(self, x_t: Tensor, out: Tensor | None) -> None:
         h = self._state[0]
@@ -255,6 +271,34 @@ class Stream:
             f"<{self._name}: batch_size={self.batch_size}, kernel={self.kernel!r}, "
             f"{type(module).__name__}({module.extra_repr()})>"
         )
+
+
+class Captured:
+    """A function of one tensor as a CUDA graph, with memory of its own for what comes in and goes out.
+
+    Args:
+        function: what is captured; called once before, which compiles its kernels.
+        example: a tensor like those it is called with.
+        state: what it changes, which that call must not.
+    """
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], example: Tensor, state: Sequence[Tensor]
+    ) -> None:
+        self._input = example.contiguous().clone()
+        before = [s.clone() for s in state]
+        function(self._input)
+        for s, held in zip(state, before, strict=True):
+            s.copy_(held)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(example.device), torch.cuda.graph(self._graph):
+            self._output = function(self._input)
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """The result, which the next call overwrites."""
+        self._input.copy_(input)
+        self._graph.replay()
+        return self._output
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -58,9 +58,11 @@ class Chunk:
         def new(width: int, *, where: bool = True) -> Tensor | None:
             return layer.input.new_empty((rows, width)) if where else None
 
+        def floats(*shape: int) -> Tensor:
+            return layer.input.new_empty(shape, dtype=torch.float32)
+
         width, hidden, size = layer.gate_width, layer.hidden_size, layer.output_size
         normed = layer.cell == "lstm" and layer.cell_norm != "none"
-        floats = {"dtype": torch.float32, "device": layer.input.device}
         return cls(
             grad_gates=layer.input.new_empty((rows, width)),
             grad_wh=layer.input.new_empty((rows, width)),
@@ -70,9 +72,9 @@ class Chunk:
             cell=new(hidden, where=normed),
             grad_state=new(size, where=layer.projected),
             hidden=new(hidden, where=layer.projected),
-            grad_hidden=torch.empty((layer.batch, hidden), **floats) if layer.projected else None,  # type: ignore[arg-type]
+            grad_hidden=floats(layer.batch, hidden) if layer.projected else None,
             again=layer.new_saved(rows, with_c=False) if again else None,
-            wh=torch.empty((rows, width), **floats) if again else None,  # type: ignore[arg-type]
+            wh=floats(rows, width) if again else None,
         )
 
     def tensors(self) -> dict[str, Tensor | None]:
@@ -231,7 +233,7 @@ def normalize_rows(layer: Layer, saved: Saved) -> None:
     )
 
 
-def row_options(layer: Layer) -> dict[str, object]:
+def row_options(layer: Layer) -> dict[str, Any]:
     """The parameters of kernels that take whole rows of gates."""
     block = settings.block_for(layer.hidden_size)
     return {

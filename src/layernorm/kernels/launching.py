@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +19,35 @@ ALIGNED: Final = 16
 Wrap = Callable[[Any], Any] | None
 
 
+class Launch(NamedTuple):
+    """A kernel with its arguments."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within the ``with`` block launches are listed and nothing runs."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], beside: Tensor, *arguments: Any, wrap: Wrap = None, **options: Any
 ) -> None:
     """Runs the kernel on the device of ``beside``, whichever is the current one."""
+    if (launches := _recorded.get()) is not None:
+        launches.append(Launch(kernel, arguments, options))
+        return
     if wrap is not None:
         wrap(kernel)[grid](*arguments, **options)
         return

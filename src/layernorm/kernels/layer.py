@@ -156,8 +156,8 @@ class Layer(Spec):
         packed = batch_sizes is not None
         if input.dtype not in DTYPES or input.dim() != (2 if packed else 3):
             raise RuntimeError(
-                f"layernorm: input must be of {2 if packed else 3} dimensions, of float32, bfloat16 or float16; "
-                f"got {list(input.shape)} of {input.dtype}"
+                f"layernorm: input must be of {2 if packed else 3} dimensions, of float32, bfloat16 or "
+                f"float16; got {list(input.shape)} of {input.dtype}"
             )
         gates = _GATES[cell]
         weight_ih, weight_hh, weight_hr = weights[:3]
@@ -240,7 +240,8 @@ class Layer(Spec):
 
     def first_state(self) -> tuple[Tensor, Tensor | None]:
         """Copies of the initial state, with zeros where the first step resets it."""
-        return tuple(None if s is None else self.cleared(s.clone()) for s in (self.h0, self.c0))  # type: ignore[return-value]
+        c = None if self.c0 is None else self.cleared(self.c0.clone())
+        return self.cleared(self.h0.clone()), c
 
     def cleared(self, state: Tensor) -> Tensor:
         """The state, or its gradient, with zeros in the rows that the first step resets."""

@@ -12,9 +12,9 @@ from layernorm.kernels.launching import launch
 def product(
     a: Tensor, weight: Tensor, out: Tensor, *, bias: Tensor | None = None, transposed: bool = True
 ) -> Tensor:
-    """out (rows, columns) = a (rows, depth) times the weight's transpose, or the weight; and plus a bias.
+    """To out (rows, columns): a (rows, depth) times the weight's transpose, or the weight, plus a bias.
 
-    All contiguous. A row's bits depend on the sizes of the weight alone.
+    All are contiguous. A row's bits depend on the sizes of the weight alone.
     """
     columns, depth = weight.shape if transposed else weight.shape[::-1]
     rows = a.size(0)
@@ -39,12 +39,13 @@ def product(
 
 
 def precision() -> str:
-    """ "tf32" or "ieee": of float32 products, as ``torch.nn.LSTM`` has it on GPUs."""
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+    """Of float32 products, as ``torch.nn.LSTM`` has it on GPUs: "tf32" or "ieee"."""
+    of_rnn: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if of_rnn == "tf32" else "ieee"
 
 
 def sum_of_outer(a: Tensor, b: Tensor, total: Tensor) -> None:
-    """total (m, n) += aᵀ b over all rows of a (rows, m) and b (rows, n), in float32, the total's type."""
+    """Adds aᵀ b over all rows of a (rows, m) and b (rows, n) to total (m, n), in float32, its type."""
     if a.dtype == torch.float32:
         total.addmm_(a.t(), b)
     elif a.is_cuda:

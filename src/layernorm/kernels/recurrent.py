@@ -137,7 +137,7 @@ def _step_backward(layer: Layer, table: Tensor, step: int, bits: int) -> None:
 
 
 #: Parameters of the kernels that take a row of a step.
-_PARAMETERS: Final[dict[str, Callable[[Layer], object]]] = {
+_PARAMETERS: Final[dict[str, Callable[[Layer], Any]]] = {
     "CELL": lambda layer: layer.cell,
     "KIND": lambda layer: layer.kind,
     "INPUTS": lambda layer: layer.inputs,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -114,7 +115,7 @@ class Captured:
         for size in sizes(count):
             graph = self._graphs.get(size)
             if graph is None and self._compiled and size > 1:
-                graph = self._graphs[size] = self._capture(lambda size=size: self._launch(size, step))
+                graph = self._graphs[size] = self._capture(partial(self._launch, size, step))
             if graph is None:
                 self._launch(size, step)
             else:

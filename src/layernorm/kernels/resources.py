@@ -1,6 +1,7 @@
 """What the Triton kernels take of a GPU: registers, spills and shared memory, found without one.
 
-Compiles every kernel that the settings can ask for, and reads what NVIDIA's assembler made of it::
+Compiles every kernel that the norms and the recurrent layers launch, and reads what NVIDIA's assembler made
+of it::
 
     python -m layernorm.kernels.resources --arch 90
 """
@@ -16,10 +17,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import torch
+from torch import Tensor
+
+from layernorm.kernels.launching import ALIGNED, Launch, recording
+from layernorm.variants import parameter_shapes, resolve
+
 ARCHITECTURES: Final = (80, 90, 100)
-_POINTERS: Final = ("bf16", "fp32")
-#: A width for each kind of tile, the last ones wider than any.
+DTYPES: Final = (torch.bfloat16, torch.float32)
+#: Of the norms' rows: a width for each kind of tile, the last ones wider than any.
 WIDTHS: Final = (64, 768, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
+#: Hidden sizes.
+SIZES: Final = (128, 256, 512, 1024, 2048)
+CELLS: Final = ("lstm", "gru", "rnn")
+_LAUNCH_OPTIONS: Final[tuple[str, ...]] = ("num_warps", "num_stages")
 
 
 class Resources(NamedTuple):
@@ -27,8 +38,9 @@ class Resources(NamedTuple):
 
     Attributes:
         kernel: its name.
-        dtype: of input, output and their gradients.
-        width: of the rows it is for.
+        of: what it was compiled for.
+        dtype: of the tensors it reads.
+        width: of a norm's rows, or the hidden size.
         warps: of a program.
         registers: of a thread.
         stack: bytes of memory that a thread uses for want of registers.
@@ -36,6 +48,7 @@ class Resources(NamedTuple):
     """
 
     kernel: str
+    of: str
     dtype: str
     width: int
     warps: int
@@ -44,7 +57,7 @@ class Resources(NamedTuple):
     shared: int
 
 
-def table(architecture: int, widths: tuple[int, ...] = WIDTHS) -> Iterator[Resources]:
+def norms(architecture: int, widths: tuple[int, ...] = WIDTHS) -> Iterator[Resources]:
     """The resources of layer norm with gain, bias, statistics and all gradients.
 
     Args:
@@ -54,92 +67,130 @@ def table(architecture: int, widths: tuple[int, ...] = WIDTHS) -> Iterator[Resou
     Raises:
         RuntimeError: Triton interprets its kernels in this process.
     """
-    from layernorm.kernels import norm, norm_kernels, settings
+    from layernorm.kernels import norm
 
-    chosen = settings.for_architecture(divmod(architecture, 10))
-    for dtype in _POINTERS:
+    for dtype in DTYPES:
         for width in widths:
-            forward, backward = settings.forward_tile(chosen, width), settings.backward_tile(chosen, width)
-            floats = ("stats", "sums", "part_gain", "part_bias")
-            pointers = {"input", "gain", "bias", "output", "stats", "grad", "sums", "grad_input"}
-            jobs: list[tuple[Any, dict[str, Any], int, set[str]]] = [
-                (
-                    norm_kernels.forward,
-                    {
-                        "CENTRED": True,
-                        "NESTED": False,
-                        "WHOLE": forward.whole,
-                        "ROWS": forward.rows,
-                        "BLOCK": forward.block,
-                        "CHUNK": norm.chunk(forward),
-                    },
-                    forward.warps,
-                    pointers,
-                ),
-                (
-                    norm_kernels.backward,
-                    {
-                        "CENTRED": True,
-                        "NESTED": False,
-                        "WHOLE": backward.whole,
-                        "ROWS": backward.rows,
-                        "BLOCK": backward.block,
-                    },
-                    backward.warps,
-                    (pointers | {"part_gain", "part_bias"}) - ({"sums"} if backward.whole else set()),
-                ),
-            ]
-            if not backward.whole:
-                block, warps = chosen.looped_sums
-                jobs.append(
-                    (
-                        norm_kernels.row_sums,
-                        {"CENTRED": True, "NESTED": False, "BLOCK": block},
-                        warps,
-                        pointers,
-                    )
-                )
-            for kernel, constants, warps, present in jobs:
-                types = {name: "fp32" if name in floats else dtype for name in present}
-                yield _resources(kernel, constants, types, architecture, dtype, width, warps)
+            x, gain = _meta((64, width), dtype), _meta((width,), dtype)
+            with recording() as launches:
+                _, _, stats = norm.norm_forward(x, None, [width], gain, gain, 1e-5, True)
+                norm.norm_backward(x, None, x, stats, [width], gain, gain, True, [True] * 3)
+            yield from _all(launches, "layer_norm", dtype, width, architecture)
 
 
-def _resources(
+def recurrent(
+    architecture: int, sizes: tuple[int, ...] = SIZES, cells: tuple[str, ...] = CELLS
+) -> Iterator[Resources]:
+    """The resources of the paper's layers with all gradients.
+
+    Args:
+        architecture: as in ``sm_90``.
+        sizes: hidden, and of the input.
+        cells: of ``CELLS``.
+
+    Raises:
+        RuntimeError: Triton interprets its kernels in this process.
+    """
+    from layernorm.kernels import recurrent as layers
+    from layernorm.recurrent_operator import listed, spec
+
+    for dtype in DTYPES:
+        for cell in cells:
+            variant = resolve("paper", cell)  # type: ignore[arg-type]
+            for size in sizes:
+                shapes = parameter_shapes(cell, variant, size, size)  # type: ignore[arg-type]
+                weights = listed({name: _meta(shape, dtype) for name, shape in shapes.items()}, variant)
+                x, state = _meta((2, 64, size), dtype), _meta((64, size), dtype)
+                c = state if cell == "lstm" else None
+                name = "rnn_tanh" if cell == "rnn" else cell
+                of_layer = (x, state, c, weights, None, None, name, *spec(variant), False)
+                with recording() as launches:
+                    output, hn, cn, *kept = layers.recurrent_forward(*of_layer, False)
+                    grads = (output, hn, cn if c is not None else None)
+                    layers.recurrent_backward(*of_layer, *grads, output, *kept, [True] * 14)
+                yield from _all(launches, cell, dtype, size, architecture)
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _all(
+    launches: list[Launch], of: str, dtype: torch.dtype, width: int, architecture: int
+) -> Iterator[Resources]:
+    """Of each different kernel among the launches."""
+    seen = set()
+    for launch in launches:
+        signature, constants, attributes, options = _specialized(launch)
+        compiled_for = repr((launch.kernel.__name__, signature, constants, attributes, options))
+        if compiled_for in seen or launch.kernel.__name__ in ("write", "advance"):
+            continue
+        seen.add(compiled_for)
+        found = _compiled(launch.kernel, signature, constants, attributes, options, architecture)
+        warps: int = options["num_warps"]
+        name = str(dtype).removeprefix("torch.")
+        yield Resources(launch.kernel.__name__, of, name, width, warps, *found)
+
+
+def _specialized(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any], dict[str, int]]:
+    """What Triton compiles for such a call: types, constants, what is divisible by 16, and options."""
+    import triton
+
+    kernel = launch.kernel
+    if not isinstance(kernel, triton.JITFunction):
+        raise RuntimeError("Triton interprets its kernels in this process: unset TRITON_INTERPRET")
+    given = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.options
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, given[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", ALIGNED]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if value % ALIGNED == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", ALIGNED]]
+    options: dict[str, int] = {
+        name: launch.options[name] for name in _LAUNCH_OPTIONS if name in launch.options
+    }
+    return signature, constants, attributes, options
+
+
+_TYPES: Final = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+
+
+def _compiled(
     kernel: Any,
-    constants: dict[str, Any],
-    types: dict[str, str],
+    signature: dict[str, str],
+    constants: dict[Any, Any],
+    attributes: dict[Any, Any],
+    options: dict[str, int],
     architecture: int,
-    dtype: str,
-    width: int,
-    warps: int,
-) -> Resources:
+) -> tuple[int, int, int]:
+    """Registers, bytes of the stack, and bytes of shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if not isinstance(kernel, triton.JITFunction):
-        raise RuntimeError("Triton interprets its kernels in this process: unset TRITON_INTERPRET")
-    signature, constexprs, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], constexprs[(index,)] = "constexpr", constants[name]
-        elif name in types:
-            signature[name] = f"*{types[name]}"
-        elif name == "eps":
-            signature[name] = "fp32"
-        elif name in ("rows", "width", "rows_per_part") or name.endswith(("_inner", "_outer", "_stride")):
-            signature[name] = "i32"
-        else:  # a tensor that is None
-            signature[name], constexprs[(index,)] = "constexpr", None
-        if signature[name].startswith("*") or name == "width" or name.endswith(("_outer", "_stride")):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs, attributes)
-    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), {"num_warps": warps})
-    registers, stack = _usage(compiled.asm["cubin"])
-    return Resources(kernel.__name__, dtype, width, warps, registers, stack, compiled.metadata.shared)
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options)
+    registers, stack = usage(compiled.asm["cubin"])
+    return registers, stack, compiled.metadata.shared
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
+def usage(cubin: bytes) -> tuple[int, int]:
     """Registers of a thread, and bytes of its stack."""
     from triton import knobs
 
@@ -159,15 +210,17 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def main() -> int:
-    """Prints the table."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(prog="python -m layernorm.kernels.resources", description=__doc__)
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90)
     options = parser.parse_args()
-    heads = ("kernel", "dtype", "width", "warps", "registers", "stack, bytes", "shared, bytes")
+    heads = ("kernel", "of", "dtype", "width", "warps", "registers", "stack, bytes", "shared, bytes")
     write = sys.stdout.write
-    write(f"| {' | '.join(heads)} |\n|---|---|{'---:|' * 5}\n")
-    for row in table(options.arch):
-        write(f"| {' | '.join(map(str, row))} |\n")
+    write(f"| {' | '.join(heads)} |\n|---|---|---|{'---:|' * 5}\n")
+    for rows in (norms(options.arch), recurrent(options.arch)):
+        for row in rows:
+            write(f"| {' | '.join(map(str, row))} |\n")
+            sys.stdout.flush()
     return 0
 
 

@@ -8,7 +8,7 @@ the compiled kernels and the bytes in flight, for no device has been measured ye
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -94,7 +94,7 @@ class ProductTile:
     warps: int
     stages: int
 
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         """As the kernels take them."""
         return {
             "BLOCK_M": self.rows,

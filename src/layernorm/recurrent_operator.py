@@ -1,4 +1,4 @@
-"""The compiled recurrent kernels, with the names and signatures of ``layernorm.reference``."""
+"""The recurrent operator, which the CPU's and the GPU's kernels serve, as ``layernorm.reference`` has it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def lstm(
     resets: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """``layernorm.reference.lstm`` by the compiled kernel."""
+    """``layernorm.reference.lstm`` by the operator."""
     output, h, c = _recurrent("lstm", input, state, weights, variant, reverse, batch_sizes, resets, recompute)
     return output, (h, c)
 
@@ -40,7 +40,7 @@ def gru(
     resets: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``layernorm.reference.gru`` by the compiled kernel."""
+    """``layernorm.reference.gru`` by the operator."""
     output, h, _ = _recurrent(
         "gru", input, (state,), weights, variant, reverse, batch_sizes, resets, recompute
     )
@@ -59,7 +59,7 @@ def rnn(
     resets: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``layernorm.reference.rnn`` by the compiled kernel."""
+    """``layernorm.reference.rnn`` by the operator."""
     output, h, _ = _recurrent(
         f"rnn_{nonlinearity}", input, (state,), weights, variant, reverse, batch_sizes, resets, recompute
     )
@@ -90,8 +90,9 @@ def _recurrent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors: list[Tensor | None] = [input, state[0], state[1] if len(state) > 1 else None]
     tensors += listed(weights, variant)
-    if torch.is_autocast_enabled("cpu"):  # as torch.nn's do: everything in the lower precision
-        dtype = torch.get_autocast_dtype("cpu")
+    device = input.device.type
+    if torch.is_autocast_enabled(device):  # as torch.nn's do: everything in the lower precision
+        dtype = torch.get_autocast_dtype(device)
         tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
     x, h, c, *parameters = tensors
     sizes = None if batch_sizes is None else list(batch_sizes)
