@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from layernorm import machine
-from layernorm.bench import gpu, gpu_peers, gpu_report, report
+from layernorm.bench import cuda, gpu, gpu_peers, gpu_report, report
 from layernorm.bench.benchmark import in_folder
 from layernorm.bench.norms_peers import make_case
 from layernorm.bench.table import Table
@@ -83,6 +83,6 @@ def test_the_documented_predictions_are_the_programs():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_times_are_the_gpus():
     x = torch.ones(2**26, device="cuda")
-    began = gpu.Instant()
+    began = cuda.Instant()
     x.clone()
-    assert 2e-5 < gpu.Instant() - began < 1e-1
+    assert 2e-5 < cuda.Instant() - began < 1e-1

@@ -7,12 +7,12 @@ import threading
 
 import pytest
 import torch
-from test_recurrent_kernels import CHOICES, HALVES, LARGE, alike, drawn_cases, of_cases
-from test_recurrent_operators import arguments, backward_arguments, detached
-from test_recurrent_promises import FUNCTIONS, Layer, every_function, same, seeds_like
 
 from layernorm import Variant, backends, ops
 from layernorm.variants import GATES
+from test_recurrent_kernels import CHOICES, LARGE, alike, drawn_cases, of_cases
+from test_recurrent_operators import arguments, backward_arguments, detached
+from test_recurrent_promises import FUNCTIONS, Layer, every_function, same, seeds_like
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'layernorm[triton]'")
 
@@ -189,7 +189,7 @@ def test_a_stream_has_the_bits_of_the_sequence(place):
         pytest.skip("the interpreter has no CUDA graphs")
     x = torch.randn(5, 3, 6)
     steps = [stream.step(x_t) for x_t in x]
-    output, (h, c) = lstm(x)
+    output, (h, _) = lstm(x)
     assert stream.kernel == "triton"
     assert torch.equal(torch.stack(steps), output)
     assert torch.equal(stream.state[0], h)

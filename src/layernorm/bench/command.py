@@ -42,7 +42,7 @@ def add_to(commands: Any) -> None:
     """Adds the command ``bench`` with a command of its own for each benchmark."""
     bench = commands.add_parser(
         "bench",
-        help="speed beside others': recurrent networks, single steps, norm operators, norms on a GPU",
+        help="speed beside others': recurrent networks, single steps, norm operators, and those on a GPU",
         description="Measures this package beside PyTorch and others.",
     )
     kinds = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")

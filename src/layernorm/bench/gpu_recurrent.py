@@ -16,6 +16,7 @@ from layernorm.bench.benchmark import OURS, Benchmark, Work
 from layernorm.bench.gpu_recurrent_peers import ALONE, PEERS, PLAIN, is_missing
 from layernorm.bench.measuring import BASE, Row, each_point, peer_rows, sample
 from layernorm.bench.recurrent import Expected, Point
+from layernorm.bench.subjects import first_line
 from layernorm.bench.table import MEASURES, significant
 from layernorm.bench.workers import Emit, WorkerError, serve
 
@@ -62,9 +63,11 @@ def measure(job: dict[str, Any], emit: Emit) -> None:
             with cuda.exact_float32():
                 expected = right(point)
             rows = _measure(point, expected, names, job, emit)
-        except torch.OutOfMemoryError as error:
-            emit({"note": f"{point.name}: {str(error).splitlines()[0]}"})
-            rows = [{**asdict(point), "peer": name, "status": "out of memory"} for name in names]
+        except (torch.OutOfMemoryError, recurrent.NoBaseError) as error:
+            # One point that this device or this PyTorch cannot have must not end the run.
+            emit({"note": f"{point.name}: {first_line(error)}"})
+            status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "not measured"
+            rows = [{**asdict(point), "peer": name, "status": status} for name in names]
         if job["device"] == "cuda":
             torch.cuda.empty_cache()
         return [row | environment for row in rows]
@@ -199,7 +202,7 @@ timed them yet. It has {recurrent.ROUNDS} rounds at most and these points and pe
   - the batches {_listed(BATCHES)} with the sizes {_listed(HIDDEN)};
   - the peers {_listed(EVERYWHERE)}; the others at {_FEW_TEXT} only.
 Naming --peers measures those at every point: each that compiles takes half a minute or more there, FlashRNN
-and TorchRL longer. The largest points need about 60 GB of memory for the loop.
+and TorchRL longer. The loop in training needs some 40 GB at the largest points.
 
 """
 

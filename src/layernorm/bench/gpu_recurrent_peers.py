@@ -69,11 +69,8 @@ def _compiled_step(case: Case) -> Subject:
 
 
 def _scan(case: Case) -> Subject:
-    """The loop over time as PyTorch's operator, all of it compiled.
-
-    With PyTorch 2.13 and Inductor for CPUs the GRU's gradients of gain_hh and bias_hn are wrong, and the
-    RNN's training is refused; such a peer stands in the table as failed.
-    """
+    """The loop over time as PyTorch's operator, all of it compiled."""
+    import torch._functorch.config as settings
     from torch._higher_order_ops import scan
 
     torch._dynamo.reset()
@@ -84,14 +81,17 @@ def _scan(case: Case) -> Subject:
 
         def step(state: tuple[Tensor, ...], x_t: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
             following = _tuple(parts.step(x_t, *state, *inside))
-            # The operator refuses a state that shares memory with the output or with what backward keeps.
-            return tuple(tensor.clone() for tensor in following), following[0]
+            # Neither state nor output may share memory with the other, or with what is kept for backward
+            # (pytorch issue 195977).
+            return tuple(tensor.clone() for tensor in following), following[0].clone()
 
         output: Tensor = scan(step, _start(x, case), parts.project(x, *outside))[1]
         return output
 
     function = torch.compile(sequence, dynamic=False, fullgraph=True)
-    return compiled(of_function(function, case, case.normalized))
+    # Else Inductor writes over what the loop's backward still needs (pytorch issue 153679; in 2.13).
+    with settings.patch(donated_buffer=False):
+        return compiled(of_function(function, case, case.normalized))
 
 
 def _batch_first(case: Case) -> Case:

@@ -17,6 +17,7 @@ from layernorm.bench.gpu_recurrent_peers import BY_HAND, KERNELS, PEERS
 from layernorm.bench.measuring import BASE
 from layernorm.bench.recurrent import Point
 from layernorm.bench.table import MEASURES
+from layernorm.variants import resolve
 
 _NUMBERS: Final = ("batch", "hidden", "steps", "threads", *MEASURES, *gpu_recurrent.FIGURES, "other_cpus")
 _POINT: Final = ["cell", "dtype", "mode", "batch", "hidden", "steps"]
@@ -39,9 +40,25 @@ _PACKAGES: Final = {
     }.items()
     if column in machine.GPU_COLUMNS
 }
+
+
+def _persistent(point: Point) -> float | None:
+    """The persistent kernel's model of its steps, without what comes before them."""
+    from layernorm.kernels import persistent, persistent_plan
+
+    if point.mode != "inference":
+        return None
+    groups = persistent.groups_of(point.cell, resolve("paper", point.cell).scope)
+    found = persistent_plan.plan(point.cell, point.hidden, point.dtype, 90, point.batch, groups)
+    if isinstance(found, str):
+        return None
+    step = sum(persistent_plan.seconds_per_step(found, groups=groups))
+    return point.steps * persistent_plan.waves(found, point.batch) * step
+
+
 #: Seconds that a point is expected to take, by the heads of the columns of ``predictions``; None where
 #: nothing is known. The kernels' own models of their times go here.
-PREDICTED: Final[dict[str, Callable[[Point], float | None]]] = {}
+PREDICTED: Final[dict[str, Callable[[Point], float | None]]] = {"persistent steps, H100": _persistent}
 
 _METHOD: Final = """\
 ### How the recurrent layers are measured on a GPU

@@ -96,11 +96,12 @@ def _panel(axis: Axes, data: pd.DataFrame, labels: Sequence[str], peers: Sequenc
 
 
 def _logarithmic(axis: Axes, which: str = "x") -> None:
-    """Ticks at 1, 2 and 5 times the powers of ten, as plain numbers."""
+    """Ticks at 1, 2 and 5 times the powers of ten, or more where the range is small, as plain numbers."""
     axis.set(**{f"{which}scale": "log"})
     low, high = axis.get_xlim() if which == "x" else axis.get_ylim()
     line = axis.xaxis if which == "x" else axis.yaxis
-    steps = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+    wide, narrow = high / low >= 300, high / low < 5
+    steps = (1.0,) if wide else (1.0, 1.4, 2.0, 3.0, 5.0, 7.0) if narrow else (1.0, 2.0, 5.0)
     line.set_major_locator(mpl.ticker.LogLocator(subs=steps, numticks=20))
     line.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     line.set_minor_locator(mpl.ticker.NullLocator())

@@ -134,6 +134,10 @@ def known(device: str = "cpu") -> Callable[[Point], Expected]:
     return expected
 
 
+class NoBaseError(RuntimeError):
+    """PyTorch's own layer, which ratios are to, cannot be measured."""
+
+
 def checked(
     point: Point,
     case: Case,
@@ -151,6 +155,9 @@ def checked(
         peers: what makes each ready.
         plain: those that compute PyTorch's un-normalized cell.
         emit: is told why a peer has no figures.
+
+    Raises:
+        NoBaseError: PyTorch's own cannot.
     """
     differences: dict[str, float] = {}
 
@@ -168,7 +175,7 @@ def checked(
 
     subjects, problems = prepare(list(peers), lambda name: peers[name](case), check, note)
     if BASE not in subjects:
-        raise RuntimeError(f"{BASE} itself cannot be measured at {point.name}")
+        raise NoBaseError(f"{BASE} itself cannot be measured at {point.name}")
     return subjects, problems, differences
 
 

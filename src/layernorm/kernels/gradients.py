@@ -148,7 +148,7 @@ class Gradients:
         layer, hidden = self._layer, self._layer.hidden_size
         grad, grad_wh = chunk.rows("grad_gates", rows), chunk.rows("grad_wh", rows)
         own = None if chunk.grad_own is None else chunk.rows("grad_own", rows)
-        if layer.kind != "none" and self._wants("bias", "gain_x", "gain_h", "bias_hn"):
+        if layer.kind != "none" and self._wants("bias", "gain_ih", "gain_hh", "bias_hn"):
             separate = layer.inputs == "separate"
             total, of_x, of_h = _column_sums(grad, saved.x, saved.h if separate else None)
             if separate and own is not None:
@@ -156,8 +156,8 @@ class Gradients:
                 of_h[2 * hidden :] = own_h
                 self._add("bias_hn", of_own)
             self._add("bias", total)
-            self._add("gain_x", of_x)
-            self._add("gain_h", of_h)
+            self._add("gain_ih", of_x)
+            self._add("gain_hh", of_h)
         if chunk.cell is not None and self._wants("gain_cell", "bias_cell"):
             total, of_cell, _ = _column_sums(chunk.rows("grad_cell", rows), chunk.rows("cell", rows))
             self._add("bias_cell", total)
@@ -212,7 +212,7 @@ class Gradients:
                 grad,
                 saved.x,
                 saved.stats,
-                layer.vectors["gain_x"],
+                layer.vectors["gain_ih"],
                 **row_options(layer),
             )
         return grad

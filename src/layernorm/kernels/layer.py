@@ -15,7 +15,7 @@ from layernorm.kernels.launching import aligned
 
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 #: The vectors among the operators' weights in their order, as the kernels call them.
-VECTORS: Final = ("bias_ih", "bias_hh", "gain_x", "gain_h", "bias", "bias_hn", "gain_cell", "bias_cell")
+VECTORS: Final = ("bias_ih", "bias_hh", "gain_ih", "gain_hh", "bias", "bias_hn", "gain_cell", "bias_cell")
 _GATES: Final = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 

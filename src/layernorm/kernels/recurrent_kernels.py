@@ -1,4 +1,4 @@
-"""The Triton kernels of the recurrent layers: a step's rows forward and backward, and what surrounds the loop.
+"""The Triton kernels of the recurrent layers: a step's rows forward and backward, and what surrounds it.
 
 A program takes one row of one step, all its gates in registers. A row of a step goes through
 
@@ -35,8 +35,8 @@ X = slot("x")
 WH = slot("wh")
 STATE_H = slot("h")
 STATE_C = slot("c")
-GAIN_X = slot("gain_x")
-GAIN_H = slot("gain_h")
+GAIN_IH = slot("gain_ih")
+GAIN_HH = slot("gain_hh")
 BIAS = slot("bias")
 BIAS_HN = slot("bias_hn")
 GAIN_CELL = slot("gain_cell")
@@ -89,7 +89,7 @@ def _neighbour(table, t, batch, PACKED: tl.constexpr):
 @triton.jit
 def _no_reset(table, row, where, PRESENT: tl.constexpr):
     """Whether this row is not reset; true where ``where`` is not."""
-    found = row == row  # noqa: PLR0124 - true
+    found = row == row  # true
     if has(PRESENT, RESETS):
         found = tl.load(address(table, RESETS, tl.uint8) + row, where, other=0) == 0
     return found
@@ -193,7 +193,7 @@ def _met(
             x0, x1, _, _ = normalized_gates(
                 x0 + h0, x1 + h1, x0, x1, mask, eps, stats, CELL, KIND, SCOPE, 2, H
             )
-            gain = _vector(table, GAIN_X, PRESENT, TYPE, column, mask, 1.0)
+            gain = _vector(table, GAIN_IH, PRESENT, TYPE, column, mask, 1.0)
             reset = sigmoid(x0 * gain + _vector(table, BIAS, PRESENT, TYPE, column, mask, 0.0))
             x2, _, _, _, rstd = normalized(
                 tl.where(mask, x2 + reset * h2, 0.0), x2, x2, x2, mask, eps, H, 1, KIND == "layer"
@@ -222,9 +222,9 @@ def _gate(
 ):
     """A gate before its nonlinearity; the candidate of a GRU without what the reset gate multiplies."""
     at = which * H + column
-    gate = x * _vector(table, GAIN_X, PRESENT, TYPE, at, mask, 1.0)
+    gate = x * _vector(table, GAIN_IH, PRESENT, TYPE, at, mask, 1.0)
     if INPUTS == "separate":
-        gate += h * _vector(table, GAIN_H, PRESENT, TYPE, at, mask, 1.0)
+        gate += h * _vector(table, GAIN_HH, PRESENT, TYPE, at, mask, 1.0)
     return gate + _vector(table, BIAS, PRESENT, TYPE, at, mask, 0.0)
 
 
@@ -243,11 +243,11 @@ def _candidate(
 ):
     """The candidate of a GRU, and what the reset gate multiplies in it."""
     at = 2 * H + column
-    a = x * _vector(table, GAIN_X, PRESENT, TYPE, at, mask, 1.0)
+    a = x * _vector(table, GAIN_IH, PRESENT, TYPE, at, mask, 1.0)
     a += _vector(table, BIAS, PRESENT, TYPE, at, mask, 0.0)
     of_reset = a
     if INPUTS == "separate":
-        of_reset = h * _vector(table, GAIN_H, PRESENT, TYPE, at, mask, 1.0)
+        of_reset = h * _vector(table, GAIN_HH, PRESENT, TYPE, at, mask, 1.0)
         of_reset += _vector(table, BIAS_HN, PRESENT, TYPE, column, mask, 0.0)
         a += reset * of_reset
     elif INPUTS == "summed":
@@ -595,7 +595,7 @@ def cell_backward(
     stats = address(table, SAVED_STATS, tl.float32) + kept * STATS
     of_x = d2  # late: of the candidate's x
     if INPUTS == "late":
-        gain = _vector(table, GAIN_X, PRESENT, TYPE, 2 * H + column, mask, 1.0)
+        gain = _vector(table, GAIN_IH, PRESENT, TYPE, 2 * H + column, mask, 1.0)
         rstd = tl.load(stats + GROUPS - 1)
         of_x, _, _, _ = through_norm(d2 * gain, d2, d2, d2, x2, x2, x2, x2, rstd, mask, H, 1, KIND == "layer")
         d0 = of_x * h2 * r * (1.0 - r)
@@ -607,7 +607,7 @@ def cell_backward(
         d2 *= r  # the candidate's part of h has a gradient of its own
         tl.store(own, d2.to(TYPE), mask)
     if KIND != "none":
-        GAIN: tl.constexpr = GAIN_H if INPUTS == "separate" else GAIN_X
+        GAIN: tl.constexpr = GAIN_HH if INPUTS == "separate" else GAIN_IH
         d0 *= _vector(table, GAIN, PRESENT, TYPE, column, mask, 1.0)
         if GATES > 1:
             d1 *= _vector(table, GAIN, PRESENT, TYPE, H + column, mask, 1.0)

@@ -1,7 +1,7 @@
 """The time loop's launches: one after another, or captured in CUDA graphs and replayed.
 
-A graph holds the launches of some steps, a power of four; longer sequences are put together from them, so a
-few graphs serve sequences of any length. What they work on comes from a table (``layernorm.kernels.table_kernels``).
+A graph holds the launches of some steps, a power of four; longer sequences are put together from them, so
+a few graphs serve sequences of any length. What they work on comes from a table (see ``table_kernels``).
 The first call for a layer and batch size launches directly, which also compiles the kernels; graphs are
 captured after that.
 """
