@@ -53,14 +53,18 @@ sanitize: install
 		tests/test_recurrent_kernels.py tests/test_recurrent_promises.py tests/test_recurrent_operators.py \
 		tests/test_activations.py tests/test_resets.py tests/test_streaming.py -k 'not interpreted and not looped'
 
-# Where there is a GPU: the norms' tests there, again under NVIDIA's checkers of memory and races where
+# Where there is a GPU: its tests, again under NVIDIA's checkers of memory and races where
 # they are installed, and the benchmark, which writes the published files.
-GPU_TESTS := $(BIN)/python -m pytest tests/test_norm_kernels.py tests/test_gpu.py tests/test_bench_gpu.py
+GPU_TESTS := $(BIN)/python -m pytest tests/test_norm_kernels.py tests/test_gpu.py tests/test_recurrent_gpu.py \
+	tests/test_persistent.py tests/test_bench_gpu.py tests/test_bench_gpu_recurrent.py
 gpu: install
 	TRITON_INTERPRET=0 $(GPU_TESTS) -k 'on_gpu or gpu'
 	@for tool in memcheck racecheck; do command -v compute-sanitizer > /dev/null || continue; \
-		TRITON_INTERPRET=0 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-		--target-processes all $(GPU_TESTS) -k 'on_gpu and (1025 or add_forms or strides)' || exit 1; done
+		check="compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all $(BIN)/python -m pytest"; \
+		export TRITON_INTERPRET=0; \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $$check tests/test_norm_kernels.py \
+			-k 'on_gpu and (1025 or add_forms or strides)' && \
+		$$check tests/test_recurrent_gpu.py tests/test_persistent.py -k 'on_gpu and (packed or kept)' || exit 1; done
 	$(BIN)/python -m benchmarks gpu
 
 lint: install

@@ -1,9 +1,10 @@
 """Which kernel serves which operator, why, and how to choose another.
 
-There are four kernels: ``native``, this package's compiled ones on the CPU; ``triton``, those on GPUs;
+There are five kernels: ``native``, this package's compiled ones on the CPU; ``triton``, those on GPUs;
+``persistent``, a recurrent layer's on GPUs that keeps the weights on the chip, for sizes that fit there;
 ``torch``, PyTorch's own operators; ``reference``, the plain definitions of ``layernorm.reference``. The
-choice depends on the operator, the device and the dtype, never on the number of rows: a row's bits do not
-depend on its batch.
+choice depends on the operator, the device, the dtype and the layer's sizes, never on the number of rows: a
+row's bits do not depend on its batch.
 
 The environment variable ``LAYERNORM_BACKEND`` or ``use`` overrides it. ``LAYERNORM_CPU_CAPABILITY`` chooses
 the instruction set of the compiled kernels; ``capability`` tells which it is.
@@ -28,10 +29,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from layernorm import ops
 from layernorm.kernels import settings
+from layernorm.variants import Variant
 
-KERNELS: Final = ("native", "triton", "torch", "reference")
+KERNELS: Final = ("native", "triton", "persistent", "torch", "reference")
 #: Those that this package's operators have.
-OPERATORS: Final = ("native", "triton")
+OPERATORS: Final = ("native", "triton", "persistent")
 NORMS: Final = ops.NORMS
 RECURRENT: Final = ("lstm", "gru", "rnn")
 NATIVE_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -99,7 +101,59 @@ def _on_gpu(operator: str, device: torch.device, dtype: torch.dtype, other: str)
         return _measured(operator, device, dtype)
     if _in_forward_mode():
         return Choice(other, "forward-mode derivatives")
-    return Choice("triton", "Triton kernels, for any size and variant")
+    return Choice("triton", "Triton's, for any size and variant")
+
+
+def tier(
+    cell: str,
+    variant: Variant,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    projected: bool = False,
+) -> Choice:
+    """Of a recurrent layer that this package's kernels serve on a GPU: ``persistent`` or ``triton``, and why.
+
+    Args:
+        cell: ``"lstm"``, ``"gru"``, ``"rnn"``, or the latter with its nonlinearity: ``"rnn_tanh"``.
+        variant: the spec.
+        hidden_size: H.
+        dtype: of input and parameters.
+        device: the GPU.
+        projected: whether h is projected.
+    """
+    return _tier(cell, variant, hidden_size, dtype, device, projected, _override)
+
+
+@functools.cache
+def _tier(
+    cell: str,
+    variant: Variant,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    projected: bool,
+    override: str | None,
+) -> Choice:
+    from layernorm.kernels import persistent
+
+    if override == "triton":
+        return Choice("triton", "the override asks for it")
+    architecture = torch.cuda.get_device_capability(device)
+    fields = (variant.kind, variant.inputs, variant.scope, variant.cell, hidden_size, projected, dtype)
+    problem = persistent.problem(cell, *fields, 10 * architecture[0] + architecture[1])
+    if problem is not None:
+        return Choice("triton", problem)
+    if override == "persistent":
+        return Choice("persistent", "the override asks for it")
+    name = f"compute capability {architecture[0]}.{architecture[1]}"
+    faster = settings.PERSISTENT.get(architecture)
+    if faster is None:
+        return Choice("triton", f"the persistent kernel has not been measured on {name} yet")
+    if hidden_size > faster.get(cell, 0):
+        return Choice("triton", f"measured as faster on {name}")
+    return Choice("persistent", f"measured as faster on {name}")
 
 
 @functools.cache
@@ -193,9 +247,10 @@ def use(kernel: str) -> Iterator[None]:
     """Within the ``with`` block every call in this process is served by ``kernel``.
 
     Args:
-        kernel: ``"native"``, ``"triton"``, ``"torch"`` or ``"reference"``. An operator that has no kernel
-            of that kind raises when it is called; recurrent operators have no ``"torch"`` kernel and keep
-            the reference then.
+        kernel: ``"native"``, ``"triton"``, ``"persistent"``, ``"torch"`` or ``"reference"``. An operator
+            that has no kernel of that kind raises when it is called. But recurrent operators, which have no
+            ``"torch"`` kernel, keep the reference then, norms keep ``"torch"`` where ``"persistent"`` is
+            asked for, and so do layers ``"triton"`` that the persistent kernel cannot hold.
 
     Raises:
         ValueError: ``kernel`` is none of these.
@@ -216,6 +271,8 @@ def use(kernel: str) -> Iterator[None]:
 def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
     if kernel == "torch" and operator in RECURRENT:
         return Choice("reference", "the override asks for torch, which has no normalized recurrent operator")
+    if kernel == "persistent" and operator in NORMS:
+        return Choice("torch", "the override asks for persistent, which is for recurrent operators")
     if kernel == "native":
         if not _has_native(device, dtype):
             raise RuntimeError(
@@ -224,10 +281,10 @@ def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype
             )
         if ops.NATIVE_PROBLEM is not None:
             raise RuntimeError(f"the override asks for the native kernel, but {ops.NATIVE_PROBLEM}")
-    if kernel == "triton":
+    if kernel in ("triton", "persistent"):
         problem = triton_problem(dtype) if device.type == "cuda" else f"it has no kernel for {device.type}"
         if problem is not None:
-            raise RuntimeError(f"the override asks for the Triton kernel of {operator}, but {problem}")
+            raise RuntimeError(f"the override asks for the {kernel} kernel of {operator}, but {problem}")
     return Choice(kernel, "the override asks for it")
 
 

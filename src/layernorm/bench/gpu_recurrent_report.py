@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 from layernorm import machine
@@ -42,9 +43,17 @@ _PACKAGES: Final = {
 }
 
 
+def _triton(point: Point) -> float | None:
+    """By the Triton kernels."""
+    from layernorm.kernels import recurrent_time
+
+    sizes = (point.hidden, point.batch, point.steps, getattr(torch, point.dtype))
+    return recurrent_time.seconds(point.cell, *sizes, training=point.mode == "training")
+
+
 def _persistent(point: Point) -> float | None:
-    """The persistent kernel's model of its steps, without what comes before them."""
-    from layernorm.kernels import persistent, persistent_plan
+    """By the persistent kernel, which has no backward."""
+    from layernorm.kernels import persistent, persistent_plan, recurrent_time
 
     if point.mode != "inference":
         return None
@@ -53,12 +62,14 @@ def _persistent(point: Point) -> float | None:
     if isinstance(found, str):
         return None
     step = sum(persistent_plan.seconds_per_step(found, groups=groups))
-    return point.steps * persistent_plan.waves(found, point.batch) * step
+    dtype = getattr(torch, point.dtype)
+    before = recurrent_time.product_seconds(point.cell, point.hidden, point.batch, dtype)
+    return point.steps * (persistent_plan.waves(found, point.batch) * step + before)
 
 
 #: Seconds that a point is expected to take, by the heads of the columns of ``predictions``; None where
 #: nothing is known. The kernels' own models of their times go here.
-PREDICTED: Final[dict[str, Callable[[Point], float | None]]] = {"persistent steps, H100": _persistent}
+PREDICTED: Final[dict[str, Callable[[Point], float | None]]] = {"Triton": _triton, "persistent": _persistent}
 
 _METHOD: Final = """\
 ### How the recurrent layers are measured on a GPU
@@ -241,13 +252,14 @@ def options(data: pd.DataFrame) -> list[str]:
 
 
 def predictions() -> str:
-    """The default grid: the work of its products, and what it is expected to take by ``PREDICTED``."""
-    heads = ["cell", "dtype", "mode", "batch", "hidden", "GFLOP", *(f"{name}, µs" for name in PREDICTED)]
+    """The default grid: the work of its products, and what a step is expected to take by ``PREDICTED``."""
+    models = [f"{name}, µs a step" for name in PREDICTED]
+    heads = ["cell", "dtype", "mode", "batch", "hidden", "GFLOP", *models]
     body = []
     sizes = (gpu_recurrent.BATCHES, gpu_recurrent.HIDDEN, gpu_recurrent.STEPS)
     for point in recurrent.grid(gpu_recurrent.CELLS, gpu_recurrent.DTYPES, *sizes, recurrent.MODES):
         expected = [predict(point) for predict in PREDICTED.values()]
-        times = ["–" if seconds is None else pages.microseconds(1e6 * seconds) for seconds in expected]
+        times = ["–" if found is None else f"{1e6 * found / point.steps:.1f}" for found in expected]
         where = [point.cell, point.dtype, point.mode, str(point.batch), str(point.hidden)]
         body.append([*where, f"{point.gflop:,.1f}", *times])
     return pages.markdown(heads, "lllrrr" + "r" * len(PREDICTED), body)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layernorm.kernels.launching import aligned
+from layernorm.variants import CellNorm, Inputs, Kind, Scope
 
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 #: The vectors among the operators' weights in their order, as the kernels call them.
@@ -55,10 +56,10 @@ class Spec:
     """
 
     cell: str
-    kind: str
+    kind: Kind
     inputs: str
-    scope: str
-    cell_norm: str
+    scope: Scope
+    cell_norm: CellNorm
     eps: float
     reverse: bool
     packed: bool
@@ -139,10 +140,10 @@ class Layer(Spec):
         resets: Tensor | None,
         batch_sizes: Sequence[int] | None,
         cell: str,
-        kind: str,
-        inputs: str,
-        scope: str,
-        cell_norm: str,
+        kind: Kind,
+        inputs: Inputs,
+        scope: Scope,
+        cell_norm: CellNorm,
         eps: float,
         reverse: bool,
     ) -> Self:

@@ -19,12 +19,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from layernorm.kernels import product_kernels, recurrent_kernels, replay, settings
+from layernorm import backends
+from layernorm.kernels import persistent, product_kernels, recurrent_kernels, replay, settings
 from layernorm.kernels import table_kernels as tables
 from layernorm.kernels.gradients import Chunk, Gradients, normalize_rows
 from layernorm.kernels.launching import launch
 from layernorm.kernels.layer import Layer, Saved
 from layernorm.kernels.products import precision, product
+from layernorm.variants import Inputs, Variant
 
 #: Rows of a chunk of steps in backward, whose gradients are held at once.
 CHUNK_ROWS: Final = 8192
@@ -75,9 +77,13 @@ def _forward(layer: Layer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor | None
     output = layer.input.new_empty((*layer.input.shape[:-1], layer.output_size))
     h, c = layer.first_state()
     saved = layer.new_saved(layer.rows, with_c=True, keep=keep)
-    if layer.rows > 0:
-        product(layer.input_rows, layer.weight_ih, saved.x, bias=layer.vectors["bias_ih"])
-        normalize_rows(layer, saved)
+    if layer.rows == 0:
+        return output, h, c, saved
+    product(layer.input_rows, layer.weight_ih, saved.x, bias=layer.vectors["bias_ih"])
+    normalize_rows(layer, saved)
+    if layer.input.is_cuda and _tier(layer) == "persistent":
+        _persistent(layer, saved, output, h, c)
+    else:
         tensors = layer.tensors(saved) | {"output": output, "h": h, "c": c}
         tensors["wh"] = h.new_empty((layer.batch, layer.gate_width), dtype=torch.float32)
         if layer.projected:
@@ -85,6 +91,44 @@ def _forward(layer: Layer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor | None
         numbers = {"steps": layer.steps}
         replay.run(layer, "forward", tensors, numbers, layer.steps, partial(_step_forward, layer))
     return output, h, c, saved
+
+
+def _tier(layer: Layer) -> str:
+    variant = Variant(layer.kind, _inputs(layer), layer.scope, layer.cell_norm)
+    sizes = (layer.hidden_size, layer.dtype, layer.input.device)
+    return backends.tier(layer.cell, variant, *sizes, projected=layer.projected).kernel
+
+
+def _inputs(layer: Layer) -> Inputs:
+    """As the variant has it."""
+    return "separate" if layer.inputs == "separate" else "summed"
+
+
+def _persistent(layer: Layer, saved: Saved, output: Tensor, hn: Tensor, cn: Tensor | None) -> None:
+    persistent.forward(
+        layer.cell,
+        layer.kind,
+        _inputs(layer),
+        layer.scope,
+        layer.cell_norm,
+        layer.eps,
+        layer.reverse,
+        x=saved.x,
+        h0=layer.h0,
+        c0=layer.c0,
+        weight_hh=layer.weight_hh,
+        vectors=layer.vectors,
+        resets=layer.resets,
+        batch_sizes=layer.batch_sizes,
+        step_offsets=layer.offsets,
+        steps=layer.steps,
+        output=output,
+        hn=hn,
+        cn=cn,
+        saved_c=saved.c,
+        saved_h=saved.h,
+        stats=saved.stats,
+    )
 
 
 def _backward(layer: Layer, output: Tensor, saved: Saved, gradients: Gradients) -> None:
