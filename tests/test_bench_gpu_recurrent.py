@@ -30,7 +30,7 @@ from layernorm.cli import _parser, main
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERYWHERE = list(gpu_recurrent.EVERYWHERE)
 SHORT = ["--rounds", "2", "--time", "0.01"]
-TINY = ["bench", "gpu", "--batches", "2", "--steps", "4", *SHORT, "--peers", "loop"]
+TINY = ["bench", "gpu", "--batches", "2", "--steps", "4", *SHORT, "--peers", "layernorm-persistent,loop"]
 
 
 def job(points, peers, **changes):
@@ -56,7 +56,8 @@ def no_compiler(monkeypatch):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("cell", recurrent.CELLS)
 def test_peers_compute_the_same_function(cell, no_compiler):
-    peers = [name for name in gpu_recurrent_peers.PEERS if name not in gpu_recurrent_peers.KERNELS]
+    others = {*gpu_recurrent_peers.KERNELS, "layernorm-persistent"}
+    peers = [name for name in gpu_recurrent_peers.PEERS if name not in others]
     dtypes = ["float32", "bfloat16"] if cell == "lstm" else ["float32"]
     points = recurrent.grid([cell], dtypes, [3], [16], 5, recurrent.MODES)
     rows, notes = measured(points, peers)
@@ -151,7 +152,10 @@ def test_a_point_without_enough_memory_is_listed_and_the_next_is_measured(monkey
     original = recurrent.known
     monkeypatch.setattr(recurrent, "known", known)
     rows, notes = measured(recurrent.grid(["gru"], ["float32"], [2], [16, 8], 3, ["inference"]), EVERYWHERE)
-    assert [row["status"] for row in rows] == ["out of memory"] * 3 + ["measured"] * 3
+    assert [row["status"] for row in rows] == [
+        *["out of memory"] * 4,
+        *("measured", "not supported", "measured", "measured"),
+    ]
     assert notes == ["gru float32 batch 2 hidden 16 inference: CUDA out of memory."]
 
 
@@ -161,7 +165,7 @@ def test_a_point_that_pytorch_cannot_compute_is_listed(monkeypatch):
 
     monkeypatch.setitem(gpu_recurrent_peers.PEERS, "torch", unsupported)
     rows, notes = measured(recurrent.grid(["gru"], ["bfloat16"], [2], [8], 3, ["inference"]), EVERYWHERE)
-    assert [row["status"] for row in rows] == ["not measured"] * 3
+    assert [row["status"] for row in rows] == ["not measured"] * 4
     assert [note.partition(": ")[2] for note in notes] == [
         "torch failed: cuDNN has no bfloat16",
         "torch itself cannot be measured at gru bfloat16 batch 2 hidden 8 inference",
@@ -187,7 +191,7 @@ def test_a_first_call_that_fails_is_noted(monkeypatch):
     monkeypatch.setattr(gpu_recurrent, "FEW", ("float32", 2, 8))
     points = recurrent.grid(["gru"], ["float32"], [2], [8], 3, ["training"])
     rows, notes = measured(points, EVERYWHERE, firsts=True)
-    assert [row.get("first_s") for row in rows] == ["", "", None]
+    assert [row.get("first_s") for row in rows] == ["", None, "", None]
     assert notes[0].endswith("training: the first call of layernorm: the worker failed")
 
 
@@ -232,8 +236,8 @@ def test_peers_that_are_not_named_are_measured_at_few_points(monkeypatch):
     monkeypatch.setattr(gpu_recurrent, "FEW", ("float32", 2, 8))
     points = recurrent.grid(["lstm"], ["float32"], [2], [8, 16], 3, ["inference"])
     rows, _ = measured(points, [*EVERYWHERE, "layernorm-none"], all=False)
-    assert [row["peer"] for row in rows[:4]] == [*EVERYWHERE, "layernorm-none"]
-    assert [row["peer"] for row in rows[4:]] == EVERYWHERE
+    assert [row["peer"] for row in rows[:5]] == [*EVERYWHERE, "layernorm-none"]
+    assert [row["peer"] for row in rows[5:]] == EVERYWHERE
 
 
 @pytest.fixture
@@ -264,9 +268,9 @@ def test_the_command_writes_table_picture_and_page_and_goes_on(tmp_path, capsys)
         (mode, dtype, peer)
         for mode in recurrent.MODES
         for dtype in recurrent.DTYPES
-        for peer in ("layernorm", "torch", "loop")
+        for peer in EVERYWHERE
     ]
-    assert {row["status"] for row in rows} == {"measured"}
+    assert {row["status"] for row in rows} == {"measured", "not supported"}
     text = capsys.readouterr().out
     assert "[4/4] lstm bfloat16 batch 2 hidden 8 training, 1 thread: " in text
     assert "\nlstm, training, bfloat16: speed over torch.nn, un-normalized " in text
@@ -360,6 +364,7 @@ def fixed(path):
             elif hidden == 512 and peer != "flashrnn":
                 figures["first_s"] = 0.25
             rows.append(common | figures | {"hidden": hidden, "peer": peer})
+        rows.append(common | {"hidden": hidden, "peer": "layernorm-persistent", "status": "not supported"})
     rows.append(common | {"hidden": 512, "peer": "torchrl", "status": "not installed", "rounds": ""})
     with Table(path, gpu_recurrent.COLUMNS, keep=lambda row: False) as table:
         table.add(rows)
@@ -379,12 +384,12 @@ def test_the_page_sums_up(tmp_path, capsys):
         "slower than `torch.nn`'s un-normalized layer at 1 of 2 points, at this most:",
         "| lstm | bfloat16 | training | 64 | 512 | 0.50 (0.50–0.50) |",
         "| lstm | bfloat16 | 64 | 256 | 2.5 | 2.5 | 2.5 | – | – |",
-        "| bfloat16 | training | 64 | 512 | triton | 1,024 | 512 | 4,096 | 3,072 | 2,048 | not installed | "
+        "| bfloat16 | training | 64 | 512 | triton | 1,024 | not supported | 512 | 4,096 | 3,072 | 2,048 | not installed | "
         "512 | 2.00 | 0.50 | 0.50 (0.50–0.50) |",
         "| lstm | bfloat16 | training | 64 | 512 | scan | – | 21.5 |",
         "| lstm | bfloat16 | training | 64 | 512 | layernorm | 0.25 | – |",
         "bench gpu --operator lstm --dtypes bfloat16 --batches 64 --hidden 256,512 --modes training\n",
-        "`layernorm`, `torch`, `loop` are measured at every point",
+        "`layernorm`, `layernorm-persistent`, `torch`, `loop` are measured at every point",
     ):
         assert text in page
     fixed(tmp_path / "gpu_recurrent.csv")

@@ -18,16 +18,14 @@ import layernorm
 #: The columns of ``environment``, which every table of benchmarks has.
 COLUMNS: Final = ("machine", "python", "torch", "layernorm", "jax", "onnxruntime", "commit", "date")
 _GPU_PACKAGES: Final = (
-    *(
-        "triton",
-        "cuda-bindings",
-        "liger-kernel",
-        "quack-kernels",
-        "apex",
-        "flash-attn",
-        "flashrnn",
-        "torchrl",
-    ),
+    "triton",
+    "cuda-bindings",
+    "liger-kernel",
+    "quack-kernels",
+    "apex",
+    "flash-attn",
+    "flashrnn",
+    "torchrl",
 )
 #: The columns of ``gpu``.
 GPU_COLUMNS: Final = ("gpu", "driver", "cuda", *_GPU_PACKAGES)

@@ -39,12 +39,12 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def kernels(device: str) -> Callable[[], Any]:
-    """A context in which this package's kernels for the device serve.
+def kernels(device: str, kernel: str = "triton") -> Callable[[], Any]:
+    """A context in which this package's kernels for the device serve, on a GPU those of this name.
 
     On a GPU the choice may still be PyTorch's; in a benchmark ours are to be measured beside them.
     """
-    return (lambda: backends.use("triton")) if device == "cuda" else nullcontext
+    return (lambda: backends.use(kernel)) if device == "cuda" else nullcontext
 
 
 def in_graph(call: Call, device: str) -> Call:

@@ -26,7 +26,7 @@ BATCHES: Final = (1, 16, 64, 256)
 HIDDEN: Final = (128, 256, 512, 1024, 2048)
 STEPS: Final = 512
 #: The peers of every point; the others are measured at few of them, unless they are named.
-EVERYWHERE: Final = (OURS, BASE, "loop")
+EVERYWHERE: Final = (OURS, "layernorm-persistent", BASE, "loop")
 #: Those few: their dtype, batch and size. The first call is timed there too, in training.
 FEW: Final = ("bfloat16", 64, 512)
 KEYS: Final = recurrent.KEYS
@@ -103,7 +103,7 @@ def _measure(
     for row, measured in peer_rows(point, names, problems, samples, others):
         name = row["peer"]
         if name.startswith(OURS):
-            row["kernel"] = _kernel(point, device)
+            row["kernel"] = "persistent" if name == "layernorm-persistent" else _kernel(point, device)
         if measured:
             row |= recurrent.figures(subjects[name], differences[name], samples[name], samples["products"])
             peak = peaks.get(name)
@@ -187,6 +187,7 @@ _FEW_TEXT: Final = f"{FEW[0]}, batch {FEW[1]}, size {FEW[2]}"
 _EPILOG: Final = f"""\
 peers of recurrent layers:
   layernorm             LayerNormLSTM, LayerNormGRU, LayerNormRNN
+  layernorm-persistent  by the kernel that keeps the weights on the chip, where they fit
   layernorm-recompute   the same with recompute=True, in training
   layernorm-none        the same with variant="none", un-normalized
   torch                 torch.nn.LSTM, GRU, RNN, un-normalized: what ratios are to

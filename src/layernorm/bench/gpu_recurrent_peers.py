@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from layernorm import backends
 from layernorm.bench import cuda, recurrent_peers
 from layernorm.bench.recurrent_loops import PARTS
 from layernorm.bench.recurrent_peers import Case, compiled, of_function
 from layernorm.bench.subjects import NotSupportedError, Subject, module
+from layernorm.variants import resolve
 
 
-def _ours(name: str, case: Case) -> Subject:
-    context = cuda.kernels(case.x.device.type)
+def _ours(name: str, case: Case, kernel: str = "triton") -> Subject:
+    context = cuda.kernels(case.x.device.type, kernel)
     with context():
         made = recurrent_peers.PEERS[name](case)
 
@@ -32,6 +34,17 @@ def _ours(name: str, case: Case) -> Subject:
             return made.results()
 
     return replace(made, results=results, context=context)
+
+
+def _persistent(case: Case) -> Subject:
+    x = case.x
+    if not x.is_cuda:
+        raise NotSupportedError
+    with backends.use("persistent"):
+        choice = backends.tier(case.cell, resolve("paper", case.cell), case.hidden, x.dtype, x.device)
+    if choice.kernel != "persistent":
+        raise NotSupportedError(choice.reason)
+    return _ours("layernorm", case, "persistent")
 
 
 def _split(case: Case, leaves: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
@@ -151,6 +164,7 @@ def _torchrl(case: Case) -> Subject:
 #: By name; the order is that of tables.
 PEERS: Final[dict[str, Callable[[Case], Subject]]] = {
     "layernorm": partial(_ours, "layernorm"),
+    "layernorm-persistent": _persistent,
     "layernorm-recompute": partial(_ours, "layernorm-recompute"),
     "layernorm-none": partial(_ours, "layernorm-none"),
     "torch": recurrent_peers.PEERS["torch"],

@@ -180,13 +180,15 @@ class Gradients:
     def results(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Those that are wanted, in the layer's dtype; the others have no element."""
         layer = self._layer
-        nothing = layer.input.new_empty(0)
-        state = [
-            layer.cleared(grad).to(layer.dtype) if grad is not None and want else nothing
+
+        def given(grad: Tensor | None) -> Tensor:
+            return layer.input.new_empty(0) if grad is None else grad.to(layer.dtype)
+
+        h, c = (
+            given(None if grad is None or not want else layer.cleared(grad))
             for grad, want in zip((self.h, self.c), self._wanted[1:3], strict=True)
-        ]
-        weights = [self._found[name].to(layer.dtype) if name in self._found else nothing for name in _FOUND]
-        return nothing if self._input is None else self._input, state[0], state[1], weights
+        )
+        return given(self._input), h, c, [given(self._found.get(name)) for name in _FOUND]
 
     def _wants(self, *names: str) -> bool:
         return any(name in self._found for name in names)

@@ -76,7 +76,7 @@ def seconds_per_step(
         tiles * width * hidden_size * size / CACHE_BANDWIDTH,
         2 * tiles * tile.rows * width * hidden_size / OPERATIONS[dtype],
     )
-    # Forward x, W_hh h and what is kept of it, c and h; backward those, and gradients of the gates and W_hh h.
+    # Forward x, W_hh h and what is kept of it, c and h; backward those, and gradients of gates and W_hh h.
     features = (2 * size + 4) * width + 4 * size * hidden_size
     if backward:
         features = (4 * size) * width + (4 * size + 8) * hidden_size
