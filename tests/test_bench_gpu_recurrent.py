@@ -283,7 +283,7 @@ def test_the_command_writes_table_picture_and_page_and_goes_on(tmp_path, capsys)
     assert main([*arguments, "--hidden", "8,16", "--modes", "training", "--resume"]) == 0
     after = path.read_text().splitlines()
     assert after[: len(before)] == before
-    assert len(after) == len(before) + 6
+    assert len(after) == len(before) + 2 * len(EVERYWHERE)
     # Without --resume only the points of the run are replaced.
     assert main([*arguments, "--hidden", "16", "--modes", "training", "--dtypes", "float32"]) == 0
     assert len(path.read_text().splitlines()) == len(after)
@@ -295,7 +295,7 @@ def test_one_command_measures_norms_and_recurrent_layers(tmp_path):
     arguments += ["--dtypes", "float32", "--modes", "forward,inference", "--out", str(tmp_path)]
     assert main(arguments) == 0
     assert len(read(tmp_path / "gpu.csv", gpu.COLUMNS)) == 2
-    assert len(read(tmp_path / "gpu_recurrent.csv", gpu_recurrent.COLUMNS)) == 3
+    assert len(read(tmp_path / "gpu_recurrent.csv", gpu_recurrent.COLUMNS)) == len(EVERYWHERE)
     page = (tmp_path / "benchmarks.md").read_text()
     assert "layernorm bench gpu --operator layer_norm --dtypes float32" in page
     assert "layernorm bench gpu --operator gru --dtypes float32" in page
