@@ -7,6 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 CSRC := $(wildcard csrc/*.* csrc/torch/*.*)
+CPP := $(CSRC) $(wildcard src/layernorm/kernels/*.cu*) $(wildcard tests/*.cpp tests/emulator/*)
 NATIVE_SOURCES := CMakeLists.txt $(CSRC)
 
 .PHONY: install demo test sanitize gpu lint format docs clean
@@ -70,13 +71,13 @@ gpu: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CSRC) tests/threads.cpp
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC) tests/threads.cpp
+	$(BIN)/clang-format -i $(CPP)
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -58,9 +58,7 @@ inline void barrier_init(unsigned long long* barrier, unsigned count) {
                : "memory");
 }
 // Makes barriers known to the cluster before it meets for the first time.
-inline void barrier_publish() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
+inline void barrier_publish() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 inline void barrier_arrive(unsigned long long* barrier, unsigned rank) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
                    remote_address(barrier, rank))
@@ -95,9 +93,7 @@ inline unsigned long long nanoseconds() {
 
 inline void sync_block() { __syncthreads(); }
 inline void sync_warp() { __syncwarp(); }
-inline float shuffle_xor(float a, unsigned mask) {
-  return __shfl_xor_sync(~0U, a, mask);
-}
+inline float shuffle_xor(float a, unsigned mask) { return __shfl_xor_sync(~0U, a, mask); }
 inline float shuffle(float a, unsigned lane) { return __shfl_sync(~0U, a, lane); }
 [[noreturn]] inline void trap() {
   __trap();
@@ -141,6 +137,12 @@ inline Half narrow(float a) {
 inline float reciprocal(float a) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+// 1/√a to two units in the last place.
+inline float reciprocal_root(float a) {
+  float result;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(a));
   return result;
 }
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from layernorm.kernels import persistent_compile
-from layernorm.kernels.persistent_plan import Plan, plan
+from layernorm.kernels.persistent_plan import plan
 from layernorm.variants import Cell, CellNorm, Inputs, Kind, Scope
 
 #: The parameters besides weight_hh, in the order of the kernel. Where inputs are summed ``gain_ih`` is the
@@ -29,6 +29,8 @@ _POINTERS: Final = (
     *("x", "h0", "c0", "weight_hh", *VECTORS, "resets", "batch_sizes", "step_offsets"),
     *("output", "hn", "cn", "saved_c", "normalized", "stats", "error"),
 )
+#: What is read or written 16 bytes at a time.
+_ALIGNED: Final = frozenset({"h0", "c0", "weight_hh", "output", "hn", "cn", "saved_c"})
 _SCOPES: Final = ("matrix", "all", "gate")
 _CELL_NORMS: Final = ("none", "output", "carried")
 
@@ -145,7 +147,8 @@ def forward(
             half is written: rstd; or None.
 
     Raises:
-        ValueError: the kernel cannot serve this, or a tensor does not begin at a multiple of 16 bytes.
+        ValueError: the kernel cannot serve this, or a tensor is not contiguous, or a state, weight_hh or
+            output does not begin at a multiple of 16 bytes.
         RuntimeError: NVRTC or the driver failed.
     """
     if steps == 0 or h0.size(0) == 0:
@@ -153,13 +156,18 @@ def forward(
         if cn is not None and c0 is not None:
             cn.copy_(c0)
         return
-    device = x.device
-    chosen = _plan_on(device, cell, h0, groups_of(cell, scope))
-    given = dict(x=x, h0=h0, c0=c0, weight_hh=weight_hh, resets=resets, batch_sizes=batch_sizes)
-    given |= dict(step_offsets=step_offsets, output=output, hn=hn, cn=cn, saved_c=saved_c, stats=stats)
-    arguments = make_arguments(cell, kind, inputs, scope, cell_norm, eps, reverse, steps, saved_h, vectors, given)
-    kernel = persistent_compile.kernel(chosen, device, groups_of(cell, scope))
-    persistent_compile.launch(kernel, chosen, -(-h0.size(0) // chosen.rows), arguments, device)
+    device, groups = x.device.index or 0, groups_of(cell, scope)
+    chosen = plan(_cell(cell), h0.size(1), _name(h0.dtype), _architecture(device), h0.size(0), groups)
+    if isinstance(chosen, str):
+        raise ValueError(f"the persistent recurrent kernel cannot serve this: {chosen}")
+    given = {"x": x, "h0": h0, "c0": c0, "weight_hh": weight_hh, "resets": resets, "output": output}
+    given |= {"batch_sizes": batch_sizes, "step_offsets": step_offsets, "hn": hn, "cn": cn}
+    given |= {"saved_c": saved_c, "stats": stats} | {name: vectors.get(name) for name in VECTORS}
+    arguments = make_arguments(
+        *(cell, kind, inputs, scope, cell_norm, eps, reverse, steps), saved_h=saved_h, tensors=given
+    )
+    loaded = persistent_compile.load(chosen, device, groups)
+    persistent_compile.launch(loaded, chosen, -(-h0.size(0) // chosen.rows), arguments, device)
 
 
 def make_arguments(
@@ -171,26 +179,28 @@ def make_arguments(
     eps: float,
     reverse: bool,
     steps: int,
+    *,
     saved_h: Tensor | None,
-    vectors: Mapping[str, Tensor | None],
-    given: Mapping[str, Tensor | None],
+    tensors: Mapping[str, Tensor | None],
 ) -> Arguments:
-    """The kernel's arguments; ``forward`` has what they are.
+    """The kernel's arguments; ``forward`` has what they are, and the names of ``tensors``.
 
     Raises:
-        ValueError: a tensor is not contiguous or does not begin at a multiple of 16 bytes.
+        ValueError: a tensor is not contiguous, or one of ``_ALIGNED`` does not begin at a multiple of 16
+            bytes.
     """
     summed, groups = inputs == "summed", groups_of(cell, scope)
-    tensors = dict(given) | {name: vectors.get(name) for name in VECTORS}
-    tensors["normalized"] = saved_h
+    normalized = saved_h
     if summed:
-        tensors["normalized"] = tensors["x"] if tensors["stats"] is not None else None
+        normalized = tensors["x"] if tensors["stats"] is not None else None
     arguments = Arguments()
-    for name, tensor in tensors.items():
+    for name, tensor in (*tensors.items(), ("normalized", normalized)):
         if tensor is None:
             continue
-        if not tensor.is_contiguous() or (name not in ("x", "resets") and tensor.data_ptr() % 16 != 0):
-            raise ValueError(f"{name} must be contiguous and begin at a multiple of 16 bytes")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
+        if name in _ALIGNED and tensor.data_ptr() % 16 != 0:
+            raise ValueError(f"{name} must begin at a multiple of 16 bytes; clone it")
         setattr(arguments, name, tensor.data_ptr())
     h0 = tensors["h0"]
     arguments.batch = 0 if h0 is None else h0.size(0)
@@ -201,14 +211,6 @@ def make_arguments(
     arguments.scope = _SCOPES.index(scope)
     arguments.cell_norm = _CELL_NORMS.index(cell_norm) if cell == "lstm" else 0
     return arguments
-
-
-def _plan_on(device: torch.device, cell: str, h0: Tensor, groups: int) -> Plan:
-    architecture = _architecture(device.index or 0)
-    found = plan(_cell(cell), h0.size(1), _name(h0.dtype), architecture, h0.size(0), groups)
-    if isinstance(found, str):
-        raise ValueError(f"the persistent recurrent kernel cannot serve this: {found}")
-    return found
 
 
 @functools.cache
@@ -226,4 +228,4 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-__all__: list[Any] = ["VECTORS", "Arguments", "forward", "groups_of", "make_arguments", "problem"]
+__all__ = ["VECTORS", "Arguments", "forward", "groups_of", "make_arguments", "problem"]

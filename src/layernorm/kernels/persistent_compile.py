@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -23,7 +23,10 @@ from layernorm.kernels.persistent_plan import Plan
 CACHE_VARIABLE: Final = "LAYERNORM_CACHE"
 KERNEL: Final = b"layernorm_persistent"
 #: In the order in which they are compiled as one.
-SOURCES: Final = ("device.cuh", "persistent.cu")
+SOURCES: Final = (
+    *("device.cuh", "persistent_layout.cuh", "persistent_exchange.cuh", "persistent_cells.cuh"),
+    "persistent.cu",
+)
 _DIGEST_BYTES: Final = 32
 _PORTABLE_BLOCKS: Final = 8
 
@@ -47,7 +50,7 @@ def _nvrtc_architectures() -> frozenset[int] | str:
         return "the package cuda-bindings is not installed: pip install 'layernorm[cuda]'"
     try:
         error, known = nvrtc.nvrtcGetSupportedArchs()
-    except Exception as failure:  # noqa: BLE001 - whatever a missing library raises
+    except (RuntimeError, OSError) as failure:
         return f"NVRTC cannot be loaded: {' '.join(str(failure).split())}"
     return f"NVRTC fails: {error}" if int(error) != 0 else frozenset(int(a) for a in known)
 
@@ -77,6 +80,8 @@ def compile(plan: Plan, architecture: int) -> bytes:
         f"--gpu-architecture=sm_{architecture}",
         "--std=c++17",
         "--device-as-default-execution-space",
+        # What is fused is written so, for a row's bits must not depend on what a plan's compiler sees.
+        "--fmad=false",
         *(f"-D{name}={value}" for name, value in plan.macros().items()),
     ]
     text = source()
@@ -108,7 +113,7 @@ def _compile(text: str, options: list[str]) -> bytes:
     program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"persistent.cu", 0, [], []))
     try:
         checked(nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options]), program)
-        cubin = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+        cubin: bytes = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
         checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
@@ -165,44 +170,59 @@ def _checked(result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
-@functools.cache
-def kernel(plan: Plan, device: torch.device, groups: int) -> tuple[Any, int]:
-    """The kernel loaded on a device, with its shared memory set for so many groups, and these bytes."""
-    driver = importlib.import_module("cuda.bindings.driver")
-    with torch.cuda.device(device):
-        torch.cuda.current_stream(device)  # whatever makes PyTorch's context current
-        torch.cuda.synchronize(device)
-        function = _function(plan, device)
-        attributes = driver.CUfunction_attribute
-        bytes_ = plan.shared_bytes(groups)
-        name = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(function, name, bytes_))
-        if plan.blocks > _PORTABLE_BLOCKS:
-            name = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-            _checked(driver.cuFuncSetAttribute(function, name, 1))
-    return function, bytes_
+class Loaded(NamedTuple):
+    """A kernel on a device.
+
+    Attributes:
+        function: the driver's handle.
+        context: that it was loaded in, PyTorch's.
+        shared_bytes: of a block.
+    """
+
+    function: Any
+    context: Any
+    shared_bytes: int
 
 
 @functools.cache
-def _function(plan: Plan, device: torch.device) -> Any:
+def load(plan: Plan, device: int, groups: int) -> Loaded:
+    """The plan's kernel on the device of that index, with shared memory for so many groups of features.
+
+    Raises:
+        RuntimeError: it cannot be compiled, or the device has no room for the cluster.
+    """
     driver = importlib.import_module("cuda.bindings.driver")
+    attribute = driver.CUfunction_attribute
+    context = _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
+    _checked(driver.cuCtxSetCurrent(context))
     major, minor = torch.cuda.get_device_capability(device)
+    # A module for each number of groups, for the bytes below are a function's.
     module = _checked(driver.cuModuleLoadData(compile(plan, 10 * major + minor)))
-    return _checked(driver.cuModuleGetFunction(module, KERNEL))
+    function = _checked(driver.cuModuleGetFunction(module, KERNEL))
+    shared = plan.shared_bytes(groups)
+    _checked(
+        driver.cuFuncSetAttribute(function, attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+    )
+    if plan.blocks > _PORTABLE_BLOCKS:
+        _checked(
+            driver.cuFuncSetAttribute(
+                function, attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1
+            )
+        )
+    return Loaded(function, context, shared)
 
 
-def launch(
-    loaded: tuple[Any, int], plan: Plan, clusters: int, arguments: ctypes.Structure, device: torch.device
-) -> None:
-    """On the device's current stream."""
+def launch(loaded: Loaded, plan: Plan, clusters: int, arguments: ctypes.Structure, device: int) -> None:
+    """On the device's current stream; the arguments are copied."""
     driver = importlib.import_module("cuda.bindings.driver")
-    function, shared = loaded
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     with torch.cuda.device(device):
+        # A thread that has not used the device has no context; PyTorch's is the device's own.
+        _checked(driver.cuCtxSetCurrent(loaded.context))
         stream = torch.cuda.current_stream(device).cuda_stream
         _checked(
             driver.cuLaunchKernel(
-                *(function, clusters * plan.blocks, 1, 1, plan.threads, 1, 1, shared, stream),
-                *(ctypes.addressof(pointers), 0),
+                *(loaded.function, clusters * plan.blocks, 1, 1, plan.threads, 1, 1, loaded.shared_bytes),
+                *(stream, ctypes.addressof(pointers), 0),
             )
         )

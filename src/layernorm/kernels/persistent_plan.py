@@ -23,6 +23,8 @@ from layernorm.variants import GATES, Cell
 
 #: The dtypes served, by their names in ``torch``.
 DTYPES: Final = ("bfloat16", "float16")
+#: The architectures that have what is below: of H100 and H200, B200 and B300.
+ARCHITECTURES: Final = (90, 100, 103)
 #: Of a block: bytes of shared memory that it may have, registers, threads; and of a thread.
 SHARED_BYTES: Final = 227 * 1024
 REGISTERS: Final = 64 * 1024
@@ -67,7 +69,7 @@ class Plan:
         hidden: H, a multiple of 16.
         dtype: ``"bfloat16"`` or ``"float16"``, of states and weights.
         blocks: of a cluster.
-        units: hidden units of a block, the last of which may have fewer.
+        units: hidden units of a block; the last ones may have fewer, or none.
         k_split: warps that share the sums over h of the same units.
         register_pairs: of the ``pairs`` of k-steps of 16 that a warp has, those with weights in registers.
         rows: of the batch, of a cluster.
@@ -135,8 +137,9 @@ class Plan:
 
     @property
     def registers(self) -> int:
-        """Registers of a thread that its warps leave it."""
-        return min(REGISTERS_PER_THREAD, REGISTERS // self.threads // 8 * 8)
+        """Registers that a thread may have: four schedulers have a quarter each, for whole warps."""
+        warps = -(-self.threads // 128) * 4
+        return min(REGISTERS_PER_THREAD, REGISTERS // (32 * warps) // 8 * 8)
 
     def shared_bytes(self, groups: int = 1) -> int:
         """Shared memory of a block, the statistics of so many groups among it; as in ``persistent.cu``."""
@@ -154,10 +157,8 @@ class Plan:
         ]
         if self.cell == "lstm":
             parts += [
-                2 * own,  # c and
-                4 * own,  # σ(o) of own units
-                4 * self.rows * self.hidden,  # σ(o)
-                8 * self.hidden,  # gain and bias of the cell
+                2 * own,  # c of own units
+                8 * self.units,  # gain and bias of the cell
                 self.statistics_bytes,  # of c
             ]
         parts += [4 * self.rows, groups * self.statistics_bytes]
@@ -186,7 +187,7 @@ class Seconds(NamedTuple):
         product: W_hh h by mma.
         weights: reading weights from shared memory.
         states: reading h from shared memory, and the partial sums of K.
-        barriers: two of the cluster, and those within a block.
+        barriers: two of the cluster or, where a cell is normalized, three; and one within a block.
         exchange: sending statistics and states.
         activations: sigmoid and tanh.
         statistics: making and combining them.
@@ -206,7 +207,7 @@ def seconds_per_step(plan: Plan, *, cell_norm: bool = True, groups: int = 1) -> 
 
     Args:
         plan: the kernel's.
-        cell_norm: whether an LSTM's cell is normalized, when every block shows all units.
+        cell_norm: whether an LSTM's cell is normalized, which is one exchange more.
         groups: of features that share statistics.
 
     Examples:
@@ -219,35 +220,37 @@ def seconds_per_step(plan: Plan, *, cell_norm: bool = True, groups: int = 1) -> 
     products = 16 * plan.products * unit_warps * plan.width * plan.rows / PRODUCTS_PER_CLOCK
     sums = 0 if plan.k_split == 1 else 2 * 16 * (plan.rows // 8) * plan.threads * plan.products
     states = 2 * unit_warps * plan.rows * plan.width + sums
-    sent = plan.rows * (plan.units * (6 if normed else 2) + 8 * unit_warps * (groups + normed))
-    # Those of gates are the work of some warps; what a normalized cell shows, of all.
-    gates = plan.gates + (plan.cell == "lstm" and not normed)
-    shown = plan.rows * plan.hidden if normed else 0
-    in_thread = 2 * (plan.slots if plan.cell == "rnn" else gates) * plan.warp_tiles + shown / plan.threads
-    activations = max(
-        (plan.rows * plan.units * gates + shown) * ACTIVATION_CLOCKS, in_thread * ACTIVATION_LATENCY_CLOCKS
+    sent = plan.rows * (2 * plan.units + 8 * unit_warps * (groups + normed))
+    # A warp's tiles have all of its units' activations.
+    activations = plan.gates + (plan.cell == "lstm")
+    in_thread = 2 * plan.warp_tiles * (plan.slots if plan.cell == "rnn" else activations)
+    clocks = max(
+        plan.rows * plan.units * activations * ACTIVATION_CLOCKS, in_thread * ACTIVATION_LATENCY_CLOCKS
     )
     barrier = BARRIER_SECONDS if plan.blocks > 1 else BLOCK_BARRIER_SECONDS
-    within = 1 + (plan.k_split > 1)
+    exchanges = 2 + normed
     clock = 1 / CLOCKS_PER_SECOND
     return Seconds(
         product=max(products, 2 * plan.pairs * PRODUCT_LATENCY_CLOCKS) * clock,
         weights=plan.weight_bytes / SHARED_BYTES_PER_CLOCK * clock,
         states=states / SHARED_BYTES_PER_CLOCK * clock,
-        barriers=2 * barrier + within * BLOCK_BARRIER_SECONDS,
+        barriers=exchanges * barrier + (plan.k_split > 1) * BLOCK_BARRIER_SECONDS,
         exchange=sent * (plan.blocks - 1) / REMOTE_BYTES_PER_CLOCK * clock,
-        activations=activations * clock,
+        activations=clocks * clock,
         statistics=STATISTICS_CLOCKS * (groups + normed) * clock,
     )
 
 
 def waves(plan: Plan, batch: int) -> int:
     """How many times all multiprocessors must be filled with clusters; assumed that any of them may meet."""
-    return -(-(-(-batch // plan.rows)) // (MULTIPROCESSORS // plan.blocks))
+    clusters = -(-batch // plan.rows)
+    return -(-clusters // (MULTIPROCESSORS // plan.blocks))
 
 
 @functools.cache
-def plan(cell: Cell, hidden: int, dtype: str, architecture: int, batch: int = 1, groups: int = 1) -> Plan | str:
+def plan(
+    cell: Cell, hidden: int, dtype: str, architecture: int, batch: int = 1, groups: int = 1
+) -> Plan | str:
     """The plan for a cell, or in words why there is none.
 
     Args:
@@ -263,11 +266,12 @@ def plan(cell: Cell, hidden: int, dtype: str, architecture: int, batch: int = 1,
         >>> plan("lstm", 512, "bfloat16", 90).blocks
         16
         >>> plan("lstm", 512, "bfloat16", 80)
-        'compute capability 8.0 has no thread block clusters; 9.0 or later is needed'
+        'compute capability 8.0 has no thread block clusters'
     """
-    if architecture < 90:
+    if architecture not in ARCHITECTURES:
         capability = f"{architecture // 10}.{architecture % 10}"
-        return f"compute capability {capability} has no thread block clusters; 9.0 or later is needed"
+        lacking = "no thread block clusters" if architecture < 90 else "too little shared memory"
+        return f"compute capability {capability} has {lacking}"
     if dtype not in DTYPES:
         return f"dtype {dtype} is not served; {' and '.join(DTYPES)} are"
     if hidden <= 0 or hidden % 16 != 0:
@@ -277,9 +281,7 @@ def plan(cell: Cell, hidden: int, dtype: str, architecture: int, batch: int = 1,
         return f"the weights of hidden size {hidden} do not fit into {BLOCKS[-1]} multiprocessors"
     best = min(fitting, key=lambda pair: pair[0])[1]
     larger = (_filled(replace(best, rows=rows), groups) for rows in ROWS)
-    return min(
-        (p for p in larger if p is not None), key=lambda p: waves(p, batch) * sum(seconds_per_step(p))
-    )
+    return min((p for p in larger if p is not None), key=lambda p: waves(p, batch) * sum(seconds_per_step(p)))
 
 
 def _candidates(cell: Cell, hidden: int, dtype: str, groups: int) -> list[Plan]:
@@ -290,7 +292,7 @@ def _candidates(cell: Cell, hidden: int, dtype: str, groups: int) -> list[Plan]:
             warp_units = 16 if cell == "rnn" else 8
             units = -(-hidden // (blocks * warp_units)) * warp_units
             some = Plan(cell, hidden, dtype, blocks, units, k_split, 0, ROWS[0])
-            filled = _filled(some, groups) if units * (blocks - 1) < hidden else None
+            filled = _filled(some, groups)
             if filled is not None:
                 found.append(filled)
     return found
@@ -300,10 +302,17 @@ def _filled(plan: Plan, groups: int) -> Plan | None:
     """The plan with as many weights in registers as go there; None where the rest has no room."""
     if plan.threads > THREADS:
         return None
-    # What a thread needs besides, as the compiler has it: see test_persistent.py.
+    # What a thread needs besides, as the compiler has it: see test_persistent.py. An mma's fragment is four
+    # registers in a row, so that a GRU's candidate takes as many as two gates.
     tiles = plan.rows // 8
-    besides = 76 + 4 * tiles * plan.products + 4 * plan.slots * (plan.warp_tiles - 1)
-    room = max(0, plan.registers - besides) // (4 * plan.slots)
+    besides = (
+        (104 if plan.cell == "gru" else 84)
+        + 4 * tiles * plan.products
+        + 4 * plan.slots * (plan.warp_tiles - 1)
+    )
+    if besides > plan.registers:
+        return None
+    room = (plan.registers - besides) // (8 * plan.products)
     filled = replace(plan, register_pairs=min(plan.pairs, room))
     return filled if filled.shared_bytes(groups) <= SHARED_BYTES else None
 
