@@ -265,10 +265,7 @@ def test_the_command_writes_table_picture_and_page_and_goes_on(tmp_path, capsys)
     path = tmp_path / "gpu_recurrent.csv"
     rows = read(path, gpu_recurrent.COLUMNS)
     assert [(row["mode"], row["dtype"], row["peer"]) for row in rows] == [
-        (mode, dtype, peer)
-        for mode in recurrent.MODES
-        for dtype in recurrent.DTYPES
-        for peer in EVERYWHERE
+        (mode, dtype, peer) for mode in recurrent.MODES for dtype in recurrent.DTYPES for peer in EVERYWHERE
     ]
     assert {row["status"] for row in rows} == {"measured", "not supported"}
     text = capsys.readouterr().out
@@ -384,8 +381,8 @@ def test_the_page_sums_up(tmp_path, capsys):
         "slower than `torch.nn`'s un-normalized layer at 1 of 2 points, at this most:",
         "| lstm | bfloat16 | training | 64 | 512 | 0.50 (0.50–0.50) |",
         "| lstm | bfloat16 | 64 | 256 | 2.5 | 2.5 | 2.5 | – | – |",
-        "| bfloat16 | training | 64 | 512 | triton | 1,024 | not supported | 512 | 4,096 | 3,072 | 2,048 | not installed | "
-        "512 | 2.00 | 0.50 | 0.50 (0.50–0.50) |",
+        "| bfloat16 | training | 64 | 512 | triton | 1,024 | not supported | 512 | 4,096 | 3,072 | 2,048 | "
+        "not installed | 512 | 2.00 | 0.50 | 0.50 (0.50–0.50) |",
         "| lstm | bfloat16 | training | 64 | 512 | scan | – | 21.5 |",
         "| lstm | bfloat16 | training | 64 | 512 | layernorm | 0.25 | – |",
         "bench gpu --operator lstm --dtypes bfloat16 --batches 64 --hidden 256,512 --modes training\n",

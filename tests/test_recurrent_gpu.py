@@ -209,6 +209,50 @@ def test_the_choice(monkeypatch):
             assert backends.choose("gru", gpu, torch.float32).kernel == "reference"
 
 
+def test_the_tiers_and_what_info_says_of_them(monkeypatch):
+    from layernorm import cli
+    from layernorm.kernels import persistent_compile, settings
+
+    gpu, half = torch.device("cuda", 0), torch.bfloat16
+
+    def tier(cell="lstm", variant=None, size=256, dtype=half, **options):
+        backends._tier.cache_clear()
+        return backends.tier(cell, variant or Variant(), size, dtype, gpu, **options)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(persistent_compile, "problem", lambda architecture: None)
+    assert tier() == ("triton", "the persistent kernel has not been measured on compute capability 9.0 yet")
+    monkeypatch.setitem(settings.PERSISTENT, (9, 0), {"lstm": 256})
+    assert tier() == ("persistent", "measured as faster on compute capability 9.0")
+    assert tier(size=512) == ("triton", "measured as faster on compute capability 9.0")
+    assert tier("gru").kernel == "triton"
+    with backends.use("persistent"):
+        assert tier("gru", size=512) == ("persistent", "the override asks for it")
+        for reason, options in {
+            "not a multiple of 16": {"size": 100},
+            "do not fit": {"size": 2048},
+            "dtype float32": {"dtype": torch.float32},
+            "projected": {"projected": True},
+            "no norm": {"variant": Variant(kind="none")},
+        }.items():
+            assert tier(**options).kernel == "triton"
+            assert reason in tier(**options).reason
+        if ops.NATIVE_PROBLEM is None:
+            assert backends.choose("lstm", gpu, half).kernel == "persistent"
+        assert backends.choose("layer_norm", gpu, half).kernel == "torch"
+    with backends.use("triton"):
+        assert tier() == ("triton", "the override asks for it")
+    backends._tier.cache_clear()
+    lines = cli._tiers(gpu)
+    assert "lstm            128 to 256      bfloat16            persistent measured as faster" in "\n".join(
+        lines
+    )
+    backends._tier.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert tier() == ("triton", "compute capability 8.0 has no thread block clusters")
+    backends._tier.cache_clear()
+
+
 # ---- replays, without a GPU ----
 
 
@@ -354,7 +398,7 @@ def test_the_persistent_kernel_agrees(cell):
                 pytest.skip(choice.reason)
             found = layer(x, state, seeds, resets=resets)
         expected = layer(x, state, seeds, resets=resets)
-        # The state is rounded to bfloat16 at each step, and a difference of a unit is passed on: a few of them.
+        # The state is rounded to bfloat16 at each step, and a difference of a unit is passed on: a few units.
         for a, b in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
             error = (a.float() - b.float()).abs().max()
             assert error <= 16 * torch.finfo(torch.bfloat16).eps * (1 + b.float().abs().max())

@@ -15,8 +15,10 @@ import layernorm
 from layernorm import backends, ops
 from layernorm.arguments import Parser, names, positive, positives
 from layernorm.bench import command as bench
+from layernorm.variants import resolve
 
 _DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HIDDEN_SIZES: Final = (128, 256, 512, 1024, 2048)
 _TASKS_HELP: Final = """\
 tasks:
   digits       scikit-learn's handwritten digits by a feed-forward network
@@ -81,7 +83,25 @@ def info() -> str:
             for (kernel, reason), dtypes in served.items():
                 names = "every" if len(served) == 1 else ", ".join(dtypes)
                 lines.append(f"{operator:<16}{device:<8}{names:<28}{kernel:<11}{reason}")
+    if torch.cuda.is_available():
+        lines += ["", *_tiers(torch.device("cuda", torch.cuda.current_device()))]
     return "\n".join(lines)
+
+
+def _tiers(device: torch.device) -> list[str]:
+    """Which kernel serves the paper's recurrent layers on a GPU, by hidden size and dtype, and why."""
+    lines = [f"{'on the GPU':<16}{'hidden':<16}{'dtype':<20}{'kernel':<11}why"]
+    for cell in backends.RECURRENT:
+        for dtype in backends.TRITON_DTYPES:
+            served: dict[backends.Choice, list[str]] = {}
+            for size in _HIDDEN_SIZES:
+                found = backends.tier(cell, resolve("paper", cell), size, dtype, device)
+                served.setdefault(found, []).append(str(size))
+            name = str(dtype).removeprefix("torch.")
+            for (kernel, reason), sizes in served.items():
+                of = sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+                lines.append(f"{cell:<16}{of:<16}{name:<20}{kernel:<11}{reason}")
+    return lines
 
 
 def _cuda() -> str:
