@@ -426,6 +426,11 @@ def test_predictions_have_a_column_for_each_model(monkeypatch):
     ]
 
 
+def test_the_documented_predictions_are_the_programs():
+    page = (machine.Path(__file__).parents[1] / "docs" / "gpu_recurrent.md").read_text("utf-8")
+    assert gpu_recurrent_report.predictions() in page
+
+
 def test_columns_of_the_machine_are_in_the_table():
     assert set(machine.GPU_COLUMNS) | set(machine.COLUMNS) <= set(gpu_recurrent.COLUMNS)
     assert in_folder(machine.Path()).table("gpu_recurrent").name == "gpu_recurrent.csv"
