@@ -18,10 +18,12 @@ install: $(INSTALLED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "layernorm needs Python >= 3.11; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 
-# PyTorch first and pinned: the compiled kernels are built against its headers.
+# PyTorch first and pinned: the compiled kernels are built against its headers. In this environment and not
+# in one of pip's, so that what has been compiled is not compiled again.
+BUILD_TOOLS := 'scikit-build-core>=0.11,<2' 'cmake>=3.24' 'ninja>=1.11'
 $(INSTALLED): .venv/bin/python pyproject.toml $(NATIVE_SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(BUILD_TOOLS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
 	@$(BIN)/layernorm info | grep '^compiled'
 	@touch $@
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from layernorm import Variant, backends, ops
+from layernorm.kernels import settings
 from layernorm.variants import GATES
 from test_recurrent_kernels import CHOICES, LARGE, alike, drawn_cases, of_cases
 from test_recurrent_operators import arguments, backward_arguments, detached
@@ -52,7 +53,7 @@ def test_values_and_gradients(case, kernel):
     alike(case, DTYPES[case.seed % 5 % 3], draws=1, kernel=kernel)
 
 
-@of_cases([case for case in LARGE if case.hidden > 100])
+@of_cases([case for case in LARGE if case.hidden > 100][::2][:2])
 @pytest.mark.usefixtures("poisoned")
 def test_sums_longer_than_a_block(case, kernel):
     alike(case, torch.float32, draws=1, kernel=kernel)
@@ -60,13 +61,17 @@ def test_sums_longer_than_a_block(case, kernel):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("proj", [0, 3])
-def test_alone_and_in_any_batch(dtype, proj, place):
+def test_alone_and_in_any_batch(dtype, proj, place, monkeypatch):
+    rows = 67  # 64 share a tile of the products
+    if place == "interpreted":
+        rows = 19
+        monkeypatch.setattr(settings, "product_tile", lambda *_: settings.ProductTile(16, 32, 32, 4, 3))
     for cell, variant in FUNCTIONS[:1] if proj else FUNCTIONS[DTYPES.index(dtype) :: 6]:
         layer = Layer(cell, variant, 5, 7, dtype, proj)
-        x, state = torch.randn(1, 67, 5).to(dtype), layer.state(67, dtype)
-        seeds = seeds_like(layer, 1, 67, dtype)
+        x, state = torch.randn(2, rows, 5).to(dtype), layer.state(rows, dtype)
+        seeds = seeds_like(layer, 2, rows, dtype)
         outputs, grads, _ = layer(x, state, seeds)
-        for some in ([0], [66], [1, 40, 65]):  # 64 rows share a tile of the products
+        for some in ([0], [rows - 1], [1, 13, rows - 2]):
             rest = layer(x[:, some], [s[some] for s in state], [s[..., some, :] for s in seeds])
             assert same(rest[0], [t[..., some, :] for t in outputs])
             assert same(rest[1], [t[..., some, :] for t in grads])
@@ -161,7 +166,7 @@ def test_numbers_whose_squares_float32_cannot_hold(cell, variant, size, place):
 
 
 def test_operators_pass_opcheck(place):
-    for (cell, variant), packed in itertools.product(FUNCTIONS[::4], (False, True)):
+    for (cell, variant), packed in zip((FUNCTIONS[0], FUNCTIONS[7]), (True, False), strict=True):
         given = arguments(cell, variant, packed=packed)
         torch.library.opcheck(torch.ops.layernorm.recurrent.default, (), given)
         plain = detached(given)
@@ -180,13 +185,13 @@ def test_an_empty_batch(cell, place):
     assert all(not g.any() for g in weights)
 
 
-def test_a_stream_has_the_bits_of_the_sequence(place):
+def test_a_stream_has_the_bits_of_the_sequence(place, monkeypatch):
     import layernorm
 
+    if place == "interpreted":  # else the CPU's own kernel would serve the steps
+        monkeypatch.setattr(backends, "recurrent_kernel_for", lambda *arguments: "triton")
     lstm = layernorm.LayerNormLSTM(6, 9, num_layers=2)
     stream = lstm.stream(batch_size=3)
-    if place == "interpreted":  # the CPU's own kernel serves the steps of CPU tensors
-        pytest.skip("the interpreter has no CUDA graphs")
     x = torch.randn(5, 3, 6)
     steps = [stream.step(x_t) for x_t in x]
     output, (h, _) = lstm(x)
@@ -211,7 +216,7 @@ def test_the_choice(monkeypatch):
 
 def test_the_tiers_and_what_info_says_of_them(monkeypatch):
     from layernorm import cli
-    from layernorm.kernels import persistent_compile, settings
+    from layernorm.kernels import persistent_compile
 
     gpu, half = torch.device("cuda", 0), torch.bfloat16
 

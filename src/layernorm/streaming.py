@@ -44,7 +44,7 @@ class Stream:
 
     Attributes:
         batch_size: N.
-        kernel: what serves the steps, ``"native"``, ``"triton"`` or ``"reference"``.
+        kernel: what serves the steps, ``"native"``, ``"triton"``, ``"persistent"`` or ``"reference"``.
 
     Raises:
         ValueError: the module is bidirectional, or batch_size not positive.
@@ -172,7 +172,8 @@ class Stream:
         self._check_step(x_t, out)
         with torch.no_grad(), _no_autocast(x_t.device):
             data = x_t.reshape(1, self.batch_size, -1)
-            if self.kernel == "triton" and x_t.is_cuda and not torch.cuda.is_current_stream_capturing():
+            replayed = self.kernel != "reference" and x_t.is_cuda
+            if replayed and not torch.cuda.is_current_stream_capturing():
                 if self._captured is None:
                     self._captured = Captured(self._through_layers, data, self._state)
                 result = self._captured(data).reshape(*x_t.shape[:-1], -1)

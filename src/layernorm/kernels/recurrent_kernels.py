@@ -59,6 +59,7 @@ GRAD_OWN = slot("grad_own")
 GRAD_CELL = slot("grad_cell")
 CELL_N = slot("cell")
 H_BEFORE = slot("h_before")
+CELL_STATS = slot("cell_stats")
 
 
 @triton.jit
@@ -446,6 +447,51 @@ def gather_before(
     h = _before(table, t, n, row, batch, column, mask, OUTPUT, H0, P, TYPE, REVERSE, PACKED, PRESENT)
     to = address(table, H_BEFORE, TYPE) + (row - tl.load(table + BASE)) * P + column
     tl.store(to, h, mask)
+
+
+@triton.jit(do_not_specialize=["step", "batch"])
+def cell_statistics(
+    table,
+    step,
+    batch,
+    eps,
+    CELL: tl.constexpr,
+    KIND: tl.constexpr,
+    INPUTS: tl.constexpr,
+    GATES: tl.constexpr,
+    H: tl.constexpr,
+    TYPE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRESENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """For a chunk of steps (program_id(1)) mean and rstd of an LSTM's cell, before its norm."""
+    n = tl.program_id(0)
+    t = _step(table, step + tl.program_id(1), REVERSE == 0)
+    first, count = rows_of_step(table, t, batch, PACKED)
+    if n >= count:
+        return
+    row = first + n
+    column = tl.arange(0, BLOCK)
+    mask = column < H
+    kept = row - tl.load(table + KEPT)
+    x0, x1, x2, _ = read_gates(address(table, X, TYPE) + kept * (GATES * H), column, mask, GATES, H)
+    h0, h1, h2 = x0, x1, x2
+    if INPUTS == "separate":
+        h0, h1, h2, _ = read_gates(address(table, SAVED_H, TYPE) + kept * (GATES * H), column, mask, GATES, H)
+    i = sigmoid(_gate(table, 0, x0, h0, column, mask, INPUTS, H, TYPE, PRESENT))
+    f = sigmoid(_gate(table, 1, x1, h1, column, mask, INPUTS, H, TYPE, PRESENT))
+    g = tanh(_gate(table, 2, x2, h2, column, mask, INPUTS, H, TYPE, PRESENT))
+    before = _before(table, t, n, row, batch, column, mask, SAVED_C, C0, H, TYPE, REVERSE, PACKED, PRESENT)
+    c = tl.where(mask, (f * before.to(tl.float32) + i * g).to(TYPE).to(tl.float32), 0.0)
+    _, _, _, _, rstd = normalized(c, c, c, c, mask, eps, H, 1, KIND == "layer")
+    to = address(table, CELL_STATS, tl.float32) + (row - tl.load(table + BASE)) * 2
+    mean = tl.zeros([], tl.float32)
+    if KIND == "layer":
+        mean = tl.sum(c, 0) / H
+    tl.store(to, mean)
+    tl.store(to + 1, rstd)
 
 
 @triton.jit(do_not_specialize=["step", "batch"])

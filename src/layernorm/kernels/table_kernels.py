@@ -52,6 +52,7 @@ SLOTS: Final = (
     "grad_cell",
     "cell",
     "h_before",
+    "cell_stats",
 )
 #: The values that one launch of ``write`` takes.
 WRITTEN: Final = 13
