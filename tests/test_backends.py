@@ -67,7 +67,10 @@ def test_an_override_that_cannot_be_is_refused():
     result = in_a_process(
         "import layernorm, torch; layernorm.LayerNorm(3)(torch.ones(3))", LAYERNORM_BACKEND="fast"
     )
-    assert "LAYERNORM_BACKEND must be one of native, triton, torch, reference; got 'fast'" in result.stderr
+    assert (
+        "LAYERNORM_BACKEND must be one of native, triton, persistent, torch, reference; got 'fast'"
+        in result.stderr
+    )
 
 
 def test_the_environment_overrides():
