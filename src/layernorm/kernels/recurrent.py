@@ -28,8 +28,9 @@ from layernorm.kernels.layer import Layer, Saved
 from layernorm.kernels.products import precision, product
 from layernorm.variants import Inputs, Variant
 
-#: Rows of a chunk of steps in backward, whose gradients are held at once.
-CHUNK_ROWS: Final = 8192
+#: About the memory for the gradients of a chunk of steps in backward: as much as keeps what is launched for a
+#: chunk small beside its steps.
+CHUNK_BYTES: Final = 2**28
 
 _TYPES: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -133,7 +134,8 @@ def _persistent(layer: Layer, saved: Saved, output: Tensor, hn: Tensor, cn: Tens
 
 def _backward(layer: Layer, output: Tensor, saved: Saved, gradients: Gradients) -> None:
     """Through chunks of steps from the end of the loop."""
-    most = min(layer.steps, max(1, CHUNK_ROWS // layer.batch))
+    of_row = (2 * layer.gate_width + 3 * layer.hidden_size + layer.output_size) * layer.dtype.itemsize
+    most = min(layer.steps, max(1, CHUNK_BYTES // (of_row * layer.batch)))
     again = saved.x.numel() == 0
     chunk = Chunk.of(layer, most * layer.batch, again=again)
     tensors = (
