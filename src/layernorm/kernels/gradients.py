@@ -9,7 +9,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from layernorm.kernels import recurrent_kernels, settings
+from layernorm.kernels import recurrent_backward_kernels as backward_kernels
+from layernorm.kernels import recurrent_forward_kernels as forward_kernels
+from layernorm.kernels import settings
 from layernorm.kernels.launching import aligned, launch
 from layernorm.kernels.layer import VECTORS, Layer, Saved
 from layernorm.kernels.products import product, sum_of_outer
@@ -208,7 +210,7 @@ class Gradients:
             grad[:, 2 * layer.hidden_size :] = own
         elif layer.kind != "none":
             launch(
-                recurrent_kernels.rows_backward,
+                backward_kernels.rows_backward,
                 (grad.size(0),),
                 grad,
                 grad,
@@ -225,7 +227,7 @@ def normalize_rows(layer: Layer, saved: Saved) -> None:
     if layer.inputs != "separate" or layer.kind == "none":
         return
     launch(
-        recurrent_kernels.normalize_rows,
+        forward_kernels.normalize_rows,
         (saved.x.size(0),),
         saved.x,
         saved.x,
@@ -258,7 +260,7 @@ def _column_sums(
     parts = -(-rows // _PER_PART)
     sums = grad.new_empty((3, parts, width), dtype=torch.float32)
     launch(
-        recurrent_kernels.column_sums,
+        backward_kernels.column_sums,
         (-(-width // _SUM_COLUMNS), parts),
         grad,
         grad,

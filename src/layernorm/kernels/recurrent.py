@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from layernorm import backends
-from layernorm.kernels import persistent, product_kernels, recurrent_kernels, replay, settings
+from layernorm.kernels import persistent, product_kernels, replay, settings
+from layernorm.kernels import recurrent_backward_kernels as backward_kernels
+from layernorm.kernels import recurrent_forward_kernels as forward_kernels
 from layernorm.kernels import table_kernels as tables
 from layernorm.kernels.gradients import Chunk, Gradients, normalize_rows
 from layernorm.kernels.launching import launch
@@ -148,7 +150,7 @@ def _backward(layer: Layer, output: Tensor, saved: Saved, gradients: Gradients) 
         numbers = {"steps": layer.steps, "done": done, "base": begin, "kept": begin if again else 0}
         bits = replay.present(tensors)
         of_chunk = replay.fill(replay.new_table(layer.input), tensors, numbers)
-        _launch(layer, recurrent_kernels.gather_before, of_chunk, bits, steps=count)
+        _launch(layer, backward_kernels.gather_before, of_chunk, bits, steps=count)
         if chunk.again is None:
             kept = saved.rows(begin, rows)
         else:
@@ -159,7 +161,7 @@ def _backward(layer: Layer, output: Tensor, saved: Saved, gradients: Gradients) 
             normalize_rows(layer, kept)
             before = chunk.rows("h_before", rows)
             product(before, layer.weight_hh, chunk.rows("wh", rows), bias=layer.vectors["bias_hh"])
-            _launch(layer, recurrent_kernels.meet_again, of_chunk, bits, steps=count)
+            _launch(layer, forward_kernels.meet_again, of_chunk, bits, steps=count)
         replay.run(layer, "backward", tensors, numbers, count, partial(_step_backward, layer))
         gradients.close(chunk, kept, begin, rows)
 
@@ -167,18 +169,18 @@ def _backward(layer: Layer, output: Tensor, saved: Saved, gradients: Gradients) 
 def _step_forward(layer: Layer, table: Tensor, step: int, bits: int) -> None:
     run = partial(_step_product, layer, table, step, bits, from_last=layer.reverse)
     run("h", "weight_hh", "wh")
-    _launch(layer, recurrent_kernels.cell_forward, table, bits, step)
+    _launch(layer, forward_kernels.cell_forward, table, bits, step)
     if layer.projected:
         run("hidden", "weight_hr", "h")
-        _launch(layer, recurrent_kernels.projected_forward, table, bits, step)
+        _launch(layer, forward_kernels.projected_forward, table, bits, step)
 
 
 def _step_backward(layer: Layer, table: Tensor, step: int, bits: int) -> None:
     run = partial(_step_product, layer, table, step, bits, from_last=not layer.reverse, transposed=False)
     if layer.projected:
-        _launch(layer, recurrent_kernels.projected_backward, table, bits, step)
+        _launch(layer, backward_kernels.projected_backward, table, bits, step)
         run("grad_state", "weight_hr", "grad_hidden")
-    _launch(layer, recurrent_kernels.cell_backward, table, bits, step)
+    _launch(layer, backward_kernels.cell_backward, table, bits, step)
     run("grad_wh", "weight_hh", "grad_h")
 
 
