@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from layernorm.kernels import persistent, persistent_compile, persistent_plan
-from layernorm.kernels.persistent_plan import Plan
+from layernorm.kernels.persistent_plan import Layout, Plan
 from layernorm.reference import recurrent as reference
 from layernorm.variants import Variant, parameter_shapes
 
@@ -45,23 +45,24 @@ PLANS = {
 ALL = [plan for plans in PLANS.values() for plan in plans]
 
 
-def name_of(plan: Plan) -> str:
+def name_of(plan: Layout) -> str:
     return "-".join(str(value) for value in dataclasses.astuple(plan))
 
 
 class Emulator:
     """The kernel of a plan on the CPU."""
 
-    def __init__(self, plan: Plan, library: Path) -> None:
+    def __init__(self, plan: Layout, library: Path) -> None:
         self.plan = plan
         self.library = ctypes.CDLL(str(library))
         self.library.emulate.restype = ctypes.c_char_p
         self.library.emulate.argtypes = (
             *(ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int),
         )
-        assert self.library.argument_bytes() == ctypes.sizeof(persistent.Arguments)
+        arguments = persistent.Arguments if isinstance(plan, Plan) else persistent.BackwardArguments
+        assert self.library.argument_bytes() == ctypes.sizeof(arguments)
 
-    def run(self, arguments: persistent.Arguments, seed: int = 0, races: bool = False, dropped: int = -1):
+    def run(self, arguments: ctypes.Structure, seed: int = 0, races: bool = False, dropped: int = -1):
         clusters = -(-arguments.batch // self.plan.rows)
         error = self.library.emulate(ctypes.addressof(arguments), clusters, seed, races, dropped)
         if error is not None:
@@ -77,8 +78,8 @@ def emulator(tmp_path_factory):
     command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-w"]
 
     @functools.cache
-    def build(plan: Plan) -> Emulator:
-        library = folder / f"{name_of(plan)}.so"
+    def build(plan: Layout) -> Emulator:
+        library = folder / f"{type(plan).__name__}-{name_of(plan)}.so"
         macros = [f"-D{name}={value}" for name, value in plan.macros().items()]
         done = subprocess.run(
             [*command, f"-I{KERNELS}", *macros, str(EMULATOR / "emulator.cpp"), "-o", str(library)],
@@ -181,48 +182,61 @@ def emulate(emulator, case, *, keep=True, plan=None, **options):
     return written(case, saved_h, given)
 
 
-def expected(case):
-    """The same by the reference in float64, with states rounded where the kernel rounds them."""
-    plan, variant, dtype = case.plan, case.variant, DTYPES[case.plan.dtype]
-    summed, hidden = variant.inputs == "summed", plan.hidden
+def scan(case, cell, *, grad=False):
+    """The reference's loop over a case in float64: the initial state, output and final state.
+
+    ``cell(step, x, state, weights)`` has the reference's step.
+    """
+    plan, variant = case.plan, case.variant
     weights = {name: t.double() for name, t in case.vectors.items()}
     weights |= {"weight_hh": case.tensors["weight_hh"].double()}
-    if summed:
+    if variant.inputs == "summed":
         weights["gain"] = weights.pop("gain_ih", torch.ones(()).double())
-    for name in ("gain_cell",):
-        weights.setdefault(name, torch.ones(()).double())
+    weights.setdefault("gain_cell", torch.ones(()).double())
     step = getattr(reference, f"_{plan.cell}_step")
     if plan.cell == "rnn":
         step = partial(step, nonlinearity=case.cell.removeprefix("rnn_"))
-    kept = {name: [] for name in ("saved_c", "normalized", "stats")}
-    groups = reference._groups(plan.cell, variant, hidden)
-
-    def cell(x, state):
-        product = torch.nn.functional.linear(state[0], weights["weight_hh"], weights.get("bias_hh"))
-        parts = (product + x if summed else product).split(groups, -1)
-        kept["normalized"].append(
-            torch.cat([reference._normalized(p, [p.size(-1)], None, None, variant) for p in parts], -1)
-        )
-        moments = [p.var(-1, correction=0) if variant.kind == "layer" else p.square().mean(-1) for p in parts]
-        kept["stats"].append(torch.stack([(m + variant.eps).rsqrt() for m in moments], -1))
-        new = tuple(s.to(dtype).double() for s in step(x, state, weights=weights, variant=variant))
-        kept["saved_c"].append(new[-1])
-        return new
-
-    state = tuple(case.tensors[name].double() for name in ("h0", "c0") if case.tensors[name] is not None)
+    step = partial(step, weights=weights, variant=variant)
+    state = [case.tensors[name] for name in ("h0", "c0") if case.tensors[name] is not None]
+    state = tuple(s.double().requires_grad_(grad) for s in state)
     x, resets, sizes = case.tensors["x"].double(), case.tensors["resets"], None
-    if not summed:  # the reference has this gain in its projection
+    if variant.inputs == "separate":  # the reference has this gain in its projection
         x = x * weights.get("gain_ih", 1)
     if case.packed:
         sizes = case.batch_sizes
     else:
         x = x.unflatten(0, (-1, len(case.lengths)))
         resets = resets if resets is None else resets.unflatten(0, (-1, len(case.lengths)))
-    output, final = reference._scan(cell, x, state, case.reverse, sizes, resets)
+
+    def of_weights(x, state):
+        return cell(step, x, state, weights)
+
+    output, final = reference._scan(of_weights, x, state, case.reverse, sizes, resets)
+    return state, output.reshape(-1, plan.hidden), final
+
+
+def expected(case):
+    """The same by the reference in float64, with states rounded where the kernel rounds them."""
+    variant, dtype = case.variant, DTYPES[case.plan.dtype]
+    kept = {name: [] for name in ("saved_c", "normalized", "stats")}
+    groups = reference._groups(case.plan.cell, variant, case.plan.hidden)
+
+    def cell(step, x, state, weights):
+        product = torch.nn.functional.linear(state[0], weights["weight_hh"], weights.get("bias_hh"))
+        parts = (product + x if variant.inputs == "summed" else product).split(groups, -1)
+        kept["normalized"].append(
+            torch.cat([reference._normalized(p, [p.size(-1)], None, None, variant) for p in parts], -1)
+        )
+        moments = [p.var(-1, correction=0) if variant.kind == "layer" else p.square().mean(-1) for p in parts]
+        kept["stats"].append(torch.stack([(m + variant.eps).rsqrt() for m in moments], -1))
+        new = tuple(s.to(dtype).double() for s in step(x, state))
+        kept["saved_c"].append(new[-1])
+        return new
+
+    _, output, final = scan(case, cell)
     order = reversed if case.reverse else list
     found = {name: torch.cat(list(order(steps))) for name, steps in kept.items()}
-    found |= {"output": output.reshape(-1, hidden), "hn": final[0], "cn": final[-1]}
-    return found
+    return found | {"output": output, "hn": final[0], "cn": final[-1]}
 
 
 def check(found, case):

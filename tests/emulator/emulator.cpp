@@ -1,4 +1,5 @@
-// persistent.cu for a CPU, as a shared library that tests/test_persistent.py calls.
+// The persistent kernel of a plan's direction for a CPU, as a shared library that
+// tests/test_persistent.py and tests/test_persistent_backward.py call.
 #include <cstdio>
 
 #include "device.hpp"
@@ -7,9 +8,21 @@
 //
 #include "persistent_exchange.cuh"
 //
+#include "persistent_gates.cuh"
+//
+#if LAYERNORM_BACKWARD
+#include "persistent_backward.cuh"
+//
+#include "persistent_backward_cells.cuh"
+//
+#include "persistent_backward.cu"
+#else
+#include "persistent_forward.cuh"
+//
 #include "persistent_cells.cuh"
 //
 #include "persistent.cu"
+#endif
 
 extern "C" {
 

@@ -46,6 +46,11 @@ inline void remote_store(uint4* p, unsigned rank, uint4 v) {
                "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
+inline void remote_store(float4* p, unsigned rank, float4 v) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote_address(p, rank)),
+               "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+}
 inline void remote_store(float2* p, unsigned rank, float2 v) {
   asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote_address(p, rank)), "f"(v.x),
                "f"(v.y)

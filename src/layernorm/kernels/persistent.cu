@@ -96,10 +96,10 @@ __forceinline__ void product(const Place& place, const Fragments (&kept)[kRegist
     }
   }
   const auto at = [&](int tile, int split, int i) {
-    const int warp = (tile * kUnitWarps + place.unit_warp) * kKSplit + split;
+    const int warp = (tile * kUnitWarps + place.unit_warp) * kSplit + split;
     return shared_at<float4>(kSumsAt) + (warp * kProducts + i) * 32 + place.lane;
   };
-  if (kKSplit > 1) {
+  if (kSplit > 1) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
       for (int i = 0; i < kProducts; ++i) {
@@ -110,15 +110,15 @@ __forceinline__ void product(const Place& place, const Fragments (&kept)[kRegist
   }
 #pragma unroll
   for (int own = 0; own < kWarpTiles; ++own) {
-    const int tile = kKSplit * own + place.split;
-    if (kKSplit > 1 && tile >= kTiles) continue;
+    const int tile = kSplit * own + place.split;
+    if (kSplit > 1 && tile >= kTiles) continue;
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) {
       float total[4] = {};
-      if (kKSplit == 1)
+      if (kSplit == 1)
         for (int j = 0; j < 4; ++j) total[j] = sums[own][i][j];
       else
-        for (int split = 0; split < kKSplit; ++split) {
+        for (int split = 0; split < kSplit; ++split) {
           const float4 s = load(at(tile, split, i));
           total[0] += s.x, total[1] += s.y, total[2] += s.z, total[3] += s.w;
         }
@@ -136,27 +136,7 @@ inline void prepare(const Arguments& args, const Place& place, Step step) {
     barrier_init(shared_at<unsigned long long>(0), kBlocks);
     barrier_publish();
   }
-  for (int i = threadIdx.x; i < kGates * kUnits; i += kThreads) {
-    const int slot = i / 8 % kSlots;
-    const int of = unit + i / 8 / kSlots * kWarpUnits + (kCell == kRnn ? 8 * slot : 0) + i % 8;
-    const int feature = (kCell == kRnn ? 0 : slot * kHidden) + of;
-    float4 v = {1, 1, 0, 0};
-    if (of < kHidden)
-      v = {at_or(args.gain_ih, feature, 1), at_or(args.gain_hh, feature, 1),
-           at_or(args.bias, feature, 0), at_or(args.bias_hh, feature, 0)};
-    store(shared_at<float4>(kVectorsAt) + i, v);
-  }
-  if (kCell == kGru)
-    for (int i = threadIdx.x; i < kUnits; i += kThreads)
-      store(shared_at<float>(kBiasHnAt) + i,
-            unit + i < kHidden ? at_or(args.bias_hn, unit + i, 0) : 0.0F);
-  if (kHasCell)
-    for (int i = threadIdx.x; i < kUnits; i += kThreads) {
-      float2 v = {1, 0};
-      if (unit + i < kHidden)
-        v = {at_or(args.gain_cell, unit + i, 1), at_or(args.bias_cell, unit + i, 0)};
-      store(shared_at<float2>(kCellVectorsAt) + i, v);
-    }
+  load_vectors(args, place);
   const auto state = [&](const Half* of, int row, int u) {
     const bool real = place.first + row < args.batch && u < kHidden;
     return real ? *reinterpret_cast<const uint4*>(
@@ -173,9 +153,7 @@ inline void prepare(const Arguments& args, const Place& place, Step step) {
       store(reinterpret_cast<uint4*>(own_at(kOwnCAt, row, u)), state(args.c0, row, unit + u));
     }
   for (int row = threadIdx.x; row < kRows; row += kThreads)
-    store(shared_at<int>(kClearedAt) + row,
-          static_cast<int>(args.resets != nullptr && !args.reverse && row < step.live &&
-                           args.resets[step.row + row] != 0));
+    store(shared_at<int>(kClearedAt) + row, static_cast<int>(parted(args, {0, 0}, step, row)));
   sync_block();
   cluster_sync();
 }
@@ -200,11 +178,7 @@ extern "C" __global__ void __cluster_dims__(LAYERNORM_BLOCKS, 1, 1)
     __launch_bounds__(layernorm::kThreads, 1)
         layernorm_persistent(const __grid_constant__ layernorm::Arguments args) {
   using namespace layernorm;
-  Place place;
-  place.rank = cluster_rank(), place.warp = warp_index(), place.lane = lane_index();
-  place.unit_warp = place.warp / kKSplit, place.split = place.warp % kKSplit;
-  place.unit = static_cast<int>(place.rank) * kUnits + place.unit_warp * kWarpUnits;
-  place.first = static_cast<int>(blockIdx.x / kBlocks) * kRows;
+  const Place place = this_place();
   Fragments weights[kRegisterPairs + 1];
   load_weights(args, place, weights);
   // Read two steps ahead, for what a step needs of the next one is read in it.
@@ -221,28 +195,20 @@ extern "C" __global__ void __cluster_dims__(LAYERNORM_BLOCKS, 1, 1)
       Inputs x[kWarpTiles];
       Sums a[kWarpTiles];
       Cells cells[kWarpTiles];
-      const auto each_tile = [&](auto body) {
-#pragma unroll
-        for (int own = 0; own < kWarpTiles; ++own) {
-          const int tile = kKSplit * own + place.split;
-          if (place.active() && tile < kTiles) body(own, tile);
-        }
-      };
-      each_tile([&](int own, int tile) { load_inputs(args, place, step, tile, x[own]); });
-      const Step parted = args.reverse ? step : next;  // its resets come before the next step
+      each_tile(place, [&](int own, int tile) { load_inputs(args, place, step, tile, x[own]); });
       const int row = threadIdx.x;
-      const bool cleared = args.resets != nullptr && index + 1 < args.steps && row < parted.live &&
-                           args.resets[parted.row + row] != 0;
+      const bool cleared = parted(args, step, next, row);
       product(place, weights, a);
-      each_tile([&](int own, int tile) { measure(args, place, tile, x[own], a[own]); });
+      each_tile(place, [&](int own, int tile) { measure(args, place, tile, x[own], a[own]); });
       exchange(args, phase);
       if (row < kRows) store(shared_at<int>(kClearedAt) + row, static_cast<int>(cleared));
-      each_tile([&](int own, int tile) {
+      each_tile(place, [&](int own, int tile) {
         step_tile(args, place, step, tile, x[own], a[own], cells[own]);
       });
       if (kHasCell && args.cell_norm != kNone) {
         exchange(args, phase);
-        each_tile([&](int own, int tile) { show_tile(args, place, step, tile, cells[own]); });
+        each_tile(place,
+                  [&](int own, int tile) { show_tile(args, place, step, tile, cells[own]); });
       }
       exchange(args, phase);
     }

@@ -1,50 +1,31 @@
-"""The persistent recurrent kernel: what it serves, and its launch.
+"""The persistent recurrent kernels: what they serve, and their launches.
 
 ``persistent.cu`` is compiled when a shape is met first, by NVRTC (``persistent_compile``), for the plan that
 ``persistent_plan`` finds. It needs the package ``cuda-bindings``, which is imported by the first call that
-launches, and a device of compute capability 9.0 or later. It is forward alone; what backward needs it keeps.
+launches, and a device of compute capability 9.0 or later. It keeps what backward needs, whose time loop is
+``persistent_backward.cu``, with plans of its own: a size may fit forward and not backward.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from layernorm.kernels import persistent_compile
-from layernorm.kernels.persistent_plan import plan
-from layernorm.variants import Cell, CellNorm, Inputs, Kind, Scope
-
-#: The parameters besides weight_hh, in the order of the kernel. Where inputs are summed ``gain_ih`` is the
-#: one ``gain``.
-VECTORS: Final = ("bias_hh", "gain_ih", "gain_hh", "bias", "bias_hn", "gain_cell", "bias_cell")
-#: Seconds that a block waits for its cluster before it stops the kernel, which CUDA then reports as a failed
-#: launch. A step takes microseconds.
-TIME_LIMIT: Final = 5.0
-_POINTERS: Final = (
-    *("x", "h0", "c0", "weight_hh", *VECTORS, "resets", "batch_sizes", "step_offsets"),
-    *("output", "hn", "cn", "saved_c", "normalized", "stats", "error"),
+from layernorm.kernels.persistent_arguments import (
+    VECTORS,
+    Arguments,
+    BackwardArguments,
+    groups_of,
+    make_arguments,
+    make_backward_arguments,
 )
-#: What is read or written 16 bytes at a time.
-_ALIGNED: Final = frozenset({"h0", "c0", "weight_hh", "output", "hn", "cn", "saved_c"})
-_SCOPES: Final = ("matrix", "all", "gate")
-_CELL_NORMS: Final = ("none", "output", "carried")
-
-
-class Arguments(ctypes.Structure):
-    """What the kernel is given, as ``persistent.cu`` has it."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        ("time_limit", ctypes.c_int64),
-        *((name, ctypes.c_int) for name in ("batch", "steps", "stats_width", "stats_first")),
-        ("eps", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("rms", "summed", "scope", "cell_norm", "relu", "reverse")),
-    )
+from layernorm.kernels.persistent_backward_plan import plan as backward_plan
+from layernorm.kernels.persistent_plan import Layout, plan
+from layernorm.variants import Cell, CellNorm, Inputs, Kind, Scope
 
 
 def problem(
@@ -71,6 +52,35 @@ def problem(
         dtype: of states and weights.
         architecture: of the device, as in ``sm_90``.
     """
+    return _problem(plan, cell, kind, inputs, scope, hidden, projected, dtype, architecture)
+
+
+def backward_problem(
+    cell: str,
+    kind: Kind,
+    inputs: Inputs,
+    scope: Scope,
+    cell_norm: CellNorm,
+    hidden: int,
+    projected: bool,
+    dtype: torch.dtype,
+    architecture: int,
+) -> str | None:
+    """As ``problem``, of the backward kernel."""
+    return _problem(backward_plan, cell, kind, inputs, scope, hidden, projected, dtype, architecture)
+
+
+def _problem(
+    plan: Callable[..., Layout | str],
+    cell: str,
+    kind: Kind,
+    inputs: Inputs,
+    scope: Scope,
+    hidden: int,
+    projected: bool,
+    dtype: torch.dtype,
+    architecture: int,
+) -> str | None:
     if kind == "none":
         return "the variant has no norm"
     if projected:
@@ -81,13 +91,6 @@ def problem(
     if isinstance(found, str):
         return found
     return persistent_compile.problem(architecture)
-
-
-def groups_of(cell: str, scope: Scope) -> int:
-    """How many groups of features share statistics."""
-    if scope == "gate":
-        return {"lstm": 4, "gru": 3}.get(cell, 1)
-    return 2 if cell == "gru" and scope == "matrix" else 1
 
 
 def forward(
@@ -170,47 +173,106 @@ def forward(
     persistent_compile.launch(loaded, chosen, -(-h0.size(0) // chosen.rows), arguments, device)
 
 
-def make_arguments(
+def backward(
     cell: str,
     kind: Kind,
     inputs: Inputs,
     scope: Scope,
     cell_norm: CellNorm,
-    eps: float,
     reverse: bool,
-    steps: int,
     *,
+    x: Tensor,
+    c0: Tensor | None,
+    weight_hh: Tensor,
+    vectors: Mapping[str, Tensor | None],
+    resets: Tensor | None,
+    batch_sizes: Tensor | None,
+    step_offsets: Tensor | None,
     saved_h: Tensor | None,
-    tensors: Mapping[str, Tensor | None],
-) -> Arguments:
-    """The kernel's arguments; ``forward`` has what they are, and the names of ``tensors``.
+    saved_c: Tensor | None,
+    stats: Tensor,
+    grad_output: Tensor | None,
+    h_before: Tensor | None,
+    cell_stats: Tensor | None,
+    grad_gates: Tensor,
+    grad_wh: Tensor,
+    grad_own: Tensor | None,
+    grad_cell: Tensor | None,
+    normalized_cell: Tensor | None,
+    grad_h: Tensor,
+    grad_c: Tensor | None,
+    steps: int,
+    done: int,
+    count: int,
+    base: int,
+    kept: int,
+) -> None:
+    """Some steps of a layer and direction's backward loop, on the current stream of the tensors' device.
+
+    As ``forward`` has it where nothing else is said. A chunk's rows are those of its steps in the order of
+    the data, ``base`` the first of them among those of all steps.
+
+    Args:
+        cell: as in ``forward``.
+        kind: likewise.
+        inputs: likewise.
+        scope: likewise.
+        cell_norm: likewise.
+        reverse: likewise.
+        x: (rows, G·H), as forward left it: N(W_ih x) without gain, or the norm of the sum; begins with row
+            ``kept`` of all steps.
+        c0: as in ``forward``.
+        weight_hh: likewise.
+        vectors: likewise.
+        resets: likewise.
+        batch_sizes: likewise.
+        step_offsets: likewise.
+        saved_h: (rows, G·H), where inputs are separate; begins as x does.
+        saved_c: (rows of all steps, H), of an LSTM.
+        stats: float32, as forward left them; begins as x does.
+        grad_output: (rows of all steps, H), or None for zeros.
+        h_before: (rows of the chunk, H), of a GRU: what each row started from, zeros after a reset.
+        cell_stats: float32 (rows of the chunk, 2), of an LSTM whose cell is normalized: mean and rstd of c
+            before that norm; the mean 0 where kind is ``"rms"``.
+        grad_gates: (rows of the chunk, G·H), written: of the gates before their nonlinearities.
+        grad_wh: (rows of the chunk, G·H), written: of W_hh h.
+        grad_own: (rows of the chunk, H), written, of a GRU whose inputs are separate: of the candidate's part
+            of h, with gain and bias.
+        grad_cell: (rows of the chunk, H), written where the cell is normalized: of that with gain and bias.
+        normalized_cell: (rows of the chunk, H), written where the cell is normalized: without these.
+        grad_h: float32 (N, H), of the state after the chunk's steps; replaced by that before them. Rows that
+            take part in no step keep theirs; a reset before the loop's first step is left to the caller.
+        grad_c: float32 (N, H), likewise, of an LSTM.
+        steps: T, of the sequence.
+        done: steps of the loop behind this chunk, counted from its end.
+        count: steps of the chunk.
+        base: see above.
+        kept: see ``x``.
 
     Raises:
-        ValueError: a tensor is not contiguous, or one of ``_ALIGNED`` does not begin at a multiple of 16
-            bytes.
+        ValueError: as ``forward``.
+        RuntimeError: NVRTC or the driver failed.
     """
-    summed, groups = inputs == "summed", groups_of(cell, scope)
-    normalized = saved_h
-    if summed:
-        normalized = tensors["x"] if tensors["stats"] is not None else None
-    arguments = Arguments()
-    for name, tensor in (*tensors.items(), ("normalized", normalized)):
-        if tensor is None:
-            continue
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
-        if name in _ALIGNED and tensor.data_ptr() % 16 != 0:
-            raise ValueError(f"{name} must begin at a multiple of 16 bytes; clone it")
-        setattr(arguments, name, tensor.data_ptr())
-    h0 = tensors["h0"]
-    arguments.batch = 0 if h0 is None else h0.size(0)
-    arguments.steps, arguments.eps, arguments.reverse = steps, eps, reverse
-    arguments.time_limit = int(TIME_LIMIT * 1e9)
-    arguments.stats_width, arguments.stats_first = (groups, 0) if summed else (2 * groups, groups)
-    arguments.rms, arguments.summed, arguments.relu = kind == "rms", summed, cell == "rnn_relu"
-    arguments.scope = _SCOPES.index(scope)
-    arguments.cell_norm = _CELL_NORMS.index(cell_norm) if cell == "lstm" else 0
-    return arguments
+    if count == 0 or grad_h.size(0) == 0:
+        return
+    device, groups = x.device.index or 0, groups_of(cell, scope)
+    chosen = backward_plan(
+        *(_cell(cell), grad_h.size(1), _name(x.dtype), _architecture(device), grad_h.size(0), groups)
+    )
+    if isinstance(chosen, str):
+        raise ValueError(f"the persistent recurrent kernel cannot serve this: {chosen}")
+    given = {"x": x, "c0": c0, "weight_hh": weight_hh, "resets": resets, "batch_sizes": batch_sizes}
+    given |= {"step_offsets": step_offsets, "saved_h": saved_h, "saved_c": saved_c, "stats": stats}
+    given |= {"grad_output": grad_output, "h_before": h_before, "cell_stats": cell_stats}
+    given |= {"grad_gates": grad_gates, "grad_wh": grad_wh, "grad_own": grad_own, "grad_cell": grad_cell}
+    given |= {"normalized_cell": normalized_cell, "grad_h": grad_h, "grad_c": grad_c}
+    arguments = make_backward_arguments(
+        *(cell, kind, inputs, scope, cell_norm, reverse, steps),
+        chunk=(done, count, base, kept),
+        tensors=given | {name: vectors.get(name) for name in VECTORS},
+    )
+    loaded = persistent_compile.load(chosen, device, groups)
+    persistent_compile.launch(loaded, chosen, -(-grad_h.size(0) // chosen.rows), arguments, device)
 
 
 @functools.cache
@@ -228,4 +290,15 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-__all__ = ["VECTORS", "Arguments", "forward", "groups_of", "make_arguments", "problem"]
+__all__ = [
+    "VECTORS",
+    "Arguments",
+    "BackwardArguments",
+    "backward",
+    "backward_problem",
+    "forward",
+    "groups_of",
+    "make_arguments",
+    "make_backward_arguments",
+    "problem",
+]

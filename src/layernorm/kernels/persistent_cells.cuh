@@ -4,20 +4,6 @@
 
 namespace layernorm {
 
-inline float sigmoid(float a) { return reciprocal(1.0F + expf(-a)); }
-// Below 1/4 by its series, whose next term is 1e-8 of it: the other form cancels there.
-inline float hyperbolic_tangent(float a) {
-  const float s = a * a;
-  const float series =
-      fmaf(a * s, fmaf(s, fmaf(s, fmaf(s, 62.0F / 2835, -17.0F / 315), 2.0F / 15), -1.0F / 3), a);
-  const float far = fmaf(-2.0F, reciprocal(expf(2 * fabsf(a)) + 1), 1.0F);
-  return fabsf(a) < 0.25F ? series : copysignf(far, a);
-}
-inline float rounded(float a) { return widen(narrow(a)); }
-inline float at_or(const Half* vector, long long index, float otherwise) {
-  return vector == nullptr ? otherwise : widen(vector[index]);
-}
-
 // Zeros in the rows that a reset parts from the step before.
 inline void clear(const Place& place) {
   for (int row = place.warp; row < kRows; row += kThreads / 32) {
@@ -30,8 +16,6 @@ inline void clear(const Place& place) {
   }
 }
 
-using Sums = float[kSlots][2];  // of a warp's units and a tile, one thread's
-using Inputs = Half[kSlots][2];
 // c and σ(o) of a thread's unit and rows, where the cell is normalized.
 struct Cells {
   float c[1][2], open[2];
@@ -40,7 +24,7 @@ struct Cells {
 inline void load_inputs(const Arguments& args, const Place& place, Step step, int tile, Inputs& x) {
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    const int row = 8 * tile + 2 * (place.lane % 4) + e;
+    const int row = place.row(tile, e);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot)
       x[slot][e] = row < step.live
@@ -66,7 +50,6 @@ inline void measure(const Arguments& args, const Place& place, int tile, const I
 
 // The norm in place of the product; kept for backward where that is wanted.
 inline void normalize(const Arguments& args, const Place& place, Step step, int tile, Sums& a) {
-  const unsigned quad = place.lane % 4;
   for (int group = 0; group < group_count(args); ++group) {
     const Group gates = group_at(args, group);
     Norm norms[2];
@@ -76,7 +59,7 @@ inline void normalize(const Arguments& args, const Place& place, Step step, int 
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot)
         if (gates.has(slot)) a[slot][e] = (a[slot][e] - norms[e].mean) * norms[e].rstd;
-      const int row = 8 * tile + 2 * quad + e;
+      const int row = place.row(tile, e);
       if (args.stats != nullptr && place.unit == 0 && place.lane < 4 && row < step.live)
         args.stats[(step.row + row) * args.stats_width + args.stats_first + group] = norms[e].rstd;
     }
@@ -84,7 +67,7 @@ inline void normalize(const Arguments& args, const Place& place, Step step, int 
   if (args.normalized == nullptr) return;
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    const int row = 8 * tile + 2 * quad + e;
+    const int row = place.row(tile, e);
     if (row >= step.live) continue;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot)
@@ -111,38 +94,31 @@ inline void step_tile(const Arguments& args, const Place& place, Step step, int 
   normalize(args, place, step, tile, a);
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    const int row = 8 * tile + 2 * (place.lane % 4) + e;
-    // Of x and of both; the candidate of a GRU has x and h apart.
-    float of_x[kSlots], gate[kSlots];
+    const int row = place.row(tile, e);
+    Gate gate[kSlots];
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
-      const float4 vectors = load(vectors_at(place, slot));
-      of_x[slot] = fmaf(args.summed ? a[slot][e] : widen(x[slot][e]), vectors.x, vectors.z);
-      gate[slot] = args.summed ? of_x[slot] : fmaf(a[slot][e], vectors.y, of_x[slot]);
-    }
+    for (int slot = 0; slot < kSlots; ++slot)
+      gate[slot] =
+          gate_of(args, place, slot, args.summed ? a[slot][e] : widen(x[slot][e]), a[slot][e]);
     if constexpr (kCell == kLstm) {
       Half* own = own_at(kOwnCAt, row, place.local(0));
-      const float entering = sigmoid(gate[0]) * hyperbolic_tangent(gate[2]);
-      const float c = rounded(fmaf(sigmoid(gate[1]), widen(load(own)), entering));
-      const float open = sigmoid(gate[3]);
+      const float entering = sigmoid(gate[0].whole) * hyperbolic_tangent(gate[2].whole);
+      const float c = rounded(fmaf(sigmoid(gate[1].whole), widen(load(own)), entering));
+      const float open = sigmoid(gate[3].whole);
       cells.c[0][e] = c, cells.open[e] = open;
       if (row < step.live) store(own, narrow(c));
       if (args.cell_norm == kNone)
         store(own_at(kOwnHAt, row, place.local(0)), narrow(open * hyperbolic_tangent(c)));
     } else if constexpr (kCell == kGru) {
       const float h = widen(load(hidden_at(row, place.unit_of(0))));
-      float reset_of = gate[2];
-      if (!args.summed)
-        reset_of = fmaf(a[2][e], load(vectors_at(place, 2)).y,
-                        load(shared_at<float>(kBiasHnAt) + place.local(0)));
-      const float n =
-          hyperbolic_tangent(fmaf(sigmoid(gate[0]), reset_of, args.summed ? 0.0F : of_x[2]));
-      store(own_at(kOwnHAt, row, place.local(0)), narrow(fmaf(sigmoid(gate[1]), h - n, n)));
+      const float part = reset_part(args, place, gate[2], a[2][e]);
+      const float n = candidate_of(args, gate[2], sigmoid(gate[0].whole), part);
+      store(own_at(kOwnHAt, row, place.local(0)), narrow(fmaf(sigmoid(gate[1].whole), h - n, n)));
     } else {
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
-        const float h =
-            args.relu ? (gate[slot] < 0 ? 0.0F : gate[slot]) : hyperbolic_tangent(gate[slot]);
+        const float h = args.relu ? (gate[slot].whole < 0 ? 0.0F : gate[slot].whole)
+                                  : hyperbolic_tangent(gate[slot].whole);
         store(own_at(kOwnHAt, row, place.local(slot)), narrow(h));
       }
     }
@@ -162,7 +138,7 @@ inline void show_tile(const Arguments& args, const Place& place, Step step, int 
   const float2 vectors = load(shared_at<float2>(kCellVectorsAt) + place.local(0));
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    const int row = 8 * tile + 2 * (place.lane % 4) + e;
+    const int row = place.row(tile, e);
     float seen = (cells.c[0][e] - norms[e].mean) * norms[e].rstd;
     seen = fmaf(seen, vectors.x, vectors.y);
     if (args.cell_norm == kCarried) {

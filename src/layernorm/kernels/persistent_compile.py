@@ -1,4 +1,4 @@
-"""Compiling the persistent kernel by NVRTC, its cache on disk, and its launch by the driver.
+"""Compiling the persistent kernels by NVRTC, its cache on disk, and its launch by the driver.
 
 ``cuda-bindings`` is imported by the first call that needs it. A compiled kernel is kept in the folder that
 ``LAYERNORM_CACHE`` names, or in the user's cache folder; where that cannot be written there is no cache.
@@ -13,20 +13,26 @@ import importlib
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
 
-from layernorm.kernels.persistent_plan import Plan
+from layernorm.kernels.persistent_backward_plan import BackwardPlan
+from layernorm.kernels.persistent_plan import Layout, Plan
 
 CACHE_VARIABLE: Final = "LAYERNORM_CACHE"
 KERNEL: Final = b"layernorm_persistent"
-#: In the order in which they are compiled as one.
-SOURCES: Final = (
-    *("device.cuh", "persistent_layout.cuh", "persistent_exchange.cuh", "persistent_cells.cuh"),
-    "persistent.cu",
-)
+_COMMON: Final = ("device.cuh", "persistent_layout.cuh", "persistent_exchange.cuh", "persistent_gates.cuh")
+#: Of each direction, in the order in which they are compiled as one.
+SOURCES: Final[Mapping[type[Layout], tuple[str, ...]]] = {
+    Plan: (*_COMMON, "persistent_forward.cuh", "persistent_cells.cuh", "persistent.cu"),
+    BackwardPlan: (
+        *(*_COMMON, "persistent_backward.cuh", "persistent_backward_cells.cuh"),
+        "persistent_backward.cu",
+    ),
+}
 _DIGEST_BYTES: Final = 32
 _PORTABLE_BLOCKS: Final = 8
 
@@ -61,14 +67,14 @@ def _nvrtc_version() -> tuple[int, int]:
     return major, minor
 
 
-def source() -> str:
-    """All files as one."""
-    folder = Path(__file__).parent
-    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in SOURCES)
+def source(plan: Layout) -> str:
+    """All files of the plan's direction as one."""
+    folder, names = Path(__file__).parent, SOURCES[type(plan)]
+    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in names)
 
 
-def compile(plan: Plan, architecture: int) -> bytes:
-    """The kernel's machine code (a cubin), from the cache where it is there.
+def compile(plan: Layout, architecture: int) -> bytes:
+    """A kernel's machine code (a cubin), from the cache where it is there.
 
     Raises:
         RuntimeError: NVRTC is missing, or failed.
@@ -84,7 +90,7 @@ def compile(plan: Plan, architecture: int) -> bytes:
         "--fmad=false",
         *(f"-D{name}={value}" for name, value in plan.macros().items()),
     ]
-    text = source()
+    text = source(plan)
     key = hashlib.sha256(repr((text, options, _nvrtc_version())).encode()).hexdigest()
     folder = _cache_folder()
     cached = None if folder is None else _read(folder / f"{key}.cubin")
@@ -185,7 +191,7 @@ class Loaded(NamedTuple):
 
 
 @functools.cache
-def load(plan: Plan, device: int, groups: int) -> Loaded:
+def load(plan: Layout, device: int, groups: int) -> Loaded:
     """The plan's kernel on the device of that index, with shared memory for so many groups of features.
 
     Raises:
@@ -212,7 +218,7 @@ def load(plan: Plan, device: int, groups: int) -> Loaded:
     return Loaded(function, context, shared)
 
 
-def launch(loaded: Loaded, plan: Plan, clusters: int, arguments: ctypes.Structure, device: int) -> None:
+def launch(loaded: Loaded, plan: Layout, clusters: int, arguments: ctypes.Structure, device: int) -> None:
     """On the device's current stream; the arguments are copied."""
     driver = importlib.import_module("cuda.bindings.driver")
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))

@@ -1,5 +1,5 @@
-// What blocks of a cluster tell each other: the barrier with its watchdog, statistics of rows,
-// states. Of persistent.cu, which tells the whole.
+// What blocks of a cluster tell each other: the barrier with its watchdog, and sums over the
+// features of rows. Of persistent.cu and persistent_backward.cu, which tell the whole.
 #pragma once
 
 namespace layernorm {
@@ -7,7 +7,7 @@ namespace layernorm {
 // Every block waits here until all of the cluster have arrived; what each wrote before is then seen
 // by all. The block's own barrier orders its threads' writes before the arrivals, which release
 // them. `phase` counts the exchanges.
-inline void exchange(const Arguments& args, unsigned& phase) {
+inline void exchange(const Layer& layer, unsigned& phase) {
   auto* barrier = shared_at<unsigned long long>(0);
   const unsigned parity = phase++ % 2;
   sync_block();
@@ -15,8 +15,8 @@ inline void exchange(const Arguments& args, unsigned& phase) {
   if (!barrier_try_wait(barrier, parity)) {
     const unsigned long long begin = nanoseconds();
     while (!barrier_try_wait(barrier, parity)) {
-      if (nanoseconds() - begin < static_cast<unsigned long long>(args.time_limit)) continue;
-      if (args.error != nullptr) *args.error = phase;
+      if (nanoseconds() - begin < static_cast<unsigned long long>(layer.time_limit)) continue;
+      if (layer.error != nullptr) *layer.error = phase;
       trap();
     }
   }
@@ -44,38 +44,54 @@ struct Group {
     return n == 1 ? 1.0F / 8 : n == 2 ? 1.0F / 16 : n == 3 ? 1.0F / 24 : 1.0F / 32;
   }
 };
-inline int group_count(const Arguments& args) {
-  return args.scope == kGate ? kGates : kCell == kGru && args.scope == kMatrix ? 2 : 1;
+inline int group_count(const Layer& layer) {
+  return layer.scope == kGate ? kGates : kCell == kGru && layer.scope == kMatrix ? 2 : 1;
 }
-inline Group group_at(const Arguments& args, int group) {
-  if (args.scope == kGate) return {group, group + 1};
-  if (kCell == kGru && args.scope == kMatrix) return group == 0 ? Group{0, 2} : Group{2, 3};
+inline int group_of(const Layer& layer, int slot) {
+  if (layer.scope == kGate) return kCell == kRnn ? 0 : slot;
+  return kCell == kGru && layer.scope == kMatrix ? slot / 2 : 0;
+}
+inline Group group_at(const Layer& layer, int group) {
+  if (layer.scope == kGate) return {group, group + 1};
+  if (kCell == kGru && layer.scope == kMatrix) return group == 0 ? Group{0, 2} : Group{2, 3};
   return {0, kGates};
 }
 
-// To all blocks: mean and Σ(a - mean)² of the warp's units, for the 8 rows of a tile. Where the
-// norm is by the root mean square the mean is taken for 0, here and in all that follows.
+// To all blocks: two sums over the warp's units, for the 8 rows of a tile; they are the same in all
+// lanes that have a row.
+inline void send_sums(const Place& place, int at, int group, int tile, const float (&first)[2],
+                      const float (&second)[2]) {
+  const unsigned row = place.lane % 8, holder = row / 2;
+  const float2 even = {shuffle(first[0], holder), shuffle(second[0], holder)};
+  const float2 odd = {shuffle(first[1], holder), shuffle(second[1], holder)};
+  float2* to = statistics_at(at, group, 8 * tile + row, place.unit / kWarpUnits);
+  for (unsigned peer = place.lane / 8; peer < kBlocks; peer += 4)
+    remote_store(to, (peer + place.rank) % kBlocks, row % 2 == 0 ? even : odd);
+}
+// To this thread's two rows, two values each that the first of a row's four lanes has.
+inline float2 of_row(const Place& place, int e, float first, float second) {
+  const unsigned holder = 8 * (place.lane % 4) + 4 * e;
+  return {shuffle(first, holder), shuffle(second, holder)};
+}
+
+// To all blocks: mean and Σ(a - mean)² of the warp's units. Where the norm is by the root mean
+// square the mean is taken for 0, here and in all that follows.
 template <int kCount>
-inline void send_statistics(const Arguments& args, const Place& place, int at, int group,
-                            Group gates, int tile, const float (&a)[kCount][2]) {
+inline void send_statistics(const Layer& layer, const Place& place, int at, int group, Group gates,
+                            int tile, const float (&a)[kCount][2]) {
   float mean[2], squares[2];
   for (int e = 0; e < 2; ++e) {
     float sum = 0, square = 0;
 #pragma unroll
     for (int slot = 0; slot < kCount; ++slot)
       if (gates.has(slot)) sum += a[slot][e];
-    mean[e] = args.rms ? 0.0F : sum_units(sum) * gates.share();
+    mean[e] = layer.rms ? 0.0F : sum_units(sum) * gates.share();
 #pragma unroll
     for (int slot = 0; slot < kCount; ++slot)
       if (gates.has(slot)) square = fmaf(a[slot][e] - mean[e], a[slot][e] - mean[e], square);
     squares[e] = sum_units(square);
   }
-  const unsigned row = place.lane % 8, holder = row / 2;
-  const float2 even = {shuffle(mean[0], holder), shuffle(squares[0], holder)};
-  const float2 odd = {shuffle(mean[1], holder), shuffle(squares[1], holder)};
-  float2* to = statistics_at(at, group, 8 * tile + row, place.unit / kWarpUnits);
-  for (unsigned peer = place.lane / 8; peer < kBlocks; peer += 4)
-    remote_store(to, (peer + place.rank) % kBlocks, row % 2 == 0 ? even : odd);
+  send_sums(place, at, group, tile, mean, squares);
 }
 
 struct Norm {
@@ -84,7 +100,7 @@ struct Norm {
 constexpr float kLargest = 3.402823466e38F;
 // Means and rstds of this thread's two rows, from all parts by four lanes a row. All parts are of
 // as many features, so that the means' mean is the mean; the order is fixed.
-inline void combine(const Arguments& args, const Place& place, int at, int group, Group gates,
+inline void combine(const Layer& layer, const Place& place, int at, int group, Group gates,
                     int tile, Norm (&norms)[2]) {
   const int row = 8 * tile + static_cast<int>(place.lane) / 4;
   const int begin = static_cast<int>(place.lane) % 4;
@@ -100,33 +116,46 @@ inline void combine(const Arguments& args, const Place& place, int at, int group
   const float variance = sum_quad(squares) * (gates.share() * (1.0F / kParts));
   // Squares that float32 cannot hold make NaN, not a row of zeros.
   const float rstd =
-      variance <= kLargest ? reciprocal_root(variance + args.eps) : variance - variance;
-  for (unsigned e = 0; e < 2; ++e) {
-    const unsigned holder = 8 * (place.lane % 4) + 4 * e;
-    norms[e] = {shuffle(mean, holder), shuffle(rstd, holder)};
+      variance <= kLargest ? reciprocal_root(variance + layer.eps) : variance - variance;
+  for (int e = 0; e < 2; ++e) {
+    const float2 norm = of_row(place, e, mean, rstd);
+    norms[e] = {norm.x, norm.y};
   }
 }
 
-// A tile's 8 rows of the warp's h, from where they are gathered to all blocks; live rows only.
-inline void send_rows(const Place& place, int tile, int live) {
-  constexpr int kVectors = kWarpUnits / 8;
-  const int local = place.unit - static_cast<int>(place.rank) * kUnits;
-  for (unsigned i = place.lane; i < 8 * kVectors * kBlocks; i += 32) {
-    const int row = 8 * tile + i % 8, unit = 8 * (i / 8 % kVectors);
-    if (row >= live) continue;
-    const uint4 h = load(reinterpret_cast<const uint4*>(own_at(kOwnHAt, row, local + unit)));
-    remote_store(reinterpret_cast<uint4*>(hidden_at(row, place.unit + unit)),
-                 (i / 8 / kVectors + place.rank) % kBlocks, h);
+// What the statistics take from the gradient t of a normalized n: that of what was normalized is
+// rstd·(t - one - n·along), with the means of t and of t·n, whose sums the blocks exchange.
+struct Along {
+  float one, n;
+};
+template <int kCount>
+inline void send_gradients(const Place& place, int at, int group, Group gates, int tile,
+                           const float (&t)[kCount][2], const float (&n)[kCount][2]) {
+  float sums[2], products[2];
+  for (int e = 0; e < 2; ++e) {
+    float sum = 0, product = 0;
+#pragma unroll
+    for (int slot = 0; slot < kCount; ++slot)
+      if (gates.has(slot)) sum += t[slot][e], product = fmaf(t[slot][e], n[slot][e], product);
+    sums[e] = sum_units(sum), products[e] = sum_units(product);
   }
+  send_sums(place, at, group, tile, sums, products);
 }
-// And to where they belong in global memory, [rows, H] from the tile's cluster's first row on.
-inline void keep_rows(const Place& place, int own, Half* to, int tile, int live) {
-  constexpr int kVectors = kWarpUnits / 8;
-  const int row = 8 * tile + place.lane % 8, unit = 8 * (place.lane / 8);
-  if (to == nullptr || place.lane >= 8 * kVectors || row >= live) return;
-  const int local = place.unit - static_cast<int>(place.rank) * kUnits;
-  *reinterpret_cast<uint4*>(to + static_cast<long long>(row) * kHidden + place.unit + unit) =
-      load(reinterpret_cast<const uint4*>(own_at(own, row, local + unit)));
+inline void combine_gradients(const Layer& layer, const Place& place, int at, int group,
+                              Group gates, int tile, Along (&along)[2]) {
+  const int row = 8 * tile + static_cast<int>(place.lane) / 4;
+  float sum = 0, product = 0;
+  for (int part = static_cast<int>(place.lane) % 4; part < kParts; part += 4) {
+    const float2 of = load(statistics_at(at, group, row, part));
+    sum += of.x, product += of.y;
+  }
+  const float share = gates.share() * (1.0F / kParts);
+  sum = layer.rms ? 0.0F : sum_quad(sum) * share;
+  product = sum_quad(product) * share;
+  for (int e = 0; e < 2; ++e) {
+    const float2 found = of_row(place, e, sum, product);
+    along[e] = {found.x, found.y};
+  }
 }
 
 }  // namespace layernorm

@@ -16,8 +16,9 @@ assume.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from layernorm.variants import GATES, Cell
 
@@ -60,9 +61,108 @@ ACTIVATION_LATENCY_CLOCKS: Final = 30
 STATISTICS_CLOCKS: Final = 250
 
 
+class Layout:
+    """Of a block of either direction, whose attributes ``Plan`` has."""
+
+    cell: Cell
+    hidden: int
+    dtype: str
+    blocks: int
+    units: int
+    rows: int
+
+    @property
+    def split(self) -> int:
+        """Warps that have the same units."""
+        raise NotImplementedError
+
+    @property
+    def gates(self) -> int:
+        """Of the cell."""
+        return GATES[self.cell]
+
+    @property
+    def warp_units(self) -> int:
+        """Hidden units of a warp: of an RNN two eights, where others have two or more gates."""
+        return 16 if self.cell == "rnn" else 8
+
+    @property
+    def slots(self) -> int:
+        """Eights of gates of a warp: of an RNN its two eights of units, else one for each gate."""
+        return 2 if self.cell == "rnn" else self.gates
+
+    @property
+    def unit_warps(self) -> int:
+        """Warps that have different units."""
+        return self.units // self.warp_units
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.split * self.unit_warps
+
+    @property
+    def warp_tiles(self) -> int:
+        """Eights of rows whose gates a warp makes; the warps that have the same units share these."""
+        return -(-(self.rows // 8) // self.split)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Shared memory for the statistics of one group: a pair of float32 for each row and warp's units."""
+        parts = self.hidden // self.warp_units
+        return 8 * self.rows * (-(-parts // 4) * 4)
+
+    @property
+    def registers(self) -> int:
+        """Registers that a thread may have: four schedulers have a quarter each, for whole warps."""
+        warps = -(-self.threads // 128) * 4
+        return min(REGISTERS_PER_THREAD, REGISTERS // (32 * warps) // 8 * 8)
+
+    @property
+    def vector_parts(self) -> list[int]:
+        """Shared memory for the barrier, gains and biases, part by part."""
+        lstm, gru = self.cell == "lstm", self.cell == "gru"
+        return [16, 16 * self.gates * self.units, 4 * self.units * gru, 8 * self.units * lstm]
+
+    def activations(self) -> float:
+        """Clocks that a step's activations take."""
+        # A warp's tiles have all of its units' activations.
+        activations = self.gates + (self.cell == "lstm")
+        in_thread = 2 * self.warp_tiles * (self.slots if self.cell == "rnn" else activations)
+        return max(
+            self.rows * self.units * activations * ACTIVATION_CLOCKS, in_thread * ACTIVATION_LATENCY_CLOCKS
+        )
+
+    def shared_bytes(self, groups: int = 1) -> int:
+        """Shared memory of a block, the statistics of so many groups among it; as the kernel has it."""
+        raise NotImplementedError
+
+    def macros(self) -> dict[str, int]:
+        """What the kernel is compiled with."""
+        values = {
+            "cell": ("lstm", "gru", "rnn").index(self.cell),
+            "hidden": self.hidden,
+            "float16": int(self.dtype == "float16"),
+            "blocks": self.blocks,
+            "units": self.units,
+            "split": self.split,
+            "warps": self.threads // 32,
+            "rows": self.rows,
+            "shared_bytes": self.shared_bytes(),
+            **self._own_macros(),
+        }
+        return {f"LAYERNORM_{name.upper()}": value for name, value in values.items()}
+
+    def _own_macros(self) -> dict[str, int]:
+        raise NotImplementedError
+
+
+P = TypeVar("P", bound=Layout)
+
+
 @dataclass(frozen=True)
-class Plan:
-    """What the kernel is compiled for.
+class Plan(Layout):
+    """What the forward kernel is compiled for.
 
     Attributes:
         cell: ``"lstm"``, ``"gru"`` or ``"rnn"``.
@@ -85,34 +185,14 @@ class Plan:
     rows: int
 
     @property
-    def gates(self) -> int:
-        """Of the cell."""
-        return GATES[self.cell]
-
-    @property
-    def warp_units(self) -> int:
-        """Hidden units of a warp: of an RNN two eights, where others have two or more gates."""
-        return 16 if self.cell == "rnn" else 8
-
-    @property
-    def slots(self) -> int:
-        """Eights of weight rows of a warp; two of them are the 16 rows of an mma."""
-        return 2 if self.cell == "rnn" else self.gates
+    def split(self) -> int:
+        """Warps that have the same units."""
+        return self.k_split
 
     @property
     def products(self) -> int:
-        """The mma of a k-step and eight rows."""
+        """The mma of a k-step and eight rows: two slots are the 16 rows of an mma."""
         return -(-self.slots // 2)
-
-    @property
-    def threads(self) -> int:
-        """Of a block."""
-        return 32 * self.k_split * (self.units // self.warp_units)
-
-    @property
-    def warp_tiles(self) -> int:
-        """Eights of rows whose gates a warp makes; the warps that share sums share these too."""
-        return -(-(self.rows // 8) // self.k_split)
 
     @property
     def pairs(self) -> int:
@@ -125,59 +205,29 @@ class Plan:
         return 32 * self.k_split * self.pairs
 
     @property
-    def statistics_bytes(self) -> int:
-        """Shared memory for the statistics of one group: a pair of float32 for each row and warp's units."""
-        parts = self.hidden // self.warp_units
-        return 8 * self.rows * (-(-parts // 4) * 4)
-
-    @property
     def weight_bytes(self) -> int:
         """Shared memory for the weights that are not in registers."""
         return 16 * self.threads * self.slots * (self.pairs - self.register_pairs)
 
-    @property
-    def registers(self) -> int:
-        """Registers that a thread may have: four schedulers have a quarter each, for whole warps."""
-        warps = -(-self.threads // 128) * 4
-        return min(REGISTERS_PER_THREAD, REGISTERS // (32 * warps) // 8 * 8)
-
     def shared_bytes(self, groups: int = 1) -> int:
-        """Shared memory of a block, the statistics of so many groups among it; as in ``persistent.cu``."""
+        """Shared memory of a block, the statistics of so many groups among it; as the kernel has it."""
         stride = self.width + (32 if self.width // 32 % 2 == 0 else 0)
         own = self.rows * self.units
         sums = 0 if self.k_split == 1 else 16 * (self.rows // 8) * self.threads * self.products
         parts = [
-            16,  # barriers
+            *self.vector_parts,
             2 * self.rows * stride,  # h
             self.weight_bytes,
             sums,
-            16 * self.gates * self.units,  # gains and biases
-            4 * self.units if self.cell == "gru" else 0,  # bias_hn
             2 * own,  # h of own units
         ]
         if self.cell == "lstm":
-            parts += [
-                2 * own,  # c of own units
-                8 * self.units,  # gain and bias of the cell
-                self.statistics_bytes,  # of c
-            ]
+            parts += [2 * own, self.statistics_bytes]  # c of own units, and the statistics of c
         parts += [4 * self.rows, groups * self.statistics_bytes]
         return sum(-(-part // 16) * 16 for part in parts)
 
-    def macros(self) -> dict[str, int]:
-        """What ``persistent.cu`` is compiled with."""
-        values = {
-            "cell": ("lstm", "gru", "rnn").index(self.cell),
-            "hidden": self.hidden,
-            "float16": int(self.dtype == "float16"),
-            "blocks": self.blocks,
-            "units": self.units,
-            "k_split": self.k_split,
-            "register_pairs": self.register_pairs,
-            "rows": self.rows,
-            "shared_bytes": self.shared_bytes(),
-        }
-        return {f"LAYERNORM_{name.upper()}": value for name, value in values.items()}
+    def _own_macros(self) -> dict[str, int]:
+        return {"register_pairs": self.register_pairs}
 
 
 class Seconds(NamedTuple):
@@ -221,12 +271,6 @@ def seconds_per_step(plan: Plan, *, cell_norm: bool = True, groups: int = 1) -> 
     sums = 0 if plan.k_split == 1 else 2 * 16 * (plan.rows // 8) * plan.threads * plan.products
     states = 2 * unit_warps * plan.rows * plan.width + sums
     sent = plan.rows * (2 * plan.units + 8 * unit_warps * (groups + normed))
-    # A warp's tiles have all of its units' activations.
-    activations = plan.gates + (plan.cell == "lstm")
-    in_thread = 2 * plan.warp_tiles * (plan.slots if plan.cell == "rnn" else activations)
-    clocks = max(
-        plan.rows * plan.units * activations * ACTIVATION_CLOCKS, in_thread * ACTIVATION_LATENCY_CLOCKS
-    )
     barrier = BARRIER_SECONDS if plan.blocks > 1 else BLOCK_BARRIER_SECONDS
     exchanges = 2 + normed
     clock = 1 / CLOCKS_PER_SECOND
@@ -236,12 +280,12 @@ def seconds_per_step(plan: Plan, *, cell_norm: bool = True, groups: int = 1) -> 
         states=states / SHARED_BYTES_PER_CLOCK * clock,
         barriers=exchanges * barrier + (plan.k_split > 1) * BLOCK_BARRIER_SECONDS,
         exchange=sent * (plan.blocks - 1) / REMOTE_BYTES_PER_CLOCK * clock,
-        activations=clocks * clock,
+        activations=plan.activations() * clock,
         statistics=STATISTICS_CLOCKS * (groups + normed) * clock,
     )
 
 
-def waves(plan: Plan, batch: int) -> int:
+def waves(plan: Layout, batch: int) -> int:
     """How many times all multiprocessors must be filled with clusters; assumed that any of them may meet."""
     clusters = -(-batch // plan.rows)
     return -(-clusters // (MULTIPROCESSORS // plan.blocks))
@@ -268,6 +312,19 @@ def plan(
         >>> plan("lstm", 512, "bfloat16", 80)
         'compute capability 8.0 has no thread block clusters'
     """
+    why_not = unserved(hidden, dtype, architecture)
+    if why_not is not None:
+        return why_not
+    return best(
+        _candidates(cell, hidden, dtype, groups),
+        lambda some: (_filled(replace(some, rows=rows), groups) for rows in ROWS),
+        seconds_per_step,
+        batch,
+    ) or too_large(hidden)
+
+
+def unserved(hidden: int, dtype: str, architecture: int) -> str | None:
+    """Why no plan of any direction can serve these, or None."""
     if architecture not in ARCHITECTURES:
         capability = f"{architecture // 10}.{architecture % 10}"
         lacking = "no thread block clusters" if architecture < 90 else "too little shared memory"
@@ -276,26 +333,43 @@ def plan(
         return f"dtype {dtype} is not served; {' and '.join(DTYPES)} are"
     if hidden <= 0 or hidden % 16 != 0:
         return f"hidden size {hidden} is not a multiple of 16"
-    fitting = [(sum(seconds_per_step(p)), p) for p in _candidates(cell, hidden, dtype, groups)]
+    return None
+
+
+def too_large(hidden: int) -> str:
+    """Why there is no plan where nothing else is in the way."""
+    return f"the weights of hidden size {hidden} do not fit into {BLOCKS[-1]} multiprocessors"
+
+
+def best(
+    candidates: Iterable[P | None],
+    alike: Callable[[P], Iterable[P | None]],
+    seconds: Callable[[P], Seconds],
+    batch: int,
+) -> P | None:
+    """Of the plans that make the same bits as the fastest candidate the fastest for the batch, or None.
+
+    Args:
+        candidates: for eight rows; None are those that do not fit, here and below.
+        alike: to a plan those that make the same bits.
+        seconds: of a step.
+        batch: N.
+    """
+    fitting = [p for p in candidates if p is not None]
     if not fitting:
-        return f"the weights of hidden size {hidden} do not fit into {BLOCKS[-1]} multiprocessors"
-    best = min(fitting, key=lambda pair: pair[0])[1]
-    larger = (_filled(replace(best, rows=rows), groups) for rows in ROWS)
-    return min((p for p in larger if p is not None), key=lambda p: waves(p, batch) * sum(seconds_per_step(p)))
+        return None
+    fastest = min(fitting, key=lambda p: sum(seconds(p)))
+    others = (p for p in alike(fastest) if p is not None)
+    return min(others, key=lambda p: waves(p, batch) * sum(seconds(p)))
 
 
-def _candidates(cell: Cell, hidden: int, dtype: str, groups: int) -> list[Plan]:
-    """All plans for eight rows."""
-    found = []
+def _candidates(cell: Cell, hidden: int, dtype: str, groups: int) -> Iterator[Plan | None]:
+    """All plans for eight rows; None where one does not fit."""
     for blocks in BLOCKS:
         for k_split in _K_SPLITS:
             warp_units = 16 if cell == "rnn" else 8
             units = -(-hidden // (blocks * warp_units)) * warp_units
-            some = Plan(cell, hidden, dtype, blocks, units, k_split, 0, ROWS[0])
-            filled = _filled(some, groups)
-            if filled is not None:
-                found.append(filled)
-    return found
+            yield _filled(Plan(cell, hidden, dtype, blocks, units, k_split, 0, ROWS[0]), groups)
 
 
 def _filled(plan: Plan, groups: int) -> Plan | None:
