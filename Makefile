@@ -59,7 +59,7 @@ sanitize: install
 # Where there is a GPU: its tests, again under NVIDIA's checkers of memory and races where
 # they are installed, and the benchmark, which writes the published files.
 GPU_TESTS := $(BIN)/python -m pytest tests/test_norm_kernels.py tests/test_gpu.py tests/test_recurrent_gpu.py \
-	tests/test_persistent.py tests/test_bench_gpu.py tests/test_bench_gpu_recurrent.py
+	tests/test_persistent.py tests/test_persistent_backward.py tests/test_bench_gpu.py tests/test_bench_gpu_recurrent.py
 gpu: install
 	TRITON_INTERPRET=0 $(GPU_TESTS) -k 'on_gpu or gpu'
 	@for tool in memcheck racecheck; do command -v compute-sanitizer > /dev/null || continue; \

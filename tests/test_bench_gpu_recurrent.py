@@ -416,13 +416,13 @@ def test_predictions_have_a_column_for_each_model(monkeypatch):
         "| hidden | GFLOP | Triton, µs a step | persistent, µs a step | a model, µs a step |"
     )
     gflop = recurrent.Point("lstm", "float32", 1, 128, 512, "inference").gflop
-    # The persistent kernel has no float32, and no backward.
+    # The persistent kernel has no float32.
     line = next(line for line in lines if line.startswith("| lstm | float32 | inference | 1 | 128 |"))
     assert line.split(" | ")[5] == f"{gflop:.1f}"
     assert line.endswith(" | – | 3.9 |")
     known = [line for line in lines if "–" not in line and line.startswith("| lstm | ")]
     assert [line.split(" | ")[1:5] for line in known] == [
-        ["bfloat16", "inference", "1", hidden] for hidden in ("128", "256", "512")
+        ["bfloat16", mode, "1", hidden] for hidden in ("128", "256", "512") for mode in recurrent.MODES
     ]
 
 

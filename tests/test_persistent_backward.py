@@ -16,6 +16,7 @@ from layernorm.kernels.persistent_backward_plan import BackwardPlan
 from layernorm.reference import recurrent as reference
 from layernorm.variants import Variant
 from test_persistent import DTYPES, Case, emulator, make, name_of, scan, served  # noqa: F401 - a fixture
+from test_recurrent_promises import Layer, seeds_like
 
 # Each of the ways in which a plan can differ: blocks, the last one with fewer units, or none, or not; warps
 # with the same units, or without any; weights in shared memory, in registers or in both; a warp's units of
@@ -383,6 +384,54 @@ def test_backward_launches_its_plan(emulator, monkeypatch):
     wrong = given | {"grad_wh": given["grad_wh"].t().contiguous().t()}
     with pytest.raises(ValueError, match="grad_wh must be contiguous"):
         persistent.backward(*fields, **wrong, **numbers, count=count, vectors=problem.case.vectors)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("cell", "variant", "packed"),
+    [
+        ("lstm", Variant(), False),
+        ("lstm", Variant(kind="rms", inputs="summed", scope="gate", cell="carried"), True),
+        ("gru", Variant(), True),
+        ("rnn", Variant(), False),
+    ],
+)
+def test_the_operators_by_both_directions(emulator, monkeypatch, cell, variant, packed):
+    """All that a module calls, with Triton's interpreter for what is around the persistent kernel."""
+    from layernorm.kernels import recurrent
+
+    launched = []
+
+    def launch(loaded, plan, clusters, arguments, device):
+        launched.append(type(plan))
+        emulator(plan).run(arguments)
+
+    monkeypatch.setattr(persistent, "_architecture", lambda index: 90)
+    monkeypatch.setattr(persistent_compile, "load", lambda plan, device, groups: groups)
+    monkeypatch.setattr(persistent_compile, "launch", launch)
+    monkeypatch.setattr(recurrent, "CHUNK_BYTES", 5000)  # two steps or so
+    layer = Layer(cell, variant, 5, 32, torch.bfloat16)
+    x, state = torch.randn(5, 3, 5).bfloat16(), layer.state(3, torch.bfloat16)
+    seeds, resets = seeds_like(layer, 5, 3, torch.bfloat16), torch.rand(5, 3) < 0.2
+    options = {}
+    if packed:
+        kept = torch.tensor([[t < length for length in (5, 3, 2)] for t in range(5)])
+        x, resets, seeds[0], options = x[kept], resets[kept], seeds[0][kept], {"batch_sizes": [3, 3, 2, 1, 1]}
+    for recompute in (False, True):
+        options |= {"resets": resets, "recompute": recompute, "reverse": recompute}
+        expected = layer(x, state, seeds, **options)
+        assert not launched
+        with monkeypatch.context() as patch:
+            patch.setattr(recurrent, "_tier", lambda layer, *, backward: "persistent")
+            found = layer(x, state, seeds, **options)
+        assert launched[0] is persistent_plan.Plan
+        assert set(launched[1:]) == {BackwardPlan}
+        assert len(launched) > 2
+        launched.clear()
+        # Another order of sums may round a state the other way, which the steps after it pass on.
+        for a, b in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+            error = (a.float() - b.float()).abs().max()
+            assert error <= 4 * torch.finfo(torch.bfloat16).eps * (1 + b.float().abs().max())
 
 
 def test_what_is_not_served(monkeypatch):

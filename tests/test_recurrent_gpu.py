@@ -227,9 +227,11 @@ def test_the_tiers_and_what_info_says_of_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(persistent_compile, "problem", lambda architecture: None)
     assert tier() == ("triton", "the persistent kernel has not been measured on compute capability 9.0 yet")
-    monkeypatch.setitem(settings.PERSISTENT, (9, 0), {"lstm": 256})
+    monkeypatch.setitem(settings.PERSISTENT, (9, 0), {"lstm": (256, 128)})
     assert tier() == ("persistent", "measured as faster on compute capability 9.0")
     assert tier(size=512) == ("triton", "measured as faster on compute capability 9.0")
+    assert tier(backward=True) == ("triton", "measured as faster on compute capability 9.0")
+    assert tier(size=128, backward=True).kernel == "persistent"
     assert tier("gru").kernel == "triton"
     with backends.use("persistent"):
         assert tier("gru", size=512) == ("persistent", "the override asks for it")
@@ -242,6 +244,10 @@ def test_the_tiers_and_what_info_says_of_them(monkeypatch):
         }.items():
             assert tier(**options).kernel == "triton"
             assert reason in tier(**options).reason
+        # Backward has less room: by gate there are more statistics.
+        gate = {"variant": Variant(scope="gate"), "size": 768}
+        assert tier(**gate).kernel == "persistent"
+        assert "do not fit" in tier(**gate, backward=True).reason
         if ops.NATIVE_PROBLEM is None:
             assert backends.choose("lstm", gpu, half).kernel == "persistent"
         assert backends.choose("layer_norm", gpu, half).kernel == "torch"
@@ -249,9 +255,8 @@ def test_the_tiers_and_what_info_says_of_them(monkeypatch):
         assert tier() == ("triton", "the override asks for it")
     backends._tier.cache_clear()
     lines = cli._tiers(gpu)
-    assert "lstm            128 to 256      bfloat16            persistent measured as faster" in "\n".join(
-        lines
-    )
+    served = "lstm 128 to 256 bfloat16 forward persistent".split()
+    assert any(line.split()[: len(served)] == served for line in lines)
     backends._tier.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert tier() == ("triton", "compute capability 8.0 has no thread block clusters")

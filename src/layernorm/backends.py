@@ -112,6 +112,7 @@ def tier(
     device: torch.device,
     *,
     projected: bool = False,
+    backward: bool = False,
 ) -> Choice:
     """Of a recurrent layer that this package's kernels serve on a GPU: ``persistent`` or ``triton``, and why.
 
@@ -122,8 +123,9 @@ def tier(
         dtype: of input and parameters.
         device: the GPU.
         projected: whether h is projected.
+        backward: of the derivative.
     """
-    return _tier(cell, variant, hidden_size, dtype, device, projected, _override)
+    return _tier(cell, variant, hidden_size, dtype, device, projected, backward, _override)
 
 
 @functools.cache
@@ -134,6 +136,7 @@ def _tier(
     dtype: torch.dtype,
     device: torch.device,
     projected: bool,
+    backward: bool,
     override: str | None,
 ) -> Choice:
     from layernorm.kernels import persistent
@@ -142,7 +145,8 @@ def _tier(
         return Choice("triton", "the override asks for it")
     architecture = torch.cuda.get_device_capability(device)
     fields = (variant.kind, variant.inputs, variant.scope, variant.cell, hidden_size, projected, dtype)
-    problem = persistent.problem(cell, *fields, 10 * architecture[0] + architecture[1])
+    ask = persistent.backward_problem if backward else persistent.problem
+    problem = ask(cell, *fields, 10 * architecture[0] + architecture[1])
     if problem is not None:
         return Choice("triton", problem)
     if override == "persistent":
@@ -151,7 +155,7 @@ def _tier(
     faster = settings.PERSISTENT.get(architecture)
     if faster is None:
         return Choice("triton", f"the persistent kernel has not been measured on {name} yet")
-    if hidden_size > faster.get(cell, 0):
+    if hidden_size > faster.get(cell, (0, 0))[backward]:
         return Choice("triton", f"measured as faster on {name}")
     return Choice("persistent", f"measured as faster on {name}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import sys
 from collections.abc import Sequence
@@ -90,17 +91,17 @@ def info() -> str:
 
 def _tiers(device: torch.device) -> list[str]:
     """Which kernel serves the paper's recurrent layers on a GPU, by hidden size and dtype, and why."""
-    lines = [f"{'on the GPU':<16}{'hidden':<16}{'dtype':<20}{'kernel':<11}why"]
+    lines = [f"{'on the GPU':<16}{'hidden':<13}{'dtype':<10}{'':<10}{'kernel':<11}why"]
     for cell in backends.RECURRENT:
-        for dtype in backends.TRITON_DTYPES:
+        for dtype, backward in itertools.product(backends.TRITON_DTYPES, (False, True)):
             served: dict[backends.Choice, list[str]] = {}
             for size in _HIDDEN_SIZES:
-                found = backends.tier(cell, resolve("paper", cell), size, dtype, device)
+                found = backends.tier(cell, resolve("paper", cell), size, dtype, device, backward=backward)
                 served.setdefault(found, []).append(str(size))
-            name = str(dtype).removeprefix("torch.")
+            name, way = str(dtype).removeprefix("torch."), "backward" if backward else "forward"
             for (kernel, reason), sizes in served.items():
                 of = sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-                lines.append(f"{cell:<16}{of:<16}{name:<20}{kernel:<11}{reason}")
+                lines.append(f"{cell:<16}{of:<13}{name:<10}{way:<10}{kernel:<11}{reason}")
     return lines
 
 

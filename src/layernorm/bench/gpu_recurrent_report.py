@@ -52,19 +52,29 @@ def _triton(point: Point) -> float | None:
 
 
 def _persistent(point: Point) -> float | None:
-    """By the persistent kernel, which has no backward."""
-    from layernorm.kernels import persistent, persistent_plan, recurrent_time
+    """By the persistent kernel, forward and backward."""
+    from layernorm.kernels import persistent, persistent_backward_plan, persistent_plan, recurrent_time
 
-    if point.mode != "inference":
-        return None
     groups = persistent.groups_of(point.cell, resolve("paper", point.cell).scope)
-    found = persistent_plan.plan(point.cell, point.hidden, point.dtype, 90, point.batch, groups)
+    sizes = (point.cell, point.hidden, point.dtype, 90, point.batch, groups)
+    found = persistent_plan.plan(*sizes)
     if isinstance(found, str):
         return None
-    step = sum(persistent_plan.seconds_per_step(found, groups=groups))
-    dtype = getattr(torch, point.dtype)
-    before = recurrent_time.product_seconds(point.cell, point.hidden, point.batch, dtype)
-    return point.steps * (persistent_plan.waves(found, point.batch) * step + before)
+    step = persistent_plan.waves(found, point.batch) * sum(
+        persistent_plan.seconds_per_step(found, groups=groups)
+    )
+    product = recurrent_time.product_seconds(
+        point.cell, point.hidden, point.batch, getattr(torch, point.dtype)
+    )
+    if point.mode == "inference":
+        return point.steps * (step + product)
+    back = persistent_backward_plan.plan(*sizes)
+    if isinstance(back, str):
+        return None
+    step += persistent_plan.waves(back, point.batch) * sum(
+        persistent_backward_plan.seconds_per_step(back, groups=groups)
+    )
+    return point.steps * (step + 4 * product)
 
 
 #: Seconds that a point is expected to take, by the heads of the columns of ``predictions``; None where

@@ -37,6 +37,7 @@ class Chunk:
         grad_state: (rows, P): of h after the projection.
         hidden: (rows, H): h before it.
         grad_hidden: (N, H), float32: its gradient in the present step.
+        cell_stats: (rows, 2), float32: mean and rstd of the cell, for the persistent kernel.
         again: what forward did not keep, or None if it did.
         wh: (rows, G·H), float32: W_hh h of these, or None.
     """
@@ -50,11 +51,12 @@ class Chunk:
     grad_state: Tensor | None
     hidden: Tensor | None
     grad_hidden: Tensor | None
+    cell_stats: Tensor | None
     again: Saved | None
     wh: Tensor | None
 
     @classmethod
-    def of(cls, layer: Layer, rows: int, *, again: bool) -> Chunk:
+    def of(cls, layer: Layer, rows: int, *, again: bool, cell_stats: bool) -> Chunk:
         """Room for so many rows."""
 
         def new(width: int, *, where: bool = True) -> Tensor | None:
@@ -75,6 +77,7 @@ class Chunk:
             grad_state=new(size, where=layer.projected),
             hidden=new(hidden, where=layer.projected),
             grad_hidden=floats(layer.batch, hidden) if layer.projected else None,
+            cell_stats=floats(rows, 2) if cell_stats and normed else None,
             again=layer.new_saved(rows, with_c=False) if again else None,
             wh=floats(rows, width) if again else None,
         )
@@ -82,7 +85,7 @@ class Chunk:
     def tensors(self) -> dict[str, Tensor | None]:
         """What goes into the table."""
         names = ("grad_gates", "grad_wh", "grad_own", "grad_cell", "cell", "h_before", "grad_state", "hidden")
-        return {name: getattr(self, name) for name in (*names, "grad_hidden", "wh")}
+        return {name: getattr(self, name) for name in (*names, "grad_hidden", "cell_stats", "wh")}
 
     def rows(self, name: str, rows: int) -> Tensor:
         """The first rows of a buffer that there is."""

@@ -12,7 +12,7 @@ an order that the shapes decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -84,7 +84,7 @@ def _forward(layer: Layer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor | None
         return output, h, c, saved
     product(layer.input_rows, layer.weight_ih, saved.x, bias=layer.vectors["bias_ih"])
     normalize_rows(layer, saved)
-    if layer.input.is_cuda and _tier(layer) == "persistent":
+    if _tier(layer, backward=False) == "persistent":
         _persistent(layer, saved, output, h, c)
     else:
         tensors = layer.tensors(saved) | {"output": output, "h": h, "c": c}
@@ -96,10 +96,13 @@ def _forward(layer: Layer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor | None
     return output, h, c, saved
 
 
-def _tier(layer: Layer) -> str:
+def _tier(layer: Layer, *, backward: bool) -> str:
+    if not layer.input.is_cuda:
+        return "triton"
     variant = Variant(layer.kind, _inputs(layer), layer.scope, layer.cell_norm)
     sizes = (layer.hidden_size, layer.dtype, layer.input.device)
-    return backends.tier(layer.cell, variant, *sizes, projected=layer.projected).kernel
+    choice = backends.tier(layer.cell, variant, *sizes, projected=layer.projected, backward=backward)
+    return choice.kernel
 
 
 def _inputs(layer: Layer) -> Inputs:
@@ -134,12 +137,49 @@ def _persistent(layer: Layer, saved: Saved, output: Tensor, hn: Tensor, cn: Tens
     )
 
 
+def _persistent_backward(
+    layer: Layer, saved: Saved, gradients: Gradients, chunk: Chunk, numbers: Mapping[str, int], count: int
+) -> None:
+    read = saved if chunk.again is None else chunk.again
+    persistent.backward(
+        layer.cell,
+        layer.kind,
+        _inputs(layer),
+        layer.scope,
+        layer.cell_norm,
+        layer.reverse,
+        x=read.x,
+        c0=layer.c0,
+        weight_hh=layer.weight_hh,
+        vectors=layer.vectors,
+        resets=layer.resets,
+        batch_sizes=layer.batch_sizes,
+        step_offsets=layer.offsets,
+        saved_h=read.h if layer.inputs == "separate" else None,
+        saved_c=saved.c if layer.cell == "lstm" else None,
+        stats=read.stats,
+        grad_output=gradients.output,
+        h_before=chunk.h_before,
+        cell_stats=chunk.cell_stats,
+        grad_gates=chunk.grad_gates,
+        grad_wh=chunk.grad_wh,
+        grad_own=chunk.grad_own,
+        grad_cell=chunk.grad_cell,
+        normalized_cell=chunk.cell,
+        grad_h=gradients.h,
+        grad_c=gradients.c,
+        count=count,
+        **{name: numbers[name] for name in ("steps", "done", "base", "kept")},
+    )
+
+
 def _backward(layer: Layer, output: Tensor, saved: Saved, gradients: Gradients) -> None:
     """Through chunks of steps from the end of the loop."""
     of_row = (2 * layer.gate_width + 3 * layer.hidden_size + layer.output_size) * layer.dtype.itemsize
     most = min(layer.steps, max(1, CHUNK_BYTES // (of_row * layer.batch)))
     again = saved.x.numel() == 0
-    chunk = Chunk.of(layer, most * layer.batch, again=again)
+    is_persistent = _tier(layer, backward=True) == "persistent"
+    chunk = Chunk.of(layer, most * layer.batch, again=again, cell_stats=is_persistent)
     tensors = (
         layer.tensors(saved if chunk.again is None else chunk.again) | gradients.tensors() | chunk.tensors()
     )
@@ -162,7 +202,12 @@ def _backward(layer: Layer, output: Tensor, saved: Saved, gradients: Gradients) 
             before = chunk.rows("h_before", rows)
             product(before, layer.weight_hh, chunk.rows("wh", rows), bias=layer.vectors["bias_hh"])
             _launch(layer, forward_kernels.meet_again, of_chunk, bits, steps=count)
-        replay.run(layer, "backward", tensors, numbers, count, partial(_step_backward, layer))
+        if is_persistent:
+            if chunk.cell_stats is not None:
+                _launch(layer, backward_kernels.cell_statistics, of_chunk, bits, steps=count)
+            _persistent_backward(layer, saved, gradients, chunk, numbers, count)
+        else:
+            replay.run(layer, "backward", tensors, numbers, count, partial(_step_backward, layer))
         gradients.close(chunk, kept, begin, rows)
 
 

@@ -114,9 +114,9 @@ _WARPS_OF_COLUMNS: Final = 32
 #: and the operators and dtypes it found that for. Elsewhere PyTorch's serve.
 FASTER: Final[dict[tuple[int, int], frozenset[tuple[str, str]]]] = {}
 
-#: By compute capability, for each cell the hidden size up to which ``python -m benchmarks gpu`` found the
-#: persistent kernel faster than the steps' own launches. Elsewhere those serve.
-PERSISTENT: Final[dict[tuple[int, int], dict[str, int]]] = {}
+#: By compute capability, for each cell the hidden sizes up to which ``python -m benchmarks gpu`` found the
+#: persistent kernel faster than the steps' own launches, forward and backward. Elsewhere those serve.
+PERSISTENT: Final[dict[tuple[int, int], dict[str, tuple[int, int]]]] = {}
 
 
 def for_architecture(capability: tuple[int, int] | None) -> Settings:
