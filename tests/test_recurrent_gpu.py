@@ -255,7 +255,7 @@ def test_the_tiers_and_what_info_says_of_them(monkeypatch):
         assert tier() == ("triton", "the override asks for it")
     backends._tier.cache_clear()
     lines = cli._tiers(gpu)
-    served = "lstm 128 to 256 bfloat16 forward persistent".split()
+    served = ["lstm", "128", "to", "256", "bfloat16", "forward", "persistent"]
     assert any(line.split()[: len(served)] == served for line in lines)
     backends._tier.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
