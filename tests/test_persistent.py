@@ -11,6 +11,7 @@ import itertools
 import os
 import shutil
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -70,10 +71,15 @@ class Emulator:
 
 
 @pytest.fixture(scope="session")
-def emulator(tmp_path_factory):
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if found is None:
         pytest.skip("there is no C++ compiler")
+    return found
+
+
+@pytest.fixture(scope="session")
+def emulator(compiler, tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulator")
     command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-w"]
 
@@ -458,6 +464,45 @@ def test_forward_launches_its_plan(emulator, monkeypatch):
     persistent.forward(*fields, steps=0, saved_h=None, vectors={}, **given)
     assert torch.equal(given["hn"], given["h0"])
     assert len(runs) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the driver library has another name")
+def test_the_driver_is_called_as_it_wants(compiler, tmp_path):
+    pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    stub = [compiler, "-shared", "-fPIC", str(EMULATOR / "driver.cpp"), "-o", str(tmp_path / "libcuda.so.1")]
+    subprocess.run([*stub, "-ldl"], check=True)
+    script = """
+import contextlib, types, torch
+from layernorm.kernels import persistent, persistent_compile, persistent_plan
+torch.cuda.get_device_capability = lambda device: (9, 0)
+torch.cuda.device = contextlib.nullcontext
+torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=17)
+persistent_compile.compile = lambda plan, architecture: b"a cubin for %d" % architecture
+plan = persistent_plan.plan("lstm", 512, "bfloat16", 90)
+arguments = persistent.Arguments()
+arguments.x = 42
+persistent_compile.launch(persistent_compile.load(plan, 3, 1), plan, 5, arguments, 3)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    plan = persistent_plan.plan("lstm", 512, "bfloat16", 90)
+    shared = plan.shared_bytes(1)
+    # By cuda.h 8 is the most shared memory of a block, and 14 whether a cluster may be of more than 8.
+    assert done.stdout.splitlines() == [
+        "context 7300",
+        "load a cubin for 90",
+        "function layernorm_persistent",
+        f"attribute 8 {shared}",
+        "attribute 14 1",
+        "context 7300",
+        f"launch {5 * 16} 1 1, {plan.threads} 1 1, {shared} bytes, stream 17, first argument 42, extra 0",
+    ]
 
 
 def test_what_is_not_served(monkeypatch):

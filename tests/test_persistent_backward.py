@@ -15,7 +15,7 @@ from layernorm.kernels import persistent, persistent_backward_plan, persistent_c
 from layernorm.kernels.persistent_backward_plan import BackwardPlan
 from layernorm.reference import recurrent as reference
 from layernorm.variants import Variant
-from test_persistent import DTYPES, Case, emulator, make, name_of, scan, served  # noqa: F401 - a fixture
+from test_persistent import DTYPES, Case, compiler, emulator, make, name_of, scan, served  # noqa: F401 - a fixture
 from test_recurrent_promises import Layer, seeds_like
 
 # Each of the ways in which a plan can differ: blocks, the last one with fewer units, or none, or not; warps
