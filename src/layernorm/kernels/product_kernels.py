@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from layernorm.kernels.table_kernels import BASE, DONE, STEPS, address, rows_of_step
+from layernorm.kernels.table_kernels import BASE, address, rows_of_step, step_of_loop
 
 
 @triton.jit
@@ -104,8 +104,7 @@ def step_product(
     """
     n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    done = tl.load(table + DONE) + step
-    t = tl.load(table + STEPS) - 1 - done if FROM_LAST else done
+    t = step_of_loop(table, step, FROM_LAST)
     first, count = rows_of_step(table, t, batch, PACKED)
     if tl.program_id(0) * BLOCK_M >= count:
         return

@@ -19,11 +19,11 @@ from layernorm.kernels.recurrent_kernels import (
     gate_value,
     normalized_cell,
     passes_on,
+    row_of_step,
     started_from,
-    step_of_loop,
     vector,
 )
-from layernorm.kernels.table_kernels import BASE, KEPT, address, has, rows_of_step, slot
+from layernorm.kernels.table_kernels import BASE, KEPT, address, has, slot
 
 X = slot("x")
 GAIN_IH = slot("gain_ih")
@@ -63,12 +63,9 @@ def gather_before(
     BLOCK: tl.constexpr,
 ):
     """For a chunk of steps (program_id(1)) the h that each row started from."""
-    n = tl.program_id(0)
-    t = step_of_loop(table, step + tl.program_id(1), REVERSE == 0)
-    first, count = rows_of_step(table, t, batch, PACKED)
+    n, t, row, count = row_of_step(table, step, batch, REVERSE == 0, PACKED)
     if n >= count:
         return
-    row = first + n
     column = tl.arange(0, BLOCK)
     mask = column < P
     h = started_from(table, t, n, row, batch, column, mask, OUTPUT, H0, P, TYPE, REVERSE, PACKED, PRESENT)
@@ -94,12 +91,9 @@ def cell_statistics(
     BLOCK: tl.constexpr,
 ):
     """For a chunk of steps (program_id(1)) mean and rstd of an LSTM's cell, before its norm."""
-    n = tl.program_id(0)
-    t = step_of_loop(table, step + tl.program_id(1), REVERSE == 0)
-    first, count = rows_of_step(table, t, batch, PACKED)
+    n, t, row, count = row_of_step(table, step, batch, REVERSE == 0, PACKED)
     if n >= count:
         return
-    row = first + n
     column = tl.arange(0, BLOCK)
     mask = column < H
     kept = row - tl.load(table + KEPT)
@@ -136,12 +130,9 @@ def projected_backward(
     BLOCK: tl.constexpr,
 ):
     """Before the product with W_hrᵀ: the gradient of h, from the step after and from the output."""
-    n = tl.program_id(0)
-    t = step_of_loop(table, step, REVERSE == 0)
-    first, count = rows_of_step(table, t, batch, PACKED)
+    n, t, row, count = row_of_step(table, step, batch, REVERSE == 0, PACKED)
     if n >= count:
         return
-    row = first + n
     column = tl.arange(0, BLOCK)
     mask = column < P
     passed = mask & passes_on(table, t, n, row, batch, REVERSE, PACKED, PRESENT)
@@ -175,12 +166,9 @@ def cell_backward(
     BLOCK: tl.constexpr,
 ):
     """Row program_id(0) of a step: from the gradient of its state to those of its gates and of W_hh h."""
-    n = tl.program_id(0)
-    t = step_of_loop(table, step, REVERSE == 0)
-    first, count = rows_of_step(table, t, batch, PACKED)
+    n, t, row, count = row_of_step(table, step, batch, REVERSE == 0, PACKED)
     if n >= count:
         return
-    row = first + n
     column = tl.arange(0, BLOCK)
     mask = column < H
     kept = row - tl.load(table + KEPT)

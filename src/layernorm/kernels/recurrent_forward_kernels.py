@@ -18,9 +18,9 @@ from layernorm.kernels.recurrent_kernels import (
     met_at_gates,
     normalized_cell,
     passes_on,
-    step_of_loop,
+    row_of_step,
 )
-from layernorm.kernels.table_kernels import BASE, address, rows_of_step, slot
+from layernorm.kernels.table_kernels import BASE, address, slot
 
 STATE_H = slot("h")
 STATE_C = slot("c")
@@ -52,12 +52,9 @@ def cell_forward(
     BLOCK: tl.constexpr,
 ):
     """Row program_id(0) of a step: from W_hh h to the new state."""
-    n = tl.program_id(0)
-    t = step_of_loop(table, step, REVERSE)
-    first, count = rows_of_step(table, t, batch, PACKED)
+    n, t, row, count = row_of_step(table, step, batch, REVERSE, PACKED)
     if n >= count:
         return
-    row = first + n
     column = tl.arange(0, BLOCK)
     mask = column < H
     x0, x1, x2, x3, h0, h1, h2, h3 = met_at_gates(
@@ -113,12 +110,9 @@ def projected_forward(
     BLOCK: tl.constexpr,
 ):
     """After the product with W_hr: the new h to the output, and zeros in its place after a reset."""
-    n = tl.program_id(0)
-    t = step_of_loop(table, step, REVERSE)
-    first, count = rows_of_step(table, t, batch, PACKED)
+    n, t, row, count = row_of_step(table, step, batch, REVERSE, PACKED)
     if n >= count:
         return
-    row = first + n
     column = tl.arange(0, BLOCK)
     mask = column < P
     state = address(table, STATE_H, TYPE) + n.to(tl.int64) * P + column
@@ -149,12 +143,9 @@ def meet_again(
     BLOCK: tl.constexpr,
 ):
     """For a chunk of steps (program_id(1)) what forward had at the gates, where it kept nothing."""
-    n = tl.program_id(0)
-    t = step_of_loop(table, step + tl.program_id(1), REVERSE == 0)
-    first, count = rows_of_step(table, t, batch, PACKED)
+    n, _, row, count = row_of_step(table, step, batch, REVERSE == 0, PACKED)
     if n >= count:
         return
-    row = first + n
     column = tl.arange(0, BLOCK)
     wh_row = row - tl.load(table + BASE)
     met_at_gates(

@@ -27,7 +27,7 @@ from layernorm.kernels.gate_kernels import (
     tanh,
     write_gates,
 )
-from layernorm.kernels.table_kernels import DONE, KEPT, STEPS, address, has, rows_of_step, slot
+from layernorm.kernels.table_kernels import KEPT, STEPS, address, has, rows_of_step, slot, step_of_loop
 
 RESETS = slot("resets")
 X = slot("x")
@@ -53,10 +53,15 @@ def vector(table, SLOT: tl.constexpr, PRESENT: tl.constexpr, TYPE: tl.constexpr,
 
 
 @triton.jit
-def step_of_loop(table, step, FROM_LAST: tl.constexpr):
-    """The step of the sequence that number ``step`` of the loop is."""
-    done = tl.load(table + DONE) + step
-    return tl.load(table + STEPS) - 1 - done if FROM_LAST else done
+def row_of_step(table, step, batch, FROM_LAST: tl.constexpr, PACKED: tl.constexpr):
+    """Row n = program_id(0) of a step of the loop, number ``step`` + program_id(1).
+
+    Returns n, the step t of the sequence, the row among those of all steps, and how many the step has.
+    """
+    n = tl.program_id(0)
+    t = step_of_loop(table, step + tl.program_id(1), FROM_LAST)
+    first, count = rows_of_step(table, t, batch, PACKED)
+    return n, t, first + n, count
 
 
 @triton.jit

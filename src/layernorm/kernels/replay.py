@@ -161,14 +161,5 @@ class Cache:
                 last.close()
         return found
 
-    def clear(self) -> None:
-        """Drops all graphs and their memory."""
-        with self._lock:
-            loops = list(self._loops.values())
-            self._loops.clear()
-        for each in loops:
-            with each.lock:
-                each.close()
-
 
 _CACHE: Final = Cache()

@@ -84,6 +84,13 @@ def address(table, SLOT: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
+def step_of_loop(table, step, FROM_LAST: tl.constexpr):
+    """The step of the sequence that number ``step`` of the loop is, after those that are done."""
+    done = tl.load(table + DONE) + step
+    return tl.load(table + STEPS) - 1 - done if FROM_LAST else done
+
+
+@triton.jit
 def rows_of_step(table, t, batch, PACKED: tl.constexpr):
     """The first row of step t among those of all steps, and how many it has."""
     if PACKED:
