@@ -1,63 +1,221 @@
-"""What an experiment is to the runner: data, a network for each norm, a loss and a metric."""
+"""What an experiment is to the runner.
+
+A ``Task`` trains the same network with different norms; a ``Study`` measures something else. Both come in
+the sizes of their presets: ``paper`` as published, ``small`` for minutes on two cores.
+"""
 
 from __future__ import annotations
 
+import abc
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
+
+from layernorm.experiments.section import Card, Section, Table
 
 #: The tasks, each a module of this package that defines ``TASK``.
 TASKS: Final = ("digits", "digits-rows", "mnist")
+#: The studies, each a module of this package that defines ``STUDY``.
+STUDIES: Final[tuple[str, ...]] = ()
+
+Optimizer: TypeAlias = Literal["adam", "sgd", "rmsprop"]
+Schedule: TypeAlias = Literal["constant", "cosine", "linear"]
 
 
 class ExperimentError(Exception):
     """Something that the person at the keyboard can mend; the message is one line that says how."""
 
 
-@dataclass(frozen=True)
-class Data:
-    """Training and test cases: inputs (cases, ...) and targets (cases)."""
+class MissingData(ExperimentError):  # noqa: N818
+    """A data set is not here and cannot be downloaded; the message says what, whose, where from, where to."""
 
-    train_inputs: Tensor
-    train_targets: Tensor
-    test_inputs: Tensor
-    test_targets: Tensor
+
+@dataclass(frozen=True)
+class Metric:
+    """Something measured on the cases held out.
+
+    Attributes:
+        name: the column of the results.
+        label: as in tables and on axes, with the unit.
+        higher: whether more is better.
+        form: how a value is written.
+        log: whether its axis is logarithmic.
+    """
+
+    name: str
+    label: str
+    higher: bool = False
+    form: str = "{:.2f}"
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The size of a task, all of which the command line can override.
+
+    Attributes:
+        epochs: passes over the training cases.
+        batch_sizes: cases per update.
+        norms: what is compared.
+        seeds: repetitions.
+        learning_rate: the greatest of the schedule.
+        optimizer: Adam with PyTorch's other defaults, SGD with momentum 0.9, or RMSprop.
+        schedule: of the learning rate: constant, or down to 0 as half a cosine or a line.
+        warmup: updates over which the learning rate first rises from 0.
+        clip: the greatest norm of all gradients together; None for no limit.
+        evaluate_every: updates between evaluations; None for four evaluations an epoch.
+        sizes: keyword arguments of the task's problem.
+    """
+
+    epochs: int
+    batch_sizes: tuple[int, ...]
+    norms: tuple[str, ...]
+    seeds: int = 1
+    learning_rate: float = 1e-3
+    optimizer: Optimizer = "adam"
+    schedule: Schedule = "constant"
+    warmup: int = 0
+    clip: float | None = None
+    evaluate_every: int | None = None
+    sizes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The training cases of one update, or this process's part of them.
+
+    What is random in a loss is drawn here and depends on nothing but the run's seed, the update and the place
+    of a case in the batch: so it is the same after a restart, and with any number of processes.
+
+    Attributes:
+        cases: indices of training cases, on the device where the problem's data is.
+        start: the place of the first of them in the whole batch.
+        size: of the whole batch, over all processes.
+        generator: of this update, on the CPU.
+    """
+
+    cases: Tensor
+    start: int
+    size: int
+    generator: torch.Generator
+
+    def normal(self, *size: int) -> Tensor:
+        """Standard normal numbers (cases, *size) in float32."""
+        return self._draw(torch.randn, size)
+
+    def uniform(self, *size: int) -> Tensor:
+        """Numbers uniform in [0, 1), (cases, *size) in float32."""
+        return self._draw(torch.rand, size)
+
+    def _draw(self, source: Callable[..., Tensor], size: tuple[int, ...]) -> Tensor:
+        numbers = source(self.size, *size, generator=self.generator)
+        return numbers[self.start : self.start + len(self.cases)].to(self.cases.device)
+
+
+class Loss(NamedTuple):
+    """The loss of a batch, minimized as ``total / count`` with both summed over all processes.
+
+    Attributes:
+        total: the sum over this process's cases, a scalar with a gradient.
+        count: what it is divided by: cases, time steps, characters.
+    """
+
+    total: Tensor
+    count: int
+
+
+class Problem(abc.ABC):
+    """A task's data, networks, loss and metrics, at one size.
+
+    Attributes:
+        cases: the number of training cases.
+    """
+
+    cases: int
+
+    @abc.abstractmethod
+    def to(self, device: torch.device) -> None:
+        """Moves the data."""
+
+    @abc.abstractmethod
+    def network(self, norm: str) -> nn.Module:
+        """A network with fresh weights from the global generator, normalized with this norm."""
+
+    @abc.abstractmethod
+    def loss(self, network: nn.Module, batch: Batch) -> Loss:
+        """The loss of a batch, in training mode."""
+
+    @abc.abstractmethod
+    def evaluate(self, network: nn.Module) -> Mapping[str, float]:
+        """The task's metrics by name, on cases held out; the network is in evaluation mode, without gradients.
+
+        Draws nothing from the global generator.
+        """
+
+    def pictures(self, network: nn.Module) -> Mapping[str, Figure]:
+        """Samples of a trained network by the name of their file, drawn at the end of a run."""
+        return {}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One experiment.
+    """One experiment that compares norms.
 
     Attributes:
         name: as given on the command line.
+        title: a heading.
+        section: of the paper, as "§6.6, figure 6".
         summary: one sentence: data, network, optimizer.
-        data: loads the data.
-        network: makes the network for one of ``norms``, with fresh weights.
-        loss: the mean loss of (output, targets), minimized in training.
-        error: for each case 1 if (output, targets) disagree and 0 if they agree.
-        norms: what the network can be normalized with.
-        default_norms: the norms compared when none are named.
-        default_epochs: passes over the training cases.
-        default_seeds: repetitions.
-        default_batch_sizes: cases per update.
-        learning_rate: of Adam.
+        problem: makes the problem; its keyword arguments are a preset's ``sizes``.
+        metrics: what is measured on the cases held out; the first decides who is better.
+        norms: what the network can be normalized with; the first is the baseline.
+        presets: by name, "small" and "paper".
+        judge: the cards of the results (the columns of ``results.csv``).
+        tables: further tables of the results, such as the paper's own numbers.
     """
 
     name: str
+    title: str
+    section: str
     summary: str
-    data: Callable[[], Data]
-    network: Callable[[str], nn.Module]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    error: Callable[[Tensor, Tensor], Tensor]
+    problem: Callable[..., Problem]
+    metrics: tuple[Metric, ...]
     norms: tuple[str, ...]
-    default_norms: tuple[str, ...]
-    default_epochs: int
-    default_seeds: int
-    default_batch_sizes: tuple[int, ...] = (128, 4)
-    learning_rate: float = 1e-3
+    presets: Mapping[str, Preset]
+    judge: Callable[[pd.DataFrame], Sequence[Card]]
+    tables: Callable[[pd.DataFrame], Sequence[Table]] = lambda results: ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """One experiment that is no comparison of trainings.
+
+    Attributes:
+        name: as given on the command line.
+        title: a heading.
+        section: of the paper.
+        summary: one sentence.
+        run: measures and writes its files into a folder: ``run(folder, say, **sizes)``, where ``say`` shows
+            a line of progress. What it had finished when it was stopped it does not do again.
+        read: what the report shows, read from the folder: cards, tables, charts and pictures.
+        presets: by name, the keyword arguments ``sizes`` of ``run``.
+    """
+
+    name: str
+    title: str
+    section: str
+    summary: str
+    run: Callable[..., None]
+    read: Callable[[Path], Section]
+    presets: Mapping[str, Mapping[str, Any]]
 
 
 def find(name: str) -> Task:
@@ -68,11 +226,21 @@ def find(name: str) -> Task:
     """
     if name not in TASKS:
         raise ExperimentError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
-    module = importlib.import_module(f"layernorm.experiments.{name.replace('-', '_')}")
-    task: Task = module.TASK
+    task: Task = importlib.import_module(_module(name)).TASK
     return task
 
 
-def misclassified(output: Tensor, targets: Tensor) -> Tensor:
-    """For logits (cases, classes): 1 where the largest is not the target's."""
-    return (output.argmax(-1) != targets).float()
+def find_study(name: str) -> Study:
+    """The study of this name.
+
+    Raises:
+        ExperimentError: there is none.
+    """
+    if name not in STUDIES:
+        raise ExperimentError(f"unknown study {name!r}; expected one of {', '.join(STUDIES)}")
+    study: Study = importlib.import_module(_module(name)).STUDY
+    return study
+
+
+def _module(name: str) -> str:
+    return f"layernorm.experiments.{name.replace('-', '_')}"
