@@ -1,0 +1,100 @@
+"""LSTM and GRU with each norm of a comparison, all with ``torch.nn``'s arguments and call."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import layernorm
+from layernorm.experiments.task import ExperimentError
+from layernorm.variants import PRESETS
+
+#: What an LSTM can be normalized with.
+LSTM_NORMS: Final = ("none", "layer", "rms", "weight")
+#: What a GRU can be normalized with.
+GRU_NORMS: Final = ("none", "layer", "rms", "weight")
+
+
+def lstm(norm: str, input_size: int, hidden_size: int, **options: Any) -> nn.Module:
+    """An LSTM with this norm, called like ``torch.nn.LSTM``: ``output, (h, c) = lstm(input, (h, c))``.
+
+    ==========  =============================================================================================
+    none        ``torch.nn.LSTM``
+    layer       ``layernorm.LayerNormLSTM`` (paper eq. 20-22)
+    rms         the same with the root mean square in place of mean and variance
+    weight      ``torch.nn.LSTM`` with every weight matrix, row by row, as g·v/‖v‖ (Salimans, Kingma 2016)
+    a variant   ``layernorm.LayerNormLSTM`` with that name of ``layernorm.variants.PRESETS``
+    ==========  =============================================================================================
+
+    Args:
+        norm: one of ``LSTM_NORMS`` or the name of a variant.
+        input_size: features of the input.
+        hidden_size: features of the cell.
+        options: further arguments of ``torch.nn.LSTM`` by name.
+
+    Raises:
+        ExperimentError: there is no such norm.
+
+    Examples:
+        >>> import torch
+        >>> from layernorm.experiments import recurrent
+        >>> network = recurrent.lstm("layer", 10, 20, batch_first=True)
+        >>> output, (h, c) = network(torch.randn(3, 5, 10))
+        >>> output.shape, h.shape
+        (torch.Size([3, 5, 20]), torch.Size([1, 3, 20]))
+    """
+    if norm == "none":
+        return nn.LSTM(input_size, hidden_size, **options)
+    variant = _variant(norm, "lstm", LSTM_NORMS)
+    network = layernorm.LayerNormLSTM(input_size, hidden_size, **options, variant=variant)
+    return _weight_normalized(network) if norm == "weight" else network
+
+
+def gru(norm: str, input_size: int, hidden_size: int, **options: Any) -> nn.Module:
+    """A GRU with this norm, called like ``torch.nn.GRU``: ``output, h = gru(input, h)``.
+
+    The norms are those of ``lstm``: layer norm is ``layernorm.LayerNormGRU`` (paper eq. 26-28).
+
+    Args:
+        norm: one of ``GRU_NORMS`` or the name of a variant.
+        input_size: features of the input.
+        hidden_size: features of the state.
+        options: further arguments of ``torch.nn.GRU`` by name.
+
+    Raises:
+        ExperimentError: there is no such norm.
+
+    Examples:
+        >>> import torch
+        >>> from layernorm.experiments import recurrent
+        >>> output, h = recurrent.gru("weight", 10, 20)(torch.randn(5, 3, 10))
+        >>> output.shape, h.shape
+        (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
+    """
+    if norm == "none":
+        return nn.GRU(input_size, hidden_size, **options)
+    variant = _variant(norm, "gru", GRU_NORMS)
+    network = layernorm.LayerNormGRU(input_size, hidden_size, **options, variant=variant)
+    return _weight_normalized(network) if norm == "weight" else network
+
+
+def _variant(norm: str, cell: str, norms: tuple[str, ...]) -> str:
+    """The variant of ``LayerNormLSTM`` or ``LayerNormGRU`` that a norm is made of."""
+    named = tuple(name for name, cells in PRESETS.items() if cell in cells and name not in norms)
+    if norm not in norms + named:
+        raise ExperimentError(
+            f"unknown norm {norm!r} of the {cell.upper()}; expected one of {', '.join(norms + named)}"
+        )
+    return {"layer": "paper", "weight": "none"}.get(norm, norm)
+
+
+def _weight_normalized(network: nn.Module) -> nn.Module:
+    """The network, its weight matrices g·v/‖v‖ with one g for each row, starting as they were.
+
+    Not for ``torch.nn.LSTM``, which keeps a list of its weights as they were when it was made.
+    """
+    for name in [name for name, _ in network.named_parameters() if name.startswith("weight_")]:
+        weight_norm(network, name)
+    return network
