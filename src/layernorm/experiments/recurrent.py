@@ -18,7 +18,7 @@ GRU_NORMS: Final = ("none", "layer", "rms", "weight")
 
 
 def lstm(norm: str, input_size: int, hidden_size: int, **options: Any) -> nn.Module:
-    """An LSTM with this norm, called like ``torch.nn.LSTM``: ``output, (h, c) = lstm(input, (h, c))``.
+    """An LSTM with this norm, with the call of ``torch.nn.LSTM``.
 
     ==========  =============================================================================================
     none        ``torch.nn.LSTM``
@@ -53,7 +53,7 @@ def lstm(norm: str, input_size: int, hidden_size: int, **options: Any) -> nn.Mod
 
 
 def gru(norm: str, input_size: int, hidden_size: int, **options: Any) -> nn.Module:
-    """A GRU with this norm, called like ``torch.nn.GRU``: ``output, h = gru(input, h)``.
+    """A GRU with this norm, with the call of ``torch.nn.GRU``.
 
     The norms are those of ``lstm``: layer norm is ``layernorm.LayerNormGRU`` (paper eq. 26-28).
 
