@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -58,6 +59,28 @@ def positive(text: str) -> int:
 def positives(text: str) -> tuple[int, ...]:
     """Whole numbers of at least 1 separated by commas, each once."""
     return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
+
+
+def number(least: float, above: bool = False) -> Callable[[str], float]:
+    """The type of an argument that is a finite number of at least ``least``, or greater than it.
+
+    Examples:
+        >>> from layernorm.arguments import number
+        >>> number(0.0)("0.5")
+        0.5
+    """
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (least < value if above else least <= value) or value == math.inf:
+            bound = "greater than" if above else "of at least"
+            raise argparse.ArgumentTypeError(f"expected a number {bound} {least:g}, got {text!r}")
+        return value
+
+    return parse
 
 
 def seconds(text: str) -> float:

@@ -1,36 +1,40 @@
 """The comparison: every norm at every batch size with every seed, kept on disk as it goes.
 
-A folder holds ``config.json``, ``results.csv``, ``curves.png``, ``curves.svg`` and ``report.html``, and in
-``runs/`` one CSV file for each finished run and a checkpoint for an unfinished one. Every file is replaced
-whole. The same command goes on where an earlier one was stopped.
+A folder holds ``config.json``, ``results.csv`` and ``results.parquet``, ``curves.png`` and ``curves.svg``,
+``report.html``, the pictures of ``samples/``, and in ``runs/`` one CSV file for each finished run and a
+checkpoint for an unfinished one. Every file is replaced whole. The same command goes on where an earlier one
+was stopped.
 """
 
 from __future__ import annotations
 
-import json
-import platform
+import dataclasses
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 import pandas as pd
 import torch
 from rich.console import Console
 
-import layernorm
-from layernorm import machine
-from layernorm.experiments import report
+from layernorm.experiments import drawing, folder, processes, report, results
 from layernorm.experiments import task as tasks
 from layernorm.experiments.files import replacing
 from layernorm.experiments.progress import Display
-from layernorm.experiments.task import Data, ExperimentError, Task
-from layernorm.experiments.training import Interrupted, Record, Run, Trainer
+from layernorm.experiments.section import Section
+from layernorm.experiments.task import ExperimentError, Preset, Problem, Task
+from layernorm.experiments.training import Interrupted, Precision, Record, Run, Trainer
+
+#: What a folder holds one value of; norms, batch sizes and seeds can be added to it.
+_FIXED: Final = (
+    "task", "epochs", "learning_rate", "optimizer", "schedule", "warmup", "clip", "evaluate_every", "sizes",
+    "device", "precision",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,37 +43,68 @@ class Comparison:
 
     Attributes:
         task: the task's name.
-        norms: each a norm of the task.
-        batch_sizes: cases per update.
-        epochs: passes over the training cases.
-        seeds: repetitions, with seeds 0, 1, ...
+        preset: its size, with what the command line changed.
         out: the folder for everything.
-        learning_rate: of Adam.
-        device: where to train, as ``torch.device`` takes it.
+        preset_name: of the preset, before changes.
+        device: where to train, as ``torch.device`` takes it; "cuda" is each process's own GPU.
+        precision: of the forward pass.
+        save_weights: whether the trained networks' state dicts are kept in ``runs/``.
+        tensorboard: whether the records also go to ``tensorboard/``.
+        command: what was typed.
     """
 
     task: str
-    norms: tuple[str, ...]
-    batch_sizes: tuple[int, ...]
-    epochs: int
-    seeds: int
+    preset: Preset
     out: Path
-    learning_rate: float
+    preset_name: str = "small"
     device: str = "cpu"
+    precision: Precision = "float32"
+    save_weights: bool = False
+    tensorboard: bool = False
+    command: str = ""
 
     @property
     def runs(self) -> list[Run]:
         """All runs: seed by seed, so that an unfinished comparison is even."""
         return [
             Run(norm, batch_size, seed)
-            for seed in range(self.seeds)
-            for batch_size in self.batch_sizes
-            for norm in self.norms
+            for seed in range(self.preset.seeds)
+            for batch_size in self.preset.batch_sizes
+            for norm in self.preset.norms
         ]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What ``config.json`` says of it."""
+        preset = {field.name: getattr(self.preset, field.name) for field in dataclasses.fields(Preset)}
+        return {
+            "task": self.task,
+            "preset": self.preset_name,
+            **preset | {"sizes": dict(self.preset.sizes)},
+            "device": torch.device(self.device).type,
+            "precision": self.precision,
+        }
 
-def compare(comparison: Comparison, console: Console) -> Path:
+    @property
+    def identity(self) -> str:
+        """What a checkpoint must agree with, in one line."""
+        return " ".join(f"{name}={self.settings[name]}" for name in _FIXED)
+
+    def path(self, run: Run, suffix: str) -> Path:
+        """A file of a run."""
+        return self.out / "runs" / f"{run.name}{suffix}"
+
+
+Sweep = Callable[[Comparison, list[Run], "Display"], None]
+
+
+def compare(comparison: Comparison, console: Console, sweep: Sweep | None = None) -> Path:
     """Trains what is not yet trained, writes all results, and prints the summary.
+
+    Args:
+        comparison: what is compared.
+        console: where progress and summary go; with several processes, that of process 0.
+        sweep: trains the runs it is given, elsewhere; None trains them here one after another.
 
     Returns:
         The path of the report.
@@ -78,52 +113,109 @@ def compare(comparison: Comparison, console: Console) -> Path:
         ExperimentError: an argument or a file that the user can mend.
         Interrupted: by Ctrl-C or SIGTERM; what was reached is kept.
     """
-    task = replace(tasks.find(comparison.task), learning_rate=comparison.learning_rate)
-    _check(comparison, task)
-    data = _to(task.data(), comparison.device)
-    cases = len(data.train_inputs)
-    for batch_size in comparison.batch_sizes:
-        if batch_size > cases:
-            raise ExperimentError(
-                f"--batch-sizes: {batch_size} is more than the {cases} training cases of {task.name}"
-            )
-    runs_folder = _prepare(comparison)
-    config = _config(comparison, task)
-    _write(comparison.out / "config.json", json.dumps(config, indent=2) + "\n")
+    task = tasks.find(comparison.task)
+    check(comparison, task)
+    leads = processes.rank() == 0
+    if leads:
+        folder.prepare(comparison.out, comparison.settings, _FIXED)
+        (comparison.out / "runs").mkdir(exist_ok=True)
+    problem = task.problem(**comparison.preset.sizes)
+    _check_sizes(comparison, problem)
+    if leads:
+        folder.write(comparison.out, comparison.settings, comparison.command or _command(comparison))
+    updates = {run: problem.cases // run.batch_size * comparison.preset.epochs for run in comparison.runs}
     try:
-        updates = {run: cases // run.batch_size * comparison.epochs for run in comparison.runs}
-        with _stop_flag() as stop, Display(console, updates, comparison.epochs) as display:
-            for run in comparison.runs:
-                finished = runs_folder / f"{run.name}.csv"
-                checkpoint = finished.with_suffix(".checkpoint")
-                if finished.is_file():
-                    checkpoint.unlink(missing_ok=True)
-                    display.skip(run)
-                    continue
-                trainer = Trainer(task, data, run, comparison.epochs, checkpoint)
-                display.start(trainer)
-                trainer.train(display.advance, stop)
-                _write(finished, pd.DataFrame(trainer.records).to_csv(index=False))
-                checkpoint.unlink(missing_ok=True)
-                display.finish(trainer)
+        with (
+            stop_flag() as stop,
+            Display(console, updates, comparison.preset.epochs, task.metrics[0]) as display,
+        ):
+            finished = [run for run in comparison.runs if comparison.path(run, ".csv").is_file()]
+            finished = processes.from_leader(finished)
+            for run in finished:
+                display.skip(run)
+            missing = [run for run in comparison.runs if run not in finished]
+            if sweep is not None:
+                sweep(comparison, missing, display)
+            else:
+                for run in missing:
+                    train(comparison, run, problem, display, stop)
     finally:
-        results = _collect(comparison, runs_folder)
-        if not results.empty:
-            _write(comparison.out / "results.csv", results.to_csv(index=False))
-    summary = report.summarize(results, comparison.norms)
-    path = report.write(comparison.out, config, results, summary)
-    report.show(console, summary)
-    console.print(f"Report: {path}", soft_wrap=True, highlight=False)
+        # What is finished is in the table, however this ends.
+        table = results.collect(comparison.runs, comparison.out / "runs", task) if leads else pd.DataFrame()
+        if not table.empty:
+            results.write(table, comparison.out)
+    path = comparison.out / "report.html"
+    if leads:
+        shown = read(comparison.out)
+        drawing.save(shown.charts[0], comparison.out)
+        report.write(path, f"layernorm compare {task.name}", [shown])
+        metric = task.metrics[0]
+        results.show(console, results.summarize(table, comparison.preset.norms, metric), metric)
+        console.print(f"Report: {path}", soft_wrap=True, highlight=False)
     return path
 
 
-def _check(comparison: Comparison, task: Task) -> None:
-    for norm in comparison.norms:
+def train(
+    comparison: Comparison,
+    run: Run,
+    problem: Problem,
+    display: Display | None,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Trains one run to its end and writes its files.
+
+    Raises:
+        Interrupted: ``stop`` answered True; the checkpoint holds what was reached.
+    """
+    device = torch.device(comparison.device)
+    problem.to(device)
+    checkpoint = comparison.path(run, ".checkpoint")
+    trainer = Trainer(
+        problem, run, comparison.preset, checkpoint, device, comparison.precision, comparison.identity
+    )
+    if display is not None:
+        display.start(trainer)
+    with _log(comparison, trainer) as recorded:
+        trainer.train(display.advance if display else lambda trainer: None, stop, recorded)
+    if processes.rank() == 0:
+        if comparison.save_weights:
+            with replacing(comparison.path(run, ".pt")) as fresh:
+                torch.save(trainer.network.state_dict(), fresh)
+        _write_pictures(comparison, run, problem, trainer)
+        with replacing(comparison.path(run, ".csv")) as fresh:
+            fresh.write_text(pd.DataFrame(trainer.records).to_csv(index=False))
+        checkpoint.unlink(missing_ok=True)
+    if display is not None:
+        display.finish(run, trainer.records)
+
+
+def read(path: Path) -> Section:
+    """What the report shows of a comparison's folder.
+
+    Raises:
+        ExperimentError: the folder holds none, or is damaged.
+    """
+    config = folder.read(path)
+    task = tasks.find(config["task"])
+    table = path / "results.csv"
+    if not table.is_file():
+        raise ExperimentError(f"{path} has no results yet: no run is finished; give its command again")
+    return results.section(path, task, config, results.read(table, task))
+
+
+def check(comparison: Comparison, task: Task) -> None:
+    """Sees that a comparison can be run.
+
+    Raises:
+        ExperimentError: it cannot; names the option.
+    """
+    preset = comparison.preset
+    for norm in preset.norms:
         if norm not in task.norms:
             raise ExperimentError(
                 f"--norms: unknown norm {norm!r} for {task.name}; expected some of {', '.join(task.norms)}"
             )
-        if norm == "batch" and 1 in comparison.batch_sizes:
+        if norm == "batch" and 1 in preset.batch_sizes:
             raise ExperimentError("--batch-sizes: batch norm needs at least 2 cases, got 1")
     try:
         torch.zeros(1, device=comparison.device).item()
@@ -132,86 +224,70 @@ def _check(comparison: Comparison, task: Task) -> None:
         raise ExperimentError(f"--device: cannot use {comparison.device!r}: {reason}") from error
 
 
-def _prepare(comparison: Comparison) -> Path:
-    """Makes the folders and sees that they hold nothing of another comparison."""
-    folder = comparison.out / "runs"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ExperimentError(
-            f"--out: cannot write into {comparison.out}: {error.strerror or error}"
-        ) from error
-    path = comparison.out / "config.json"
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise ExperimentError(f"{path} is damaged: {error}; choose another --out") from error
-        for name in ("task", "epochs", "learning_rate", "device"):
-            asked = getattr(comparison, name)
-            if before.get(name) != asked:
-                what = name.replace("_", " ")
-                raise ExperimentError(
-                    f"--out: {comparison.out} holds a comparison with {what} {before.get(name)}, and "
-                    f"{asked} is asked for; choose another --out"
-                )
-    return folder
-
-
-def _collect(comparison: Comparison, folder: Path) -> pd.DataFrame:
-    """The records of the finished runs of this comparison."""
-    found = [folder / f"{run.name}.csv" for run in comparison.runs]
-    tables = []
-    for path in found:
-        if not path.is_file():
-            continue
-        try:
-            table = pd.read_csv(path)
-            if tuple(table.columns) != Record._fields:
-                raise ValueError("wrong columns")
-        except (OSError, ValueError) as error:
+def _check_sizes(comparison: Comparison, problem: Problem) -> None:
+    for batch_size in comparison.preset.batch_sizes:
+        if batch_size > problem.cases:
             raise ExperimentError(
-                f"{path} is damaged ({error}); delete it, and the same command trains this run again"
-            ) from error
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+                f"--batch-sizes: {batch_size} is more than the {problem.cases} training cases of "
+                f"{comparison.task}"
+            )
+        if batch_size < processes.count():
+            raise ExperimentError(
+                f"--batch-sizes: {batch_size} cases cannot be shared among {processes.count()} processes"
+            )
 
 
-def _config(comparison: Comparison, task: Task) -> dict[str, Any]:
-    return {
-        **{k: v for k, v in asdict(comparison).items() if k != "out"},
-        "summary": task.summary,
-        "optimizer": "Adam",
-        "versions": {
-            "layernorm": layernorm.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": metadata.version("numpy"),
-            "scikit-learn": metadata.version("scikit-learn"),
-        },
-        "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "processor": machine.processor(),
-            "threads": torch.get_num_threads(),
-        },
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
-
-
-def _to(data: Data, device: str) -> Data:
-    return Data(**{name: tensor.to(device) for name, tensor in vars(data).items()})
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as fresh:
-        fresh.write_text(text)
+def _write_pictures(comparison: Comparison, run: Run, problem: Problem, trainer: Trainer) -> None:
+    trainer.network.eval()
+    with torch.no_grad():
+        figures = problem.pictures(trainer.network)
+    for name, figure in figures.items():
+        path = comparison.out / "samples" / f"{run.name}-{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as fresh:
+            figure.savefig(fresh, format="png", dpi=150)
 
 
 @contextmanager
-def _stop_flag() -> Iterator[Callable[[], bool]]:
+def _log(comparison: Comparison, trainer: Trainer) -> Iterator[Callable[[Record], None]]:
+    """What is called with each record; writes it for TensorBoard where that is wanted."""
+    if not comparison.tensorboard or processes.rank() != 0:
+        yield lambda record: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ExperimentError(
+            f"--tensorboard needs {error.name}: pip install 'layernorm[tensorboard]'"
+        ) from error
+    place = comparison.out / "tensorboard" / trainer.run.name
+    # What an earlier command logged past its checkpoint is logged again.
+    with SummaryWriter(place, purge_step=trainer.update + 1 if trainer.update else None) as writer:
+
+        def recorded(record: Record) -> None:
+            for name, value in record.items():
+                if name not in ("norm", "batch_size", "seed", "update") and value is not None:
+                    writer.add_scalar(name, value, record["update"])
+
+        yield recorded
+
+
+def _command(comparison: Comparison) -> str:
+    """The command that makes this comparison where none was typed."""
+    task = tasks.find(comparison.task)
+    plain = task.presets.get(comparison.preset_name)
+    words = ["layernorm", "compare", comparison.task, "--preset", comparison.preset_name]
+    for field in dataclasses.fields(Preset):
+        value = getattr(comparison.preset, field.name)
+        if plain is None or value == getattr(plain, field.name) or field.name == "sizes":
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        words += [f"--{field.name.replace('_', '-')}", text]
+    return shlex.join(words)
+
+
+@contextmanager
+def stop_flag() -> Iterator[Callable[[], bool]]:
     """Within the block Ctrl-C and SIGTERM ask for a stop between two updates.
 
     A second Ctrl-C stops at once, and what was reached since the last checkpoint is lost.

@@ -5,15 +5,18 @@ The paper's permutation-invariant MNIST (§6.6) at a size that trains in seconds
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
+import pandas as pd
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch.nn import functional as F
 
-from layernorm.experiments import feedforward
-from layernorm.experiments.task import Data, Task, misclassified
+from layernorm.experiments import feedforward, judging
+from layernorm.experiments.classification import METRICS, TEST_ERROR, Classification, Data
+from layernorm.experiments.section import Card
+from layernorm.experiments.task import Preset, Task
 
 
 def load() -> Data:
@@ -29,18 +32,45 @@ def load() -> Data:
     )
 
 
+def problem() -> Classification:
+    """The digits and a network of 64-128-128-10."""
+    return Classification(load(), partial(feedforward.network, (64, 128, 128, 10)))
+
+
+def judge(results: pd.DataFrame) -> Sequence[Card]:
+    """Layer norm is sooner than no norm, and better than batch norm at small batches."""
+    small = min(results.batch_size)
+    return (
+        judging.sooner(
+            results,
+            TEST_ERROR,
+            claim="A network with layer norm needs fewer updates than one without.",
+            section="§6.6",
+        ),
+        judging.better(
+            results,
+            TEST_ERROR,
+            than="batch",
+            batch_sizes=(small,),
+            claim="Layer norm works with small batches, where batch norm does not.",
+            section="§6.6, figure 6",
+        ),
+    )
+
+
+_PRESET = Preset(epochs=15, batch_sizes=(128, 4), norms=("none", "batch", "layer"), seeds=3)
+
 TASK = Task(
     name="digits",
+    title="Handwritten digits",
+    section="§6.6",
     summary=(
         "scikit-learn's handwritten digits (1,347 training and 450 test cases of 64 pixels), "
         "64-128-128-10 with ReLU, Adam"
     ),
-    data=load,
-    network=partial(feedforward.network, (64, 128, 128, 10)),
-    loss=F.cross_entropy,
-    error=misclassified,
+    problem=problem,
+    metrics=METRICS,
     norms=feedforward.NORMS,
-    default_norms=("none", "batch", "layer"),
-    default_epochs=15,
-    default_seeds=3,
+    presets={"small": _PRESET, "paper": _PRESET},
+    judge=judge,
 )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import layernorm
-from layernorm.experiments import digits
-from layernorm.experiments.task import Data, Task, misclassified
+from layernorm.experiments import digits, judging
+from layernorm.experiments.classification import METRICS, TEST_ERROR, Classification
+from layernorm.experiments.section import Card
+from layernorm.experiments.task import Preset, Task
 from layernorm.variants import PRESETS
 
 _VARIANTS = tuple(name for name, cells in PRESETS.items() if "lstm" in cells and name != "none")
@@ -34,29 +38,39 @@ class RowReader(nn.Module):
         return logits
 
 
-def load() -> Data:
+def problem() -> Classification:
     """The cases of the task ``digits`` as sequences (cases, 8, 8)."""
     flat = digits.load()
-    return Data(
-        train_inputs=torch.unflatten(flat.train_inputs, 1, (8, 8)),
-        train_targets=flat.train_targets,
-        test_inputs=torch.unflatten(flat.test_inputs, 1, (8, 8)),
-        test_targets=flat.test_targets,
+    flat.train_inputs = torch.unflatten(flat.train_inputs, 1, (8, 8))
+    flat.test_inputs = torch.unflatten(flat.test_inputs, 1, (8, 8))
+    return Classification(flat, RowReader)
+
+
+def judge(results: pd.DataFrame) -> Sequence[Card]:
+    """Layer norm is sooner than no norm."""
+    return (
+        judging.sooner(
+            results,
+            TEST_ERROR,
+            claim="A recurrent network with layer norm needs fewer updates than one without.",
+            section="§6",
+        ),
     )
 
 
+_PRESET = Preset(epochs=10, batch_sizes=(128, 4), norms=("none", "layer"), seeds=3)
+
 TASK = Task(
     name="digits-rows",
+    title="Handwritten digits, row by row",
+    section="§3.1",
     summary=(
         "scikit-learn's handwritten digits read row by row, LSTM of 64 units "
         "(none: torch.nn.LSTM, layer: LayerNormLSTM, or a variant by name), Adam"
     ),
-    data=load,
-    network=RowReader,
-    loss=F.cross_entropy,
-    error=misclassified,
+    problem=problem,
+    metrics=METRICS,
     norms=("none", "layer", *_VARIANTS),
-    default_norms=("none", "layer"),
-    default_epochs=10,
-    default_seeds=3,
+    presets={"small": _PRESET, "paper": _PRESET},
+    judge=judge,
 )

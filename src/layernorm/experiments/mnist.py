@@ -2,42 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
-from torch.nn import functional as F
+import pandas as pd
 
-from layernorm.experiments import data, feedforward
-from layernorm.experiments.task import Data, Task, misclassified
+from layernorm.experiments import data, feedforward, judging
+from layernorm.experiments.classification import METRICS, TEST_ERROR, Classification, Data
+from layernorm.experiments.section import Card
+from layernorm.experiments.task import Preset, Task
 
 
-def load() -> Data:
-    """55,000 training and 10,000 test cases of 784 pixels in [0, 1].
+def load(cases: int = 55_000) -> Data:
+    """``cases`` training and 10,000 test cases of 784 pixels in [0, 1].
 
-    The training cases are the last 55,000 of MNIST's 60,000; the first 5,000 are the validation cases
-    of the customary split and stay unused.
+    The training cases are the first of the last 55,000 of MNIST's 60,000; the 5,000 before them are the
+    validation cases of the customary split and stay unused.
     """
     train_images, train_labels = data.mnist("train")
     test_images, test_labels = data.mnist("t10k")
     return Data(
-        train_inputs=train_images[5000:].flatten(1).float() / 255,
-        train_targets=train_labels[5000:].long(),
+        train_inputs=train_images[5000 : 5000 + cases].flatten(1).float() / 255,
+        train_targets=train_labels[5000 : 5000 + cases].long(),
         test_inputs=test_images.flatten(1).float() / 255,
         test_targets=test_labels.long(),
     )
 
 
+def problem(cases: int = 55_000) -> Classification:
+    """MNIST and the paper's network."""
+    return Classification(load(cases), partial(feedforward.network, (784, 1000, 1000, 10)))
+
+
+def judge(results: pd.DataFrame) -> Sequence[Card]:
+    """Layer norm is better than batch norm at small batches, and sooner than no norm."""
+    small = min(results.batch_size)
+    return (
+        judging.better(
+            results,
+            TEST_ERROR,
+            than="batch",
+            batch_sizes=(small,),
+            claim="Layer norm is robust to small batches, batch norm is not.",
+            section="§6.6, figure 6",
+        ),
+        judging.sooner(
+            results,
+            TEST_ERROR,
+            claim="A network with layer norm needs fewer updates than one without.",
+            section="§6.6",
+        ),
+    )
+
+
 TASK = Task(
     name="mnist",
+    title="Permutation-invariant MNIST",
+    section="§6.6, figure 6",
     summary=(
         "permutation-invariant MNIST (paper §6.6; 55,000 training and 10,000 test cases), "
         "784-1000-1000-10 with ReLU, Adam"
     ),
-    data=load,
-    network=partial(feedforward.network, (784, 1000, 1000, 10)),
-    loss=F.cross_entropy,
-    error=misclassified,
+    problem=problem,
+    metrics=METRICS,
     norms=feedforward.NORMS,
-    default_norms=("none", "batch", "layer"),
-    default_epochs=60,
-    default_seeds=1,
+    presets={
+        "small": Preset(epochs=1, batch_sizes=(128, 4), norms=("none", "batch", "layer")),
+        "paper": Preset(epochs=60, batch_sizes=(128, 4), norms=("none", "batch", "layer")),
+    },
+    judge=judge,
 )

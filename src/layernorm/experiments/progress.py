@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from layernorm.experiments.training import Run, Trainer
+from layernorm.experiments.task import Metric
+from layernorm.experiments.training import Record, Run, Trainer
 
 
 class Display:
@@ -20,10 +21,12 @@ class Display:
         console: where to show it.
         updates: the updates of each run, in the order of the runs.
         epochs: of each run.
+        metric: the one to show.
     """
 
-    def __init__(self, console: Console, updates: Mapping[Run, int], epochs: int) -> None:
+    def __init__(self, console: Console, updates: Mapping[Run, int], epochs: int, metric: Metric) -> None:
         self._console, self._updates, self._epochs = console, dict(updates), epochs
+        self._metric = metric
         self._done = 0
         self._seconds: dict[Run, float] = {}  # of one update, of the runs seen in this session
         self._progress = Progress(
@@ -72,25 +75,35 @@ class Display:
         spent = time.monotonic() - self._began
         self._seconds[trainer.run] = spent / (trainer.update - self._first)
         last = trainer.records[-1]
-        loss = "" if last.train_loss is None else f"loss {last.train_loss:.4f}, "
+        loss = "" if last["train_loss"] is None else f"loss {last['train_loss']:.4f}, "
         epoch = trainer.update / trainer.updates * self._epochs
-        text = f"epoch {epoch:.1f}/{self._epochs}, {loss}test error {last.test_error:.2f} %"
+        text = f"epoch {epoch:.1f}/{self._epochs}, {loss}{self._value(last[self._metric.name])}"
         self._progress.update(self._line, completed=trainer.update, text=text)
         self._progress.advance(self._whole, trainer.update - self._shown)
         self._shown = trainer.update
         left = duration(self._left(trainer))
         self._progress.update(self._whole, text=f"{self._done}/{len(self._updates)} runs, {left} left")
 
-    def finish(self, trainer: Trainer) -> None:
-        """A run has ended."""
+    def finish(self, run: Run, records: Sequence[Record]) -> None:
+        """A run has ended, here or elsewhere."""
         self._done += 1
         if self._line is not None:
             self._progress.remove_task(self._line)
             self._line = None
+        else:
+            self._progress.advance(self._whole, self._updates[run])
         self._progress.update(self._whole, text=f"{self._done}/{len(self._updates)} runs")
-        best = min(record.test_error for record in trainer.records)
-        spent = duration(trainer.records[-1].seconds)
-        self._say(trainer.run, f"best test error {best:.2f} %, {spent} of training")
+        choose = max if self._metric.higher else min
+        best = choose(record[self._metric.name] for record in records)
+        spent = duration(records[-1]["seconds"])
+        self._say(run, f"best {self._value(best)}, {spent} of training")
+
+    def say(self, run: Run, text: str) -> None:
+        """Something else about a run."""
+        self._say(run, text)
+
+    def _value(self, value: float) -> str:
+        return f"{self._metric.label} {self._metric.form.format(value)}"
 
     def _say(self, run: Run, text: str) -> None:
         count = f"[{self._done}/{len(self._updates)}]"

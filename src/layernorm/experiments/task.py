@@ -34,7 +34,7 @@ class ExperimentError(Exception):
     """Something that the person at the keyboard can mend; the message is one line that says how."""
 
 
-class MissingData(ExperimentError):  # noqa: N818
+class MissingData(ExperimentError):
     """A data set is not here and cannot be downloaded; the message says what, whose, where from, where to."""
 
 
@@ -155,7 +155,7 @@ class Problem(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, network: nn.Module) -> Mapping[str, float]:
-        """The task's metrics by name, on cases held out; the network is in evaluation mode, without gradients.
+        """The task's metrics by name, on cases held out; the network is in evaluation mode.
 
         Draws nothing from the global generator.
         """

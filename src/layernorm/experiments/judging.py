@@ -1,0 +1,128 @@
+"""From a comparison's results to cards: who is better, and who is there sooner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from layernorm.experiments.section import Card, Verdict
+from layernorm.experiments.task import Metric
+
+
+def best(run: pd.DataFrame, metric: Metric) -> float:
+    """The best value of a run."""
+    return float(run[metric.name].max() if metric.higher else run[metric.name].min())
+
+
+def first_at(run: pd.DataFrame, metric: Metric, value: float) -> pd.Series | None:
+    """The first record of a run that is as good as a value; None if none is."""
+    column = run[metric.name]
+    there = run[column >= value if metric.higher else column <= value]
+    return there.iloc[0] if len(there) else None
+
+
+def sooner(
+    results: pd.DataFrame,
+    metric: Metric,
+    *,
+    claim: str,
+    section: str,
+    norm: str = "layer",
+    than: str = "none",
+    batch_sizes: Sequence[int] | None = None,
+    remark: str = "",
+) -> Card:
+    """The card that says whether a norm reaches the best of another one in fewer updates.
+
+    Batch sizes are judged one by one, each by the mean over its seeds; a run that never gets there makes its
+    batch size a no.
+
+    Args:
+        results: the records of a comparison.
+        metric: what is compared.
+        claim: the paper's.
+        section: of the paper.
+        norm: the one that should be sooner.
+        than: the one whose best is to be reached.
+        batch_sizes: those to look at; None for all.
+        remark: why it is not as the paper has it, shown only then.
+    """
+    verdicts, texts = {}, []
+    for batch_size, runs in _by_batch_size(results, (norm, than), batch_sizes):
+        own, others = [], []
+        for _, seed in runs.groupby("seed"):
+            goal = best(seed[seed.norm == than], metric)
+            reached = first_at(seed[seed.norm == norm], metric, goal)
+            other = first_at(seed[seed.norm == than], metric, goal)
+            own.append(None if reached is None else int(reached["update"]))
+            others.append(0 if other is None else int(other["update"]))
+        theirs = sum(others) / len(others)
+        missing = own.count(None)
+        if missing:
+            verdicts[batch_size] = False
+            texts.append(
+                f"batch {batch_size}: {than}'s best, at update {theirs:.0f}, was not reached"
+                + (f" with {missing} of {len(own)} seeds" if len(own) > 1 else "")
+            )
+            continue
+        ours = sum(update for update in own if update is not None) / len(own)
+        verdicts[batch_size] = ours < theirs
+        ratio = f" ({theirs / ours:.1f} times fewer)" if 0 < ours < theirs else ""
+        texts.append(
+            f"batch {batch_size}: {than}'s best after {ours:.0f} updates against {theirs:.0f}{ratio}"
+        )
+    return _card(claim, section, verdicts, texts, remark)
+
+
+def better(
+    results: pd.DataFrame,
+    metric: Metric,
+    *,
+    claim: str,
+    section: str,
+    norm: str = "layer",
+    than: str = "none",
+    batch_sizes: Sequence[int] | None = None,
+    remark: str = "",
+) -> Card:
+    """The card that says whether a norm's best value is better than another one's.
+
+    Arguments as of ``sooner``; the values are means over the seeds.
+    """
+    verdicts, texts = {}, []
+    for batch_size, runs in _by_batch_size(results, (norm, than), batch_sizes):
+        means = {}
+        for name in (norm, than):
+            of_seeds = [best(seed, metric) for _, seed in runs[runs.norm == name].groupby("seed")]
+            means[name] = sum(of_seeds) / len(of_seeds)
+        verdicts[batch_size] = means[norm] > means[than] if metric.higher else means[norm] < means[than]
+        values = " against ".join(f"{metric.form.format(means[name])} ({name})" for name in (norm, than))
+        texts.append(f"batch {batch_size}: best {metric.label} {values}")
+    return _card(claim, section, verdicts, texts, remark)
+
+
+def _by_batch_size(
+    results: pd.DataFrame, norms: Sequence[str], batch_sizes: Sequence[int] | None
+) -> list[tuple[int, pd.DataFrame]]:
+    """The records of the seeds that have all these norms, the greatest batch size first."""
+    groups = []
+    for batch_size, runs in results.groupby("batch_size"):
+        if batch_sizes is not None and batch_size not in batch_sizes:
+            continue
+        complete = runs.groupby("seed").norm.agg(lambda found: set(norms) <= set(found))
+        chosen = runs[runs.seed.isin(complete[complete].index)]
+        if len(chosen):
+            groups.append((int(str(batch_size)), chosen))
+    return groups[::-1]
+
+
+def _card(claim: str, section: str, verdicts: Mapping[int, bool], texts: Sequence[str], remark: str) -> Card:
+    verdict: Verdict = "partly"
+    if not verdicts:
+        return Card(claim, section, "the runs that would tell are not there", "not run")
+    if all(verdicts.values()):
+        verdict, remark = "agrees", ""
+    elif not any(verdicts.values()):
+        verdict = "differs"
+    return Card(claim, section, "; ".join(texts), verdict, remark)

@@ -1,0 +1,113 @@
+"""Data parallel training: the processes that ``torchrun`` started, and what they share.
+
+Without ``torchrun`` there is one process, and everything here is the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+
+from layernorm.experiments.task import ExperimentError
+
+_Value = TypeVar("_Value")
+
+
+@contextmanager
+def joined(device: str) -> Iterator[torch.device]:
+    """Within the block the processes of ``torchrun`` are one group: gloo on CPUs, NCCL on GPUs.
+
+    Yields:
+        The device of this process: ``cuda`` means the GPU of its local rank.
+
+    Raises:
+        ExperimentError: another process was lost.
+    """
+    if not dist.is_torchelastic_launched():
+        yield torch.device(device)
+        return
+    own = torch.device(device)
+    if own.type == "cuda" and own.index is None:
+        own = torch.device("cuda", dist.get_node_local_rank())
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    try:
+        yield own
+    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
+        if not _is_loss(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ExperimentError(
+            f"process {rank()} of {count()} lost another one ({reason}); the same command goes on from the "
+            "last checkpoint"
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether a collective failed for want of a peer; gloo says so in a plain RuntimeError."""
+    told = ("Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe", "gloo")
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in told)
+
+
+def rank() -> int:
+    """The number of this process; 0 leads: it evaluates, writes and speaks."""
+    return dist.get_rank() if _several() else 0
+
+
+def count() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if _several() else 1
+
+
+def summed(*numbers: float) -> list[float]:
+    """Each number summed over the processes."""
+    if not _several():
+        return list(numbers)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return cast(list[float], sums.tolist())
+
+
+def from_leader(value: _Value) -> _Value:
+    """What process 0 has given; the others' values are not used."""
+    if not _several():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The tensors (cases, ...) of all processes after one another, with gradients to each.
+
+    The processes may have different numbers of cases.
+
+    Examples:
+        >>> import torch
+        >>> from layernorm.experiments import processes
+        >>> processes.gather(torch.ones(2, 3)).shape  # one process
+        torch.Size([2, 3])
+    """
+    if not _several():
+        return tensor
+    cases = torch.tensor([len(tensor)], device=tensor.device)
+    everyone = [torch.empty_like(cases) for _ in range(count())]
+    dist.all_gather(everyone, cases)
+    sizes = [int(size) for size in everyone]
+    # A collective wants equal shapes.
+    padding = tensor.new_zeros(max(sizes) - len(tensor), *tensor.shape[1:])
+    parts = all_gather(torch.cat((tensor, padding)))
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()

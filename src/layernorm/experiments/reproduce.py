@@ -1,0 +1,161 @@
+"""All of the paper: every experiment into a folder of its own, and one report over them.
+
+``DIR/NAME/`` is the folder of an experiment as its own command makes it; ``DIR/results.csv`` and
+``results.parquet`` hold the records of all comparisons, ``DIR/report.html`` shows everything. The same
+command goes on where an earlier one was stopped. An experiment whose data cannot be had is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import pandas as pd
+from rich.console import Console
+
+from layernorm.experiments import compare, folder, report, results, study
+from layernorm.experiments import task as tasks
+from layernorm.experiments.compare import Comparison, Sweep
+from layernorm.experiments.files import replacing
+from layernorm.experiments.progress import duration
+from layernorm.experiments.section import Card, Section
+from layernorm.experiments.task import ExperimentError, MissingData
+
+#: All experiments in the order of the report.
+EXPERIMENTS: Final = (*tasks.STUDIES, *tasks.TASKS)
+_LEFT_OUT: Final = "left-out.json"
+
+
+def reproduce(
+    names: Sequence[str],
+    out: Path,
+    console: Console,
+    preset: str = "small",
+    device: str = "cpu",
+    sweep: Sweep | None = None,
+) -> Path:
+    """Runs experiments one after another and writes the report over all that are in the folder.
+
+    Args:
+        names: of tasks and studies.
+        out: the folder for everything.
+        console: where progress and the cards go.
+        preset: the size of all.
+        device: where the tasks train.
+        sweep: trains the runs of a task elsewhere; see ``compare``.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ExperimentError: something that the user can mend; the experiments before it are kept.
+        Interrupted: by Ctrl-C or SIGTERM; what was reached is kept.
+    """
+    left_out = {}
+    for index, name in enumerate(names, 1):
+        console.rule(f"{index}/{len(names)} {name}", align="left")
+        began = time.monotonic()
+        try:
+            _run(name, out / name, console, preset, device, sweep)
+        except MissingData as error:
+            left_out[name] = str(error)
+            console.print(f"left out: {error}", highlight=False, markup=False)
+        console.print(f"{name}: {duration(time.monotonic() - began)}", highlight=False, markup=False)
+    out.mkdir(parents=True, exist_ok=True)
+    before = _left_out(out)
+    kept = {name: why for name, why in before.items() if name not in names} | left_out
+    with replacing(out / _LEFT_OUT) as fresh:
+        fresh.write_text(json.dumps(kept, indent=2) + "\n")
+    path = write(out)
+    console.rule("claims", align="left")
+    study.show_cards(console, [card for section in read(out) for card in section.cards])
+    console.print(f"Report: {path}", soft_wrap=True, highlight=False)
+    return path
+
+
+def write(out: Path, path: Path | None = None) -> Path:
+    """Writes the report of a folder, of one experiment or of many; returns its path.
+
+    Args:
+        out: the folder.
+        path: of the page; ``report.html`` in the folder if None.
+
+    Raises:
+        ExperimentError: there is nothing to report, or something is damaged.
+    """
+    sections = read(out)
+    several = not (out / folder.CONFIG).is_file()
+    if several:
+        tables = [_records(place) for place in _folders(out) if "task" in folder.read(place)]
+        if tables:
+            results.write(pd.concat(tables, ignore_index=True), out)
+    title = "Layer normalization, reproduced" if several else sections[0].title
+    return report.write(path or out / "report.html", title, sections)
+
+
+def read(out: Path) -> list[Section]:
+    """What the report shows of a folder, of one experiment or of many.
+
+    Raises:
+        ExperimentError: there is nothing to report, or something is damaged.
+    """
+    if not out.is_dir():
+        raise ExperimentError(f"DIR: there is no folder {out}")
+    if (out / folder.CONFIG).is_file():
+        return [_section(out)]
+    sections = {place.name: _section(place) for place in _folders(out)}
+    for name, why in _left_out(out).items():
+        sections.setdefault(name, _not_run(name, why))
+    if not sections:
+        raise ExperimentError(
+            f"DIR: neither {out} nor a folder in it holds an experiment; make one with layernorm reproduce"
+        )
+    order = {name: index for index, name in enumerate(EXPERIMENTS)}
+    return [sections[name] for name in sorted(sections, key=lambda name: order.get(name, len(order)))]
+
+
+def _run(name: str, out: Path, console: Console, preset: str, device: str, sweep: Sweep | None) -> None:
+    if name in tasks.STUDIES:
+        study.run(name, out, console, preset)
+        return
+    task = tasks.find(name)
+    comparison = Comparison(name, task.presets[preset], out, preset, device)
+    compare.compare(comparison, console, sweep)
+
+
+def _folders(out: Path) -> list[Path]:
+    """The folders in a folder that hold experiments."""
+    return sorted(path.parent for path in out.glob(f"*/{folder.CONFIG}"))
+
+
+def _section(place: Path) -> Section:
+    return study.read(place) if "study" in folder.read(place) else compare.read(place)
+
+
+def _records(place: Path) -> pd.DataFrame:
+    """The records of a comparison with its task and preset."""
+    config = folder.read(place)
+    table = results.read(place / "results.csv", tasks.find(config["task"]))
+    table.insert(0, "task", config["task"])
+    table.insert(1, "preset", config["preset"])
+    return table
+
+
+def _left_out(out: Path) -> dict[str, str]:
+    path = out / _LEFT_OUT
+    if not path.is_file():
+        return {}
+    try:
+        return {str(name): str(why) for name, why in json.loads(path.read_text()).items()}
+    except (ValueError, AttributeError) as error:
+        raise ExperimentError(f"{path} is damaged ({error}); delete it") from error
+
+
+def _not_run(name: str, why: str) -> Section:
+    """The section of an experiment whose data is missing."""
+    experiment = tasks.find_study(name) if name in tasks.STUDIES else tasks.find(name)
+    card = Card(f"{experiment.title}.", experiment.section, "its data is not here", "not run", why)
+    return Section(name, experiment.title, experiment.summary, f"layernorm reproduce {name}", (card,))

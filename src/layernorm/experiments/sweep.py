@@ -1,0 +1,108 @@
+"""The runs of a comparison on the machines of a Ray cluster, each run on one of them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from layernorm.experiments import compare, results
+from layernorm.experiments import task as tasks
+from layernorm.experiments.compare import Comparison
+from layernorm.experiments.files import replacing
+from layernorm.experiments.progress import Display
+from layernorm.experiments.task import ExperimentError
+from layernorm.experiments.training import Run
+
+#: How often a run whose worker was lost is started again.
+_RETRIES = 3
+
+
+class RaySweep:
+    """Trains runs side by side.
+
+    A lost worker's run is given to another one. It goes on from its checkpoint where ``out`` is storage that
+    all machines see, and from its start elsewhere. What a run has written comes back to
+    the machine that asked.
+
+    Args:
+        address: of the cluster, as ``ray.init`` takes it; None starts one on this machine.
+        cpus: for each run; also its number of threads.
+        gpus: for each run, or a part of one.
+
+    Raises:
+        ExperimentError: Ray is not installed, or the cluster cannot be reached.
+    """
+
+    def __init__(self, address: str | None = None, cpus: int = 1, gpus: float = 0.0) -> None:
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise ExperimentError("--ray needs ray: pip install 'layernorm[ray]'") from error
+        self._ray, self._cpus, self._gpus = ray, cpus, gpus
+        if ray.is_initialized():
+            return
+        try:
+            ray.init(
+                address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ExperimentError(f"--ray: cannot reach the cluster {address!r}: {reason}") from error
+
+    def __call__(self, comparison: Comparison, runs: list[Run], display: Display) -> None:
+        """Trains the runs and shows each when it ends.
+
+        Raises:
+            ExperimentError: a run failed, or was lost too often; the others are finished first.
+        """
+        ray = self._ray
+        remote = ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_retries=_RETRIES)(_train)
+        pending = {remote.remote(comparison, run, self._cpus): run for run in runs}
+        failed: dict[str, str] = {}
+        try:
+            while pending:
+                (done,), _ = ray.wait(list(pending), num_returns=1)
+                run = pending.pop(done)
+                try:
+                    self._take(comparison, run, ray.get(done), display)
+                except (ray.exceptions.RayError, ExperimentError) as error:
+                    reason = str(error).strip().splitlines()[-1]
+                    failed[run.name] = reason
+                    display.say(run, f"lost: {reason}")
+        except KeyboardInterrupt:
+            for task in pending:
+                ray.cancel(task, force=True)
+            raise
+        if failed:
+            name, reason = next(iter(failed.items()))
+            raise ExperimentError(
+                f"{len(failed)} of {len(runs)} runs were lost, {name} first ({reason}); the same command "
+                "trains them again, and what is finished is kept"
+            )
+
+    @staticmethod
+    def _take(comparison: Comparison, run: Run, files: dict[str, bytes], display: Display) -> None:
+        """Writes what a run has written, where its machine does not share this one's storage."""
+        for name, content in files.items():
+            path = comparison.out / name
+            if path.is_file() and path.read_bytes() == content:
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as fresh:
+                fresh.write_bytes(content)
+        table = results.read(comparison.path(run, ".csv"), tasks.find(comparison.task))
+        display.finish(run, [{str(k): v for k, v in row.items()} for row in table.to_dict("records")])
+
+
+def _train(comparison: Comparison, run: Run, threads: int) -> dict[str, bytes]:
+    """On a worker: trains a run; returns its files by their paths in the comparison's folder."""
+    import torch
+
+    torch.set_num_threads(threads)
+    problem = tasks.find(comparison.task).problem(**comparison.preset.sizes)
+    comparison.path(run, "").parent.mkdir(parents=True, exist_ok=True)
+    if not comparison.path(run, ".csv").is_file():
+        compare.train(comparison, run, problem, None)
+    written: list[Path] = [comparison.path(run, ".csv"), comparison.path(run, ".pt")]
+    written += (comparison.out / "samples").glob(f"{run.name}-*.png")
+    return {str(path.relative_to(comparison.out)): path.read_bytes() for path in written if path.is_file()}
