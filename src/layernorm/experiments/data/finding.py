@@ -1,0 +1,247 @@
+"""Finds data: a folder that the user names, else a cache folder, else a download; verifies checksums."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import pooch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from layernorm.experiments.data.sources import File, Origin, Source
+from layernorm.experiments.task import ExperimentError, MissingData
+
+#: The environment variable that names the user's folder of data.
+VARIABLE: Final = "LAYERNORM_DATA"
+
+# What readers of gzip, zip, tar, text and numbers raise on a file that is cut off or is something else.
+_DAMAGE: Final = (
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def content(source: Source, name: str, normal: Callable[[bytes], bytes]) -> bytes:
+    """A file of a data set in its normal form, found or downloaded, its checksum verified.
+
+    Args:
+        source: the data set.
+        name: of one of its files.
+        normal: turns what is in the file into what all copies of it have in common.
+
+    Raises:
+        MissingData: it is not here and cannot be downloaded.
+        ExperimentError: it is damaged or is something else.
+    """
+    (file,) = [file for file in source.files if file.name == name]
+    for folder in folders(source):
+        for path, member in _places(folder, file):
+            if path.is_file():
+                return _verified(path, member, file, normal)
+    return _downloaded(source, file, normal)
+
+
+def folders(source: Source) -> Sequence[Path]:
+    """Where a data set is looked for, in this order."""
+    named = os.environ.get(VARIABLE)
+    own = [Path(named) / source.folder, Path(named)] if named else []
+    return (*own, _cache(source))
+
+
+def find(source: Source, *names: str) -> Path | None:
+    """The first file or folder of these names (paths within the data set), or None."""
+    for folder in folders(source):
+        for name in names:
+            if (folder / name).exists():
+                return folder / name
+    return None
+
+
+def entries(path: Path, suffix: str) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """The paths and contents of all files with a suffix in a folder or in a tar archive.
+
+    Raises:
+        ExperimentError: the archive is damaged.
+    """
+    if path.is_dir():
+        for file in sorted(path.rglob(f"*{suffix}")):
+            yield PurePosixPath(file.relative_to(path).as_posix()), file.read_bytes()
+        return
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = PurePosixPath(member.name)
+                opened = archive.extractfile(member) if _is_content(name) and name.suffix == suffix else None
+                if opened is not None:
+                    yield name, opened.read()
+    except _DAMAGE as error:
+        raise damaged(path, error) from error
+
+
+def missing(source: Source, tried: Sequence[str] = ()) -> MissingData:
+    """The error that says what is missing, whose it is, where to get it and where to put it."""
+    where = (
+        f"the folder {source.folder} of a folder that the environment variable {VARIABLE} names, or into "
+        f"{_cache(source)}"
+    )
+    how = f"cannot be downloaded (tried {', '.join(tried)})" if tried else "is not downloaded by this program"
+    return MissingData(
+        f"{source.title} is not here and {how}: {source.what}, by {source.by}; licence: {source.licence}. "
+        f"Get it at {source.page} and put {source.layout.replace('`', '')} into {where}"
+    )
+
+
+def damaged(path: Path, error: object) -> ExperimentError:
+    """The error of a file that cannot be read."""
+    return ExperimentError(f"{path} is damaged: {error}. Replace it by a whole copy, or take it away")
+
+
+def check_part(part: str, parts: Sequence[str]) -> None:
+    """Raises ValueError where ``part`` is none of these."""
+    if part not in parts:
+        raise ValueError(f"part: expected one of {', '.join(parts)}, got {part!r}")
+
+
+def decoded(content: bytes) -> str:
+    """Text in UTF-8, or else in Windows-1252, as the older data sets are."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("cp1252")
+
+
+def lines(content: bytes) -> list[str]:
+    """The lines of a text that are not empty, without white space at their ends."""
+    return [line.strip() for line in decoded(content).split("\n") if line.strip()]
+
+
+def normal_lines(content: bytes) -> bytes:
+    """The normal form of a text of which lines matter: UTF-8, no empty lines, no white space at line ends."""
+    return "\n".join(lines(content)).encode()
+
+
+def _cache(source: Source) -> Path:
+    return Path(pooch.os_cache("layernorm")) / source.folder
+
+
+def _places(folder: Path, file: File) -> Iterator[tuple[Path, str]]:
+    """Files that may hold a file, and its path within them if they are archives."""
+    for name in (file.name, *file.aliases):
+        yield folder / name, ""
+        yield folder / f"{name}.gz", ""
+    for origin in file.origins:
+        if origin.member:
+            yield folder / origin.archive, origin.member
+            # The archive unpacked, into the folder or into one of the archive's name.
+            yield folder / origin.member, ""
+            yield folder / origin.archive.split(".")[0] / origin.member, ""
+
+
+def _verified(path: Path, member: str, file: File, normal: Callable[[bytes], bytes]) -> bytes:
+    try:
+        found = normal(_read(path, member))
+    except _DAMAGE as error:
+        raise damaged(path, error) from error
+    if hashlib.sha256(found).hexdigest() != file.sha256:
+        raise ExperimentError(
+            f"{path} is not the {file.name} expected: the SHA-256 of its content should begin with "
+            f"{file.sha256[:12]}. Replace it by the original, or take it away"
+        )
+    return found
+
+
+def _read(path: Path, member: str) -> bytes:
+    """A file's content, or that of a member of an archive, looked up by its path or else by its name."""
+    raw = path.read_bytes()
+    if not member:
+        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            return archive.read(_choose(archive.namelist(), member))
+    with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
+        opened = archive.extractfile(_choose(archive.getnames(), member))
+        if opened is None:
+            raise ValueError(f"{member} in it is no file")
+        return opened.read()
+
+
+def _choose(names: Sequence[str], member: str) -> str:
+    if member in names:
+        return member
+    for name in map(PurePosixPath, names):
+        if name.name == PurePosixPath(member).name and _is_content(name):
+            return str(name)
+    raise ValueError(f"it has no {member}")
+
+
+def _is_content(name: PurePosixPath) -> bool:
+    """Whether it is not one of the files that macOS adds to archives."""
+    return "__MACOSX" not in name.parts and not name.name.startswith("._")
+
+
+def _downloaded(source: Source, file: File, normal: Callable[[bytes], bytes]) -> bytes:
+    """Fetches a file into the cache, whole or not at all; what is not what it should be is not kept."""
+    tried = []
+    for origin in file.origins:
+        for address in origin.addresses:
+            try:
+                path = _fetch(address, _stored(file, origin, address), _cache(source))
+            except (OSError, ValueError) as error:
+                tried.append(f"{address} ({type(error).__name__})")
+                continue
+            try:
+                return _verified(path, origin.member, file, normal)
+            except ExperimentError:
+                path.unlink()
+                tried.append(f"{address} (not the {file.name} expected)")
+    raise missing(source, tried)
+
+
+def _stored(file: File, origin: Origin, address: str) -> str:
+    return origin.archive or file.name + (".gz" if address.endswith(".gz") else "")
+
+
+def _fetch(address: str, name: str, folder: Path) -> Path:
+    pooch.get_logger().setLevel("ERROR")
+    with _Bar(name) as bar:
+        fetch = pooch.HTTPDownloader(progressbar=bar, timeout=30)
+        return Path(pooch.retrieve(address, None, name, folder, downloader=fetch))
+
+
+class _Bar:
+    """A download's progress as pooch wants it: ``total``, ``update``, ``reset``, ``close``."""
+
+    def __init__(self, name: str) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+        self._progress = Progress(*columns, TimeRemainingColumn(), transient=True)
+        self._task = self._progress.add_task(name, total=None)
+        self.total = 0
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._progress.stop()
+
+    def update(self, amount: int) -> None:
+        self._progress.update(self._task, advance=amount, total=self.total or None)
+
+    def reset(self) -> None:
+        self._progress.reset(self._task)
+
+    def close(self) -> None:
+        """The display is closed by the ``with`` block."""
