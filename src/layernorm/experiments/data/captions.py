@@ -37,7 +37,7 @@ def flickr8k(part: str) -> list[tuple[str, ...]]:
     captions: dict[str, list[str]] = {}
     for line in texts.decode().split("\n"):
         label, caption = line.split("\t")
-        captions.setdefault(label.split("#")[0], []).append(caption)
+        captions.setdefault(label.split("#")[0], []).append(caption.strip())
     return [tuple(captions[name]) for name in names.decode().split("\n")]
 
 

@@ -124,7 +124,13 @@ def decoded(content: bytes) -> str:
 
 
 def lines(content: bytes) -> list[str]:
-    """The lines of a text that are not empty, without white space at their ends."""
+    r"""The lines of a text that are not empty, without white space at their ends.
+
+    Examples:
+        >>> from layernorm.experiments.data import finding
+        >>> finding.lines("one \r\n\r\ncafé".encode("cp1252"))
+        ['one', 'café']
+    """
     return [line.strip() for line in decoded(content).split("\n") if line.strip()]
 
 

@@ -13,6 +13,11 @@ class Origin:
     Attributes:
         addresses: of the file, plain or gzipped, or of an archive that holds it; mirrors of one another.
         member: the file's path in the archive; empty where the file stands alone.
+
+    Examples:
+        >>> from layernorm.experiments.data import Origin
+        >>> Origin(("https://example.org/all.zip",), "folder/one.txt").archive
+        'all.zip'
     """
 
     addresses: tuple[str, ...]
@@ -253,7 +258,7 @@ def _sentences(name: str, sha256: str, folder: str, archive: str = "", member: s
     origins = [Origin((collection,), f"data/{folder}/{name}")]
     if archive:
         address = f"https://www.cs.cornell.edu/people/pabo/movie-review-data/{archive}"
-        origins.insert(0, Origin((address,), member))
+        origins.append(Origin((address,), member))
     return File(name, sha256, tuple(origins))
 
 
