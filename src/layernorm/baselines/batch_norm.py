@@ -1,0 +1,116 @@
+"""Batch normalization whose statistics are those of the whole batch, however many processes share it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from layernorm.baselines.statistics import BatchStandardized, Steps, shared
+
+
+class BatchNorm(_BatchNorm):
+    """Batch normalization of features or channels (Ioffe and Szegedy 2015, arXiv 1502.03167).
+
+    In training y = (x - mean)·rstd·weight + bias with the mean and the biased variance of each feature over
+    all cases of the batch (and places of an image), and
+
+        running = (1 - momentum)·running + momentum·batch,
+
+    where the running variance takes the unbiased variance, n/(n - 1) times the biased one. In evaluation y
+    is made with the running mean and variance.
+
+    One layer for every number of spatial dimensions, with constructor, parameters and state dict of
+    ``torch.nn.BatchNorm1d`` and ``BatchNorm2d``, whose state dicts load here and the other way round. Where
+    ``torch.distributed`` is initialized, mean and variance in training are those of the batch that all
+    processes together hold, on CPUs too: two processes with half the batch each give what one gives.
+    Processes may hold different numbers of cases, even none.
+
+    Args:
+        num_features: C, features of the input, or its channels.
+        eps: added to the variance.
+        momentum: of the running statistics; None for the mean over all batches.
+        affine: whether there are ``weight`` (the gain) and ``bias``.
+        track_running_stats: whether there are running statistics; without, evaluation too takes those of
+            its batch.
+        device: where the parameters are made.
+        dtype: of the parameters.
+        process_group: the processes that share a batch; None for all.
+
+    Shape:
+        Input and output (N, C) or (N, C, *).
+
+    Raises:
+        ValueError: the input has no dimension of ``num_features`` channels after its first; or there is,
+            in training, one value for a channel.
+
+    Examples:
+        >>> import torch
+        >>> from layernorm.baselines import BatchNorm
+        >>> norm = BatchNorm(3)
+        >>> norm(torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])).round(decimals=2)
+        tensor([[-1.,  0.,  1.],
+                [ 1.,  0., -1.]], grad_fn=<RoundBackward1>)
+        >>> norm.running_mean
+        tensor([0.2000, 0.2000, 0.2000])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.process_group = process_group
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, *) to the same shape."""
+        self._check_input_dim(input)
+        if self.training and shared(self.process_group) is not None:
+            return self._over_processes(input)
+        return super().forward(input)
+
+    def _over_processes(self, input: Tensor) -> Tensor:
+        channels_last = input.movedim(1, -1)
+        rows = channels_last.reshape(-1, self.num_features)
+        if input.dtype.itemsize < 4:
+            rows = rows.float()
+        steps = Steps.of([len(rows)], self.process_group, rows)
+        total = steps.total[0]
+        if total < 2:
+            raise ValueError(
+                "Expected more than 1 value per channel when training, got input size "
+                f"{list(input.shape)} and none in the other processes"
+            )
+        unused = rows.new_zeros(1, self.num_features)
+        output, mean, var = BatchStandardized.apply(rows, unused, unused, steps, self.eps)  # type: ignore[no-untyped-call]
+        if self.running_mean is not None and self.running_var is not None:
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+            factor = self.momentum
+            if factor is None:
+                factor = 1 / int(self.num_batches_tracked)  # type: ignore[arg-type]
+            self.running_mean.lerp_(mean[0].to(self.running_mean.dtype), factor)
+            self.running_var.lerp_((var[0] * (total / (total - 1))).to(self.running_var.dtype), factor)
+        if self.weight is not None:
+            output = output * self.weight + self.bias
+        result: Tensor = output.to(input.dtype).view(channels_last.shape).movedim(-1, 1)
+        return result
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2 or input.size(1) != self.num_features:
+            raise ValueError(
+                f"BatchNorm: input must be (N, {self.num_features}) or (N, {self.num_features}, *), got "
+                f"{list(input.shape)}; make the layer with num_features= the size of the second dimension"
+            )
+
+
+__all__ = ["BatchNorm"]

@@ -1,0 +1,259 @@
+"""Recurrent batch normalization of an LSTM, with statistics of their own for each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from layernorm.baselines.batch_norm_recurrence import BatchNormRecurrence, Recurrence
+from layernorm.baselines.statistics import BatchStandardized, Steps
+from layernorm.cells import State
+from layernorm.recurrent import _Sequence
+
+#: What has statistics: the products with the input and with h, and the cell.
+_NORMALIZED: Final = ("ih", "hh", "cell")
+
+
+class BatchNormLSTM(_Sequence):
+    """A batch-normalized LSTM, with the call of ``torch.nn.LSTM`` (Cooijmans et al. 2016, arXiv 1603.09025).
+
+    (i, f, g, o) = BN(W_ih x) + BN(W_hh h) + bias; c' = σ(f)·c + σ(i)·tanh(g) is carried on;
+    h' = σ(o)·tanh(BN(c')) (eq. 6-8). The norms of the two products have a gain and no bias, that of the cell
+    has both; the gains start at 0.1, "as otherwise tanh saturates and gradients vanish" (§4).
+
+    Each step from the start of a sequence has mean and variance of its own, over the cases of the batch that
+    are still alive there, and running ones for evaluation, kept for ``max_length`` steps. Later steps, and
+    those beyond the longest sequence seen in training, are evaluated with the statistics of the last that
+    there are. A running statistic is the mean over the first batches that had this step, until ``momentum``
+    is the greater share: so steps that few sequences reach are not drawn to the values that a buffer starts
+    with. The running variance takes the unbiased one, n/(n - 1) times the biased one. A step where but one
+    case is left is evaluated with its running statistics in training too.
+
+    Where ``torch.distributed`` is initialized the batch is what all processes together hold.
+
+    Args:
+        input_size: features of the input, F.
+        hidden_size: features of the cell, H.
+        num_layers: layers, each reading the one before.
+        bias: whether there are biases; without, gains remain.
+        batch_first: whether input and output are (N, T, ·) in place of (T, N, ·).
+        dropout: probability of dropout on the output of every layer but the last, in training.
+        bidirectional: whether each layer also reads the sequence from its end, D = 2.
+        device: where the parameters are made.
+        dtype: of the parameters, float32 or float64; autocast does not change what it is computed in.
+        gain: what the gains start at.
+        max_length: steps whose statistics are kept.
+        momentum: the share of a batch in its steps' running statistics.
+        eps: added to the variance.
+        process_group: the processes that share a batch; None for all.
+
+    Shape:
+        Those of ``torch.nn.LSTM``: input (T, N, F), (N, T, F) with ``batch_first``, (T, F) for one sequence
+        in evaluation, or a ``PackedSequence``; ``(h_0, c_0)`` each (num_layers·D, N, H), zeros when left out.
+
+    Raises:
+        ValueError: in training with one sequence; an argument is out of its range; ``resets`` are given.
+        TypeError: an argument is of the wrong type.
+        RuntimeError: input or state has the wrong shape.
+
+    Examples:
+        >>> import torch
+        >>> from layernorm.baselines import BatchNormLSTM
+        >>> lstm = BatchNormLSTM(10, 20)
+        >>> output, (h, c) = lstm(torch.randn(5, 3, 10))
+        >>> output.shape, h.shape, lstm.steps_seen()
+        (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]), 5)
+    """
+
+    _cell = "lstm"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        gain: float = 0.1,
+        max_length: int = 512,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if (dtype or torch.get_default_dtype()) not in (torch.float32, torch.float64):
+            raise ValueError(f"BatchNormLSTM: statistics need dtype float32 or float64, got {dtype}")
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+            raise ValueError(f"BatchNormLSTM: max_length must be a positive int, got {max_length!r}")
+        if not 0 < momentum <= 1:
+            raise ValueError(f"BatchNormLSTM: momentum must be in (0, 1], got {momentum}")
+        if not eps > 0:
+            raise ValueError(f"BatchNormLSTM: eps must be positive, got {eps}")
+        self.gain, self.max_length, self.momentum, self.eps = gain, max_length, momentum, eps
+        self.process_group = process_group
+        sizes = (input_size, hidden_size, num_layers)
+        super().__init__(*sizes, bias, batch_first, dropout, bidirectional, 0, device, dtype)
+
+    def _register(self, suffix: str, input_size: int, proj_size: int, device: Any, dtype: Any) -> None:
+        # The variant "paper" has its norms in the same places, so the parameters and their names are its own.
+        super()._register(suffix, input_size, proj_size, device, dtype)
+        widths = (4 * self.hidden_size, 4 * self.hidden_size, self.hidden_size)
+        for name, width in zip(_NORMALIZED, widths, strict=True):
+            shape = (self.max_length, width)
+            self.register_buffer(
+                f"running_mean_{name}{suffix}", torch.zeros(shape, device=device, dtype=dtype)
+            )
+            self.register_buffer(f"running_var_{name}{suffix}", torch.ones(shape, device=device, dtype=dtype))
+        counts = torch.zeros(self.max_length, device=device, dtype=torch.long)
+        self.register_buffer(f"num_batches_tracked{suffix}", counts)
+
+    def reset_parameters(self) -> None:
+        """Weights uniform in ±1/√hidden_size, gains ``gain``, biases 0; no step has been seen."""
+        super().reset_parameters()
+        for name, parameter in self.named_parameters():
+            if name.startswith("gain"):
+                torch.nn.init.constant_(parameter, self.gain)
+        for name, buffer in self.named_buffers():
+            buffer.fill_(1 if name.startswith("running_var") else 0)
+
+    def steps_seen(self) -> int:
+        """The steps that have running statistics: the longest sequence of training, up to ``max_length``."""
+        return int(self.get_buffer("num_batches_tracked_l0").count_nonzero())
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        resets: Tensor | PackedSequence | None = None,
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """Runs the sequence; shapes as in the class docstring."""
+        if resets is not None:
+            raise ValueError(
+                "BatchNormLSTM: resets must be None, as statistics are those of a step from the start of a "
+                "sequence; give each episode as a sequence of its own"
+            )
+        return super().forward(input, hx)
+
+    def _sequence(
+        self,
+        input: Tensor,
+        state: tuple[Tensor, ...],
+        suffix: str,
+        reverse: bool = False,
+        batch_sizes: Sequence[int] | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        weights = self._weights(suffix)
+        sizes = list(batch_sizes) if batch_sizes is not None else [input.size(1)] * input.size(0)
+        dtype = weights["weight_ih"].dtype
+        with torch.autocast(input.device.type, enabled=False):
+            rows = input.reshape(-1, input.size(-1)).to(dtype)
+            h, c = (s.to(dtype) for s in state)
+            # Each sequence from its own end, which is where the steps of this direction are counted from.
+            order = _reversed(sizes, rows.device) if reverse else None
+            output, h, c = self._steps(rows if order is None else rows[order], sizes, h, c, weights, suffix)
+            output = output if order is None else output[order]
+        return output.view(*input.shape[:-1], self.hidden_size), (h, c)
+
+    def _steps(
+        self,
+        rows: Tensor,
+        sizes: Sequence[int],
+        h: Tensor,
+        c: Tensor,
+        weights: Mapping[str, Tensor],
+        suffix: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One layer in one direction over rows as in a ``PackedSequence``, from their first step."""
+        steps = Steps.of(sizes, self.process_group, rows)
+        if self.training and steps.total[0] < 2:
+            raise ValueError(
+                "Expected more than 1 value per channel when training, got a batch of "
+                f"{steps.total[0]} sequence(s); batch norm needs two, or evaluation mode: eval()"
+            )
+        running = self._running(suffix, len(steps.own))
+        product = rows @ weights["weight_ih"].t()
+        if self.training:
+            standard, *used = BatchStandardized.apply(product, *running["ih"], steps, self.eps)  # type: ignore[no-untyped-call]
+        else:
+            mean, var = running["ih"]
+            standard = steps.standardized(product, mean, torch.rsqrt(var + self.eps))
+            used = []
+        bias = weights.get("bias", torch.zeros_like(weights["gain_ih"]))
+        bias_cell = weights.get("bias_cell", torch.zeros_like(weights["gain_cell"]))
+        gates = torch.addcmul(bias, standard, weights["gain_ih"])
+        output, h, c, *others = BatchNormRecurrence.apply(  # type: ignore[no-untyped-call]
+            gates,
+            h,
+            c,
+            weights["weight_hh"],
+            weights["gain_hh"],
+            weights["gain_cell"],
+            bias_cell,
+            (*running["hh"], *running["cell"]),
+            Recurrence(steps, self.eps, self.training),
+        )
+        if self.training:
+            self._track(suffix, steps, [*used, *others])
+        return output, h, c
+
+    def _running(self, suffix: str, length: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Mean and variance of each step (length, ·), the last that there are for those beyond."""
+        counts = self.get_buffer(f"num_batches_tracked{suffix}")
+        last = max(int(counts.count_nonzero()) - 1, 0)
+        steps = torch.arange(length, device=counts.device).clamp_max(last)
+        return {
+            name: (
+                self.get_buffer(f"running_mean_{name}{suffix}")[steps],
+                self.get_buffer(f"running_var_{name}{suffix}")[steps],
+            )
+            for name in _NORMALIZED
+        }
+
+    @torch.no_grad()
+    def _track(self, suffix: str, steps: Steps, used: Sequence[Tensor]) -> None:
+        """Adds a batch's statistics to the running ones, of the steps where it had any."""
+        having = [total for total in steps.total[: self.max_length] if total > 1]
+        kept = slice(len(having))
+        counts = self.get_buffer(f"num_batches_tracked{suffix}")
+        counts[kept] += 1
+        share = (1 / counts[kept].to(used[0].dtype)).clamp_min(self.momentum).unsqueeze(1)
+        unbiased = steps.column(used[0], [total / (total - 1) for total in having])
+        for name, mean, var in zip(_NORMALIZED, used[::2], used[1::2], strict=True):
+            self.get_buffer(f"running_mean_{name}{suffix}")[kept].lerp_(mean[kept], share)
+            self.get_buffer(f"running_var_{name}{suffix}")[kept].lerp_(var[kept] * unbiased, share)
+
+    def stream(self, batch_size: int = 1, state: State | None = None) -> NoReturn:
+        """Raises TypeError: only layer-normalized layers are streamed."""
+        raise TypeError(
+            "BatchNormLSTM has no stream, as its statistics depend on the step; call it on whole sequences, "
+            "or stream a layernorm.LayerNormLSTM"
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from the defaults."""
+        layout = super().extra_repr().partition(", variant=")[0]
+        return f"{layout}, max_length={self.max_length}, momentum={self.momentum}, eps={self.eps}"
+
+
+def _reversed(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """The order (R) of rows as in a ``PackedSequence`` that runs each sequence backwards; its own inverse."""
+    rows = torch.tensor(sizes, device=device)
+    begins = rows.cumsum(0) - rows
+    steps = torch.arange(len(sizes), device=device).repeat_interleave(rows)
+    sequences = torch.arange(len(steps), device=device) - begins[steps]
+    lengths = (rows.unsqueeze(1) > torch.arange(sizes[0], device=device)).sum(0)
+    return begins[lengths[sequences] - 1 - steps] + sequences
+
+
+__all__ = ["BatchNormLSTM"]
