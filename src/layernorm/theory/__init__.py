@@ -1,0 +1,49 @@
+"""The paper's analysis (§5), checked numerically: invariances, geometry, implicit learning rates."""
+
+from layernorm.theory.fisher import Block, compare_blocks, fisher, fisher_equation, kl_divergence
+from layernorm.theory.growth import Step, weight_growth
+from layernorm.theory.invariance import (
+    TRANSFORMATIONS,
+    Invariance,
+    invariance,
+    invariance_table,
+    network,
+    weights,
+)
+from layernorm.theory.metric import (
+    Doubling,
+    GainMetric,
+    compare_gain_metric,
+    double_weights,
+    gain_metric,
+    gain_metric_equation,
+)
+from layernorm.theory.models import FAMILIES, Family, Model, features, model, statistics
+
+__all__ = [
+    "FAMILIES",
+    "TRANSFORMATIONS",
+    "Block",
+    "Doubling",
+    "Family",
+    "GainMetric",
+    "Invariance",
+    "Model",
+    "Step",
+    "compare_blocks",
+    "compare_gain_metric",
+    "double_weights",
+    "features",
+    "fisher",
+    "fisher_equation",
+    "gain_metric",
+    "gain_metric_equation",
+    "invariance",
+    "invariance_table",
+    "kl_divergence",
+    "model",
+    "network",
+    "statistics",
+    "weight_growth",
+    "weights",
+]

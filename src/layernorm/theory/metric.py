@@ -1,0 +1,186 @@
+"""What equations 12 to 14 and 32 to 35 say about lengths: of the weights, of the inputs, along the gains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from layernorm.theory.fisher import fisher
+from layernorm.theory.models import Model
+
+#: The number of the equation for ds² along the gains; RMS norm has none in the paper.
+GAIN_EQUATIONS: Final = MappingProxyType({"batch": 32, "layer": 33, "weight": 34, "none": 35})
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """How the Fisher information changes when weights are doubled (paper §5.2.2).
+
+    Attributes:
+        norm: of the model.
+        family: of the model.
+        doubled: the weight vector of one neuron, or the weight matrix.
+        outputs: greatest change of a natural parameter, in standard deviations; 0 up to rounding where
+            the model stays the same.
+        weights: factor of the block of the doubled weights with themselves.
+        weights_bias: factor of the block of the doubled weights with their neurons' biases.
+        proportional: whether every element of the two blocks changed by these factors, up to 1e-9.
+        along: curvature along the doubled weights themselves, in units of the mean over all directions.
+    """
+
+    norm: str
+    family: str
+    doubled: Literal["vector", "matrix"]
+    outputs: float
+    weights: float
+    weights_bias: float
+    proportional: bool
+    along: float
+
+
+@dataclass(frozen=True)
+class GainMetric:
+    """ds² along the gains, and how it depends on the scale of inputs and weights (paper's supplement).
+
+    Attributes:
+        norm: of the model.
+        family: of the model.
+        equation: its number, 32 to 35, or None.
+        deviation: greatest difference of an element of the metric to the equation, relative to its greatest.
+        inputs_doubled: factor of the metric's trace when all inputs are doubled.
+        weights_doubled: factor of the metric's trace when all weights are doubled.
+    """
+
+    norm: str
+    family: str
+    equation: int | None
+    deviation: float
+    inputs_doubled: float
+    weights_doubled: float
+
+
+def double_weights(model: Model, inputs: Tensor, doubled: Literal["vector", "matrix"] = "matrix") -> Doubling:
+    """Doubles the weights of the first neuron or of all, and compares the Fisher information.
+
+    Args:
+        model: any of ``layernorm.theory.model``.
+        inputs: (cases, D).
+        doubled: "vector" for one neuron's weights, "matrix" for all.
+
+    Raises:
+        ValueError: another ``doubled``.
+
+    Examples:
+        >>> from layernorm.theory import double_weights, features, model
+        >>> result = double_weights(model("layer", "Bernoulli"), features())
+        >>> round(result.weights, 9), round(result.weights_bias, 9), result.outputs < 1e-12
+        (0.25, 0.5, True)
+    """
+    if doubled not in ("vector", "matrix"):
+        raise ValueError(f'doubled: expected "vector" or "matrix", got {doubled!r}')
+    outputs, size = model.weight.shape
+    neurons = slice(0, 1) if doubled == "vector" else slice(0, outputs)
+    weight = model.weight.clone()
+    weight[neurons] *= 2
+    other = replace(model, weight=weight)
+    before, after = fisher(model, inputs), fisher(other, inputs)
+    factors, proportional = [], True
+    for columns in (slice(0, size), slice(size, size + 1)):
+        old, new = (f[neurons, :size, neurons, columns] for f in (before, after))
+        factor = (old * new).sum() / old.square().sum()
+        factors.append(float(factor))
+        proportional &= bool((new - factor * old).abs().max() < 1e-9 * old.abs().max())
+    block = before[neurons, :size, neurons, :size].reshape(2 * (len(model.weight[neurons]) * size,))
+    direction = model.weight[neurons].flatten() / model.weight[neurons].norm()
+    old, new = model.natural(inputs), other.natural(inputs)
+    return Doubling(
+        norm=model.norm,
+        family=model.family.name,
+        doubled=doubled,
+        outputs=float((new - old).abs().max() / old.std()),
+        weights=factors[0],
+        weights_bias=factors[1],
+        proportional=proportional,
+        along=float(direction @ block @ direction / block.diagonal().mean()),
+    )
+
+
+def gain_metric(model: Model, inputs: Tensor) -> Tensor:
+    """The metric M of ds² = δᵀ M δ for a change δ of the gains, by autograd (paper's supplement).
+
+    Without a norm there is no gain; then δ_i lengthens neuron i's weights, along w_i/‖w_i‖.
+
+    Args:
+        model: with H outputs.
+        inputs: (cases, D).
+
+    Returns:
+        Tensor (H, H).
+
+    Examples:
+        >>> from layernorm.theory import features, gain_metric, model
+        >>> gain_metric(model("layer", "Gaussian"), features()).shape
+        torch.Size([4, 4])
+    """
+    information = fisher(model, inputs)
+    if model.norm != "none":
+        return information[:, -1, :, -1] / 2
+    size = model.weight.shape[1]
+    direction = model.weight / model.weight.norm(dim=1, keepdim=True)
+    return torch.einsum("ip,ipjq,jq->ij", direction, information[:, :size, :, :size], direction) / 2
+
+
+def gain_metric_equation(model: Model, inputs: Tensor) -> Tensor:
+    """The metric along the gains by equations 32 (batch), 33 (layer), 34 (weight) and 35 (none).
+
+    Equation 32 lacks the normalized summed inputs that 13 has and stands for E[Cov[y | x]]/φ² alone;
+    equation 35 is one pair's part, and the metric has it in row i, column j. RMS norm is as 33 with μ = 0.
+
+    Args:
+        model: with H outputs.
+        inputs: (cases, D).
+
+    Returns:
+        Tensor (H, H), as ``gain_metric``.
+
+    Examples:
+        >>> from layernorm.theory import features, gain_metric, gain_metric_equation, model
+        >>> m, x = model("layer", "Poisson"), features()
+        >>> bool((gain_metric(m, x) - gain_metric_equation(m, x)).abs().max() < 1e-12)
+        True
+    """
+    covariance = model.family.covariance(model.natural(inputs)) / model.family.dispersion**2
+    match model.norm:
+        case "batch":
+            return covariance.mean(0) / 2
+        case "none":
+            factors = inputs @ model.weight.T / model.weight.norm(dim=1)
+        case _:
+            factors = model.normalized(inputs)
+    return torch.einsum("ni,nij,nj->ij", factors, covariance, factors) / (2 * len(inputs))
+
+
+def compare_gain_metric(model: Model, inputs: Tensor) -> GainMetric:
+    """The metric along the gains beside its equation, and at twice the inputs and twice the weights.
+
+    Examples:
+        >>> from layernorm.theory import compare_gain_metric, features, model
+        >>> layer = compare_gain_metric(model("layer", "Gaussian"), features())
+        >>> none = compare_gain_metric(model("none", "Gaussian"), features())
+        >>> round(layer.inputs_doubled, 9), round(none.inputs_doubled, 9)
+        (1.0, 4.0)
+    """
+    metric = gain_metric(model, inputs)
+    heavier = replace(model, weight=2 * model.weight)
+    return GainMetric(
+        norm=model.norm,
+        family=model.family.name,
+        equation=GAIN_EQUATIONS.get(model.norm),
+        deviation=float((metric - gain_metric_equation(model, inputs)).abs().max() / metric.abs().max()),
+        inputs_doubled=float(gain_metric(model, 2 * inputs).trace() / metric.trace()),
+        weights_doubled=float(gain_metric(heavier, inputs).trace() / metric.trace()),
+    )
