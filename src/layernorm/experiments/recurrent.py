@@ -8,30 +8,33 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import layernorm
+from layernorm.baselines import BatchNormLSTM
 from layernorm.experiments.task import ExperimentError
 from layernorm.variants import PRESETS
 
 #: What an LSTM can be normalized with.
-LSTM_NORMS: Final = ("none", "layer", "rms", "weight")
+LSTM_NORMS: Final = ("none", "batch", "layer", "rms", "weight")
 #: What a GRU can be normalized with.
 GRU_NORMS: Final = ("none", "layer", "rms", "weight")
 
 
-def lstm(norm: str, input_size: int, hidden_size: int, **options: Any) -> nn.Module:
+def lstm(norm: str, input_size: int, hidden_size: int, *, max_length: int = 512, **options: Any) -> nn.Module:
     """An LSTM with this norm, with the call of ``torch.nn.LSTM``.
 
-    ==========  =============================================================================================
+    ==========  ==========================================================================================
     none        ``torch.nn.LSTM``
+    batch       ``layernorm.baselines.BatchNormLSTM`` (Cooijmans et al. 2016), statistics for each step
     layer       ``layernorm.LayerNormLSTM`` (paper eq. 20-22)
     rms         the same with the root mean square in place of mean and variance
-    weight      ``torch.nn.LSTM`` with every weight matrix, row by row, as g·v/‖v‖ (Salimans, Kingma 2016)
+    weight      ``torch.nn.LSTM``'s function, each row of a weight g·v/‖v‖ (Salimans and Kingma 2016)
     a variant   ``layernorm.LayerNormLSTM`` with that name of ``layernorm.variants.PRESETS``
-    ==========  =============================================================================================
+    ==========  ==========================================================================================
 
     Args:
         norm: one of ``LSTM_NORMS`` or the name of a variant.
         input_size: features of the input.
         hidden_size: features of the cell.
+        max_length: steps that batch norm keeps statistics of; the other norms have none to keep.
         options: further arguments of ``torch.nn.LSTM`` by name.
 
     Raises:
@@ -47,6 +50,8 @@ def lstm(norm: str, input_size: int, hidden_size: int, **options: Any) -> nn.Mod
     """
     if norm == "none":
         return nn.LSTM(input_size, hidden_size, **options)
+    if norm == "batch":
+        return BatchNormLSTM(input_size, hidden_size, **options, max_length=max_length)
     variant = _variant(norm, "lstm", LSTM_NORMS)
     network = layernorm.LayerNormLSTM(input_size, hidden_size, **options, variant=variant)
     return _weight_normalized(network) if norm == "weight" else network
