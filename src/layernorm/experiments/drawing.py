@@ -108,7 +108,8 @@ def figure(chart: Chart) -> Figure:
     appearance = looks(chart)
     rows = [list(row) for row in chart.rows]
     columns = max(map(len, rows))
-    drawn = Figure(figsize=(4.6 * columns + 0.6, 3.1 * len(rows) + 0.5), layout="constrained")
+    width = 4.6 if columns <= 2 else 3.6  # so that text can still be read where the picture fits a page
+    drawn = Figure(figsize=(width * columns + 0.6, 3.1 * len(rows) + 0.5), layout="constrained")
     axes = drawn.subplots(len(rows), columns, squeeze=False)
     for row, places in zip(rows, axes, strict=True):
         for place in places[len(row) :]:
