@@ -368,6 +368,11 @@ for own in (half, third):
 # The second process's sequences end before the first's; its part of the padded input has no gradient there.
 compare(lstm, packed, (5, 6, 3), 1, half, (5, 6, 8))
 
+# In evaluation a process waits for nobody.
+if rank == 0:
+    lstm().eval()(torch.randn(5, 2, 3, dtype=torch.float64))
+    BatchNorm(3).eval()(torch.randn(5, 3))
+
 # Each process may have one case, all together not.
 module = BatchNorm(3)
 module(torch.randn(1, 3))

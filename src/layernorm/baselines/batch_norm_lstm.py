@@ -175,7 +175,8 @@ class BatchNormLSTM(_Sequence):
         suffix: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One layer in one direction over rows as in a ``PackedSequence``, from their first step."""
-        steps = Steps.of(sizes, self.process_group, rows)
+        # Evaluation needs nobody else: one process may do it alone.
+        steps = Steps.of(sizes, self.process_group, rows) if self.training else Steps.alone(sizes)
         if self.training and steps.total[0] < 2:
             raise ValueError(
                 "Expected more than 1 value per channel when training, got a batch of "

@@ -34,11 +34,16 @@ class Steps:
     counts: Tensor | None = None
 
     @staticmethod
+    def alone(sizes: Sequence[int]) -> Steps:
+        """The steps of this process, whoever else there is."""
+        return Steps(tuple(sizes), tuple(sizes))
+
+    @staticmethod
     def of(sizes: Sequence[int], process_group: dist.ProcessGroup | None, like: Tensor) -> Steps:
         """The steps of all processes; each calls this with its own sizes and a tensor on its device."""
         group = shared(process_group)
         if group is None:
-            return Steps(tuple(sizes), tuple(sizes))
+            return Steps.alone(sizes)
         length = torch.tensor(len(sizes), device=like.device)
         dist.all_reduce(length, dist.ReduceOp.MAX, group)
         own = [*sizes, *[0] * (int(length) - len(sizes))]

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import layernorm
+from layernorm.baselines import BatchNorm
 
 #: What a feed-forward network can be normalized with.
 NORMS: Final = ("none", "batch", "layer", "rms", "weight")
@@ -39,7 +40,7 @@ def network(sizes: tuple[int, ...], norm: str) -> nn.Sequential:
     for index, (before, after) in enumerate(pairwise(sizes)):
         last = index == len(sizes) - 2
         if norm == "batch":
-            layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after)]
+            layers += [nn.Linear(before, after, bias=False), BatchNorm(after)]
         elif norm == "layer" and not last:
             layers += [nn.Linear(before, after, bias=False), layernorm.LayerNorm(after)]
         elif norm == "rms" and not last:
