@@ -175,9 +175,13 @@ def svg(chart: Chart) -> str:
     Raises:
         ValueError: as ``figure``.
     """
+    return _svg(figure(chart))
+
+
+def _svg(drawn: Figure) -> str:
     text = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "layernorm"}):
-        figure(chart).savefig(text, format="svg", metadata={"Date": None})
+        drawn.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
 
 
@@ -188,7 +192,8 @@ def save(chart: Chart, folder: Path) -> None:
         ValueError: as ``figure``.
         OSError: the folder is missing or cannot be written to.
     """
+    drawn = figure(chart)
     with replacing(folder / f"{chart.name}.svg") as fresh:
-        fresh.write_text(svg(chart), "utf-8")
+        fresh.write_text(_svg(drawn), "utf-8")
     with replacing(folder / f"{chart.name}.png") as fresh:
-        figure(chart).savefig(fresh, format="png", dpi=120)
+        drawn.savefig(fresh, format="png", dpi=120)

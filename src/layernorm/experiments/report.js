@@ -27,7 +27,7 @@
         line: { color: colour(look), width: WIDTH,
                 dash: look.dashes.map((length) => length * WIDTH + "px").join(",") || "solid" },
         marker: { size: 6, color: colour(look) },
-        hovertemplate: panel.together ? "%{y:.4~g}" : "%{y:.4~g} at %{x:.6~g}",
+        hovertemplate: panel.together ? "%{y:.5~g}" : "%{y:.5~g} at %{x:.6~g}",
       };
       return [...bands, drawn];
     });
@@ -69,7 +69,7 @@
       type: log ? "log" : "linear",
       // So a logarithmic axis of few decades has numbers at 1, 2 and 5, and not at 6, 7, 8, 9, which overlap.
       nticks: !log ? 0 : extent && extent[1] - extent[0] < 2.2 ? 3 : 5,
-      tickformat: ".4~g",
+      tickformat: ".6~g",
       gridcolor: css("--line"),
       linecolor: css("--soft"),
       showline: true,
@@ -184,7 +184,7 @@
         const box = element("div", "panel", panels);
         element("p", "", box, panel.title);
         const place = element("div", "plot", box);
-        place.setAttribute("role", "img");
+        place.setAttribute("role", "group");
         place.setAttribute("aria-label", `${panel.title}: ${panel.y.label} by ${panel.x.label}`);
         waiting.set(place, () => {
           const redraw = plot(place, row, panel, looks, hidden);
