@@ -6,5 +6,6 @@ weight norm is ``torch.nn.utils.parametrizations.weight_norm``, whose start by d
 
 from layernorm.baselines.batch_norm import BatchNorm
 from layernorm.baselines.batch_norm_lstm import BatchNormLSTM
+from layernorm.baselines.weight_norm import start_weight_norm
 
-__all__ = ["BatchNorm", "BatchNormLSTM"]
+__all__ = ["BatchNorm", "BatchNormLSTM", "start_weight_norm"]
