@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from layernorm.experiments.section import Card, Section, Table
 
 #: The tasks, each a module of this package that defines ``TASK``.
-TASKS: Final = ("digits", "digits-rows", "handwriting", "mnist")
+TASKS: Final = ("digits", "digits-rows", "draw", "handwriting", "mnist")
 #: The studies, each a module of this package that defines ``STUDY``.
 STUDIES: Final[tuple[str, ...]] = ()
 
