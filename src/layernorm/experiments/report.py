@@ -83,6 +83,8 @@ def _check(sections: Sequence[Section]) -> None:
     for name, count in Counter(section.name for section in sections).items():
         if count > 1:
             raise ValueError(f"sections: expected names that differ, got {name!r} {count} times")
+    for chart in itertools.chain.from_iterable(section.charts for section in sections):
+        drawing.check(chart)
     for table in itertools.chain.from_iterable(section.tables for section in sections):
         for row in table.rows:
             if len(row) != len(table.columns):
