@@ -132,7 +132,7 @@ def _figure(rows: Sequence[tuple[str, list[Tensor]]]) -> Figure:
         ticks.append(top - (high - low) / 2)
         top -= 1.3 * (high - low)
         widest = max(widest, right - left)
-    figure = Figure(figsize=(11, 1.3 + 9.7 * -top / max(widest, 1e-6)), layout="constrained")
+    figure = Figure(figsize=(11, min(24.0, 1.0 + 10.0 * -top / max(widest, 1e-6))), layout="constrained")
     axes = figure.subplots()
     axes.add_collection(LineCollection(pages, colors="black", linewidths=1.2, capstyle="round"))
     axes.autoscale_view()
@@ -168,10 +168,11 @@ TASK: Final = Task(
     norms=tuple(NORMS),
     presets={
         "small": Preset(
-            epochs=1,
+            epochs=2,
             batch_sizes=(8,),
             norms=("none", "layer"),
             clip=10.0,
+            evaluate_every=50,
             sizes={"steps": 120, "lines": 4_000, "valid_lines": 100, "hidden": 100},
         ),
         "paper": Preset(

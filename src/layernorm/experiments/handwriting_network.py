@@ -138,7 +138,7 @@ class WindowedLSTM(nn.Module):
         rows = torch.cat((input, before.window), 1)
         hidden, cell = self.cell(rows, (before.hidden, before.cell))
         positions = torch.arange(text.size(1), dtype=text.dtype, device=text.device)
-        window, places, attention = self._look(hidden, text, positions, before.places)
+        window, places, attention = self._look(self.reader(hidden), text, positions, before.places)
         return Reading(hidden, cell, places, window), attention
 
     def forward(self, inputs: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,11 +151,12 @@ class WindowedLSTM(nn.Module):
         from_input = _StepProduct(F.linear(inputs, own, bias), read)
         nothing = inputs.new_zeros(*inputs.shape[:2], len(read))
         from_hidden = _StepProduct(nothing, weights["weight_hh"])
+        reader = _StepProduct(self.reader.bias.expand(*inputs.shape[:2], -1), self.reader.weight)
         positions = torch.arange(text.size(1), dtype=text.dtype, device=text.device)
         outputs, windows = [], []
         for _ in range(len(inputs)):
             hidden, cell = self._update(weights, from_input(window), from_hidden(hidden), cell)
-            window, places, _ = self._look(hidden, text, positions, places)
+            window, places, _ = self._look(reader(hidden), text, positions, places)
             outputs.append(hidden)
             windows.append(window)
         return torch.stack(outputs), torch.stack(windows)
@@ -185,10 +186,10 @@ class WindowedLSTM(nn.Module):
         return normalized if bias is None else normalized + bias
 
     def _look(
-        self, hidden: Tensor, text: Tensor, positions: Tensor, places: Tensor
+        self, numbers: Tensor, text: Tensor, positions: Tensor, places: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The window (N, K), the places of its components (N, components) and φ (N, U)."""
-        weight, sharpness, forward = self.reader(hidden).exp().chunk(3, 1)
+        """From what ``self.reader`` gives: the window (N, K), where its components are, and φ (N, U)."""
+        weight, sharpness, forward = numbers.exp().chunk(3, 1)
         places = places + forward
         distance = (places.unsqueeze(2) - positions).square()
         attention = torch.bmm(weight.unsqueeze(1), torch.exp(-sharpness.unsqueeze(2) * distance))
