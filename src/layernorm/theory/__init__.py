@@ -11,12 +11,12 @@ from layernorm.theory.invariance import (
     weights,
 )
 from layernorm.theory.metric import (
-    Doubling,
     GainMetric,
+    Scaling,
     compare_gain_metric,
-    double_weights,
     gain_metric,
     gain_metric_equation,
+    scale_weights,
 )
 from layernorm.theory.models import FAMILIES, Family, Model, features, model, statistics
 
@@ -24,15 +24,14 @@ __all__ = [
     "FAMILIES",
     "TRANSFORMATIONS",
     "Block",
-    "Doubling",
     "Family",
     "GainMetric",
     "Invariance",
     "Model",
+    "Scaling",
     "Step",
     "compare_blocks",
     "compare_gain_metric",
-    "double_weights",
     "features",
     "fisher",
     "fisher_equation",
@@ -43,6 +42,7 @@ __all__ = [
     "kl_divergence",
     "model",
     "network",
+    "scale_weights",
     "statistics",
     "weight_growth",
     "weights",

@@ -58,9 +58,8 @@ def kl_divergence(model: Model, inputs: Tensor, parameters: Tensor) -> Tensor:
     here = model.natural(inputs).detach()
     mean, value = torch.func.grad_and_value(lambda s: family.cumulant(s).sum())(here)
     there = model.with_parameters(parameters).natural(inputs)
-    return (family.cumulant(there).sum() - value - (mean * (there - here)).sum()) / (
-        family.dispersion * len(inputs)
-    )
+    difference: Tensor = family.cumulant(there).sum() - value - (mean * (there - here)).sum()
+    return difference / (family.dispersion * len(inputs))
 
 
 def fisher(model: Model, inputs: Tensor) -> Tensor:
@@ -147,9 +146,7 @@ def compare_blocks(model: Model, inputs: Tensor) -> list[Block]:
                         float((exact - other)[i, rows, j, columns].abs().max() / scale)
                         for other in (printed, complete)
                     ]
-                    blocks.append(
-                        Block(model.norm, model.family.name, (i, j), (first, second), *deviations)
-                    )
+                    blocks.append(Block(model.norm, model.family.name, (i, j), (first, second), *deviations))
     return blocks
 
 

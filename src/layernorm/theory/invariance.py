@@ -50,10 +50,10 @@ class Invariance:
 def network(norm: str, sizes: tuple[int, ...], generator: torch.Generator) -> nn.Sequential:
     """A network in which every layer is h = tanh(gain/σ·(a - μ) + bias), a = W h (paper eq. 5).
 
-    In float64 and with eps = 0, as the paper has it; batch norm takes its statistics from the cases given,
-    which are the whole data set here, and has for eps the least positive number, since PyTorch wants one; it is
-    lost in any variance. Gains and biases are random, so that no symmetry of the initial ones
-    hides a change; the RMS norm has no bias.
+    In float64 and with eps = 0, as the paper has it. Batch norm takes its statistics from the cases given,
+    which are the whole data set here; for eps it has the least positive number, since PyTorch wants one,
+    which any variance swallows. Gains and biases are random, so that no symmetry of the initial ones hides
+    a change; RMS norm has no bias.
 
     Args:
         norm: one of ``NORMS``.
@@ -90,7 +90,7 @@ def network(norm: str, sizes: tuple[int, ...], generator: torch.Generator) -> nn
     with torch.no_grad():
         for name, parameter in result.named_parameters():
             fresh = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            gain = parameter.dim() == 1 and not name.endswith("bias") or name.endswith("original0")
+            gain = name.endswith("original0") or (parameter.dim() == 1 and not name.endswith("bias"))
             # Weights of about unit outputs; gains in (0.5, 1.5); biases of about a half.
             scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.5
             parameter.copy_(1 + 0.5 * torch.tanh(fresh) if gain else scale * fresh)
@@ -106,12 +106,14 @@ def weights(network: nn.Module) -> list[Tensor]:
         >>> [w.shape for w in weights(network("weight", (3, 4, 2), torch.Generator()))]
         [torch.Size([4, 3]), torch.Size([2, 4])]
     """
-    found = []
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            normalized = "weight" in getattr(module, "parametrizations", {})
-            found.append(module.parametrizations.weight.original1 if normalized else module.weight)  # type: ignore[union-attr,index]
-    return found
+    names = ("weight", "parametrizations.weight.original1")
+    return [
+        parameter
+        for module in network.modules()
+        if isinstance(module, nn.Linear)
+        for name, parameter in module.named_parameters()
+        if name in names
+    ]
 
 
 def _factors(generator: torch.Generator, *size: int) -> Tensor:

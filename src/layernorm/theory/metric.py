@@ -17,24 +17,26 @@ GAIN_EQUATIONS: Final = MappingProxyType({"batch": 32, "layer": 33, "weight": 34
 
 
 @dataclass(frozen=True)
-class Doubling:
-    """How the Fisher information changes when weights are doubled (paper §5.2.2).
+class Scaling:
+    """How the Fisher information changes when weights are scaled (paper §5.2.2).
 
     Attributes:
         norm: of the model.
         family: of the model.
-        doubled: the weight vector of one neuron, or the weight matrix.
+        scaled: the weight vector of one neuron, or the weight matrix.
+        factor: of the weights.
         outputs: greatest change of a natural parameter, in standard deviations; 0 up to rounding where
             the model stays the same.
-        weights: factor of the block of the doubled weights with themselves.
-        weights_bias: factor of the block of the doubled weights with their neurons' biases.
+        weights: factor of the block of the scaled weights with themselves.
+        weights_bias: factor of the block of the scaled weights with their neurons' biases.
         proportional: whether every element of the two blocks changed by these factors, up to 1e-9.
-        along: curvature along the doubled weights themselves, in units of the mean over all directions.
+        along: curvature along the scaled weights themselves, in units of the mean over all directions.
     """
 
     norm: str
     family: str
-    doubled: Literal["vector", "matrix"]
+    scaled: Literal["vector", "matrix"]
+    factor: float
     outputs: float
     weights: float
     weights_bias: float
@@ -63,49 +65,56 @@ class GainMetric:
     weights_doubled: float
 
 
-def double_weights(model: Model, inputs: Tensor, doubled: Literal["vector", "matrix"] = "matrix") -> Doubling:
-    """Doubles the weights of the first neuron or of all, and compares the Fisher information.
+def scale_weights(
+    model: Model, inputs: Tensor, scaled: Literal["vector", "matrix"] = "matrix", factor: float = 2.0
+) -> Scaling:
+    """Scales the weights of the first neuron or of all, and compares the Fisher information.
 
     Args:
-        model: any of ``layernorm.theory.model``.
+        model: as from ``layernorm.theory.model``.
         inputs: (cases, D).
-        doubled: "vector" for one neuron's weights, "matrix" for all.
+        scaled: "vector" for one neuron's weights, "matrix" for all.
+        factor: positive.
 
     Raises:
-        ValueError: another ``doubled``.
+        ValueError: another ``scaled``, or a factor that is not positive.
 
     Examples:
-        >>> from layernorm.theory import double_weights, features, model
-        >>> result = double_weights(model("layer", "Bernoulli"), features())
+        >>> from layernorm.theory import features, model, scale_weights
+        >>> result = scale_weights(model("layer", "Bernoulli"), features())
         >>> round(result.weights, 9), round(result.weights_bias, 9), result.outputs < 1e-12
         (0.25, 0.5, True)
     """
-    if doubled not in ("vector", "matrix"):
-        raise ValueError(f'doubled: expected "vector" or "matrix", got {doubled!r}')
+    if scaled not in ("vector", "matrix"):
+        raise ValueError(f'scaled: expected "vector" or "matrix", got {scaled!r}')
+    if not factor > 0:
+        raise ValueError(f"factor: expected a positive number, got {factor}")
     outputs, size = model.weight.shape
-    neurons = slice(0, 1) if doubled == "vector" else slice(0, outputs)
+    neurons = slice(0, 1 if scaled == "vector" else outputs)
     weight = model.weight.clone()
-    weight[neurons] *= 2
+    weight[neurons] *= factor
     other = replace(model, weight=weight)
     before, after = fisher(model, inputs), fisher(other, inputs)
     factors, proportional = [], True
     for columns in (slice(0, size), slice(size, size + 1)):
         old, new = (f[neurons, :size, neurons, columns] for f in (before, after))
-        factor = (old * new).sum() / old.square().sum()
-        factors.append(float(factor))
-        proportional &= bool((new - factor * old).abs().max() < 1e-9 * old.abs().max())
-    block = before[neurons, :size, neurons, :size].reshape(2 * (len(model.weight[neurons]) * size,))
-    direction = model.weight[neurons].flatten() / model.weight[neurons].norm()
+        ratio = (old * new).sum() / old.square().sum()
+        factors.append(float(ratio))
+        proportional &= bool((new - ratio * old).abs().max() < 1e-9 * new.abs().max())
+    direction = model.weight[neurons].flatten()
+    block = before[neurons, :size, neurons, :size].reshape(len(direction), len(direction))
+    along = direction @ block @ direction / direction.square().sum()
     old, new = model.natural(inputs), other.natural(inputs)
-    return Doubling(
+    return Scaling(
         norm=model.norm,
         family=model.family.name,
-        doubled=doubled,
+        scaled=scaled,
+        factor=factor,
         outputs=float((new - old).abs().max() / old.std()),
         weights=factors[0],
         weights_bias=factors[1],
         proportional=proportional,
-        along=float(direction @ block @ direction / block.diagonal().mean()),
+        along=float(along / block.diagonal().mean()),
     )
 
 

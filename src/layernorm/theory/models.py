@@ -32,7 +32,7 @@ class Family:
 
 
 def _categorical_covariance(natural: Tensor) -> Tensor:
-    probability = natural.softmax(-1)
+    probability: Tensor = natural.softmax(-1)
     return torch.diag_embed(probability) - probability[:, :, None] * probability[:, None, :]
 
 
@@ -148,7 +148,9 @@ def features(cases: int = 100, inputs: int = 6, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed + 1)
     mixing = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
     independent = torch.randn(cases, inputs, generator=generator, dtype=torch.float64)
-    return independent @ mixing + torch.randn(inputs, generator=generator, dtype=torch.float64) / 2
+    means = torch.randn(inputs, generator=generator, dtype=torch.float64) / 2
+    result: Tensor = independent @ mixing + means
+    return result
 
 
 def statistics(norm: str, weight: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
