@@ -24,7 +24,7 @@ from layernorm.experiments.section import Card, Section, Table
 #: The tasks, each a module of this package that defines ``TASK``.
 TASKS: Final = ("digits", "digits-rows", "draw", "handwriting", "mnist")
 #: The studies, each a module of this package that defines ``STUDY``.
-STUDIES: Final[tuple[str, ...]] = ()
+STUDIES: Final[tuple[str, ...]] = ("theory",)
 
 Optimizer: TypeAlias = Literal["adam", "sgd", "rmsprop"]
 Schedule: TypeAlias = Literal["constant", "cosine", "linear"]
