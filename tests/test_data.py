@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import http.server
 import io
 import os
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +23,8 @@ from layernorm.experiments import data
 from layernorm.experiments.data import finding, sources
 from layernorm.experiments.task import ExperimentError, MissingData
 
-# Of whoever runs the tests; every other test runs without it.
+RETRIEVE = finding.pooch.retrieve
+# The data of whoever runs the tests; all but the last test run without it.
 REAL = os.environ.get("LAYERNORM_DATA")
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
@@ -136,6 +139,13 @@ def test_mnist_is_found_in_the_named_folder_and_in_the_cache(folder, packed, dig
     assert labels.tolist() == [7, 1]
 
 
+def test_the_named_folder_comes_before_the_cache(digits, named, tmp_path):
+    for name, content in digits.items():
+        put(named / "mnist" / name, content)
+        put(tmp_path / "cache/layernorm/mnist" / name, b"another")
+    assert data.mnist("train")[1].tolist() == [7, 1]
+
+
 def test_it_is_downloaded_into_the_cache_from_the_first_mirror_that_has_it(digits, network, tmp_path):
     given, asked = network
     first, second = (file.origins[0].addresses for file in sources.MNIST.files)
@@ -147,6 +157,36 @@ def test_it_is_downloaded_into_the_cache_from_the_first_mirror_that_has_it(digit
     assert asked == [*first, second[0]]
     data.mnist("train")
     assert len(asked) == 3
+
+
+def test_a_download_cut_off_leaves_nothing_behind(digits, tmp_path, monkeypatch):
+    content = gzip.compress(digits[IMAGES])
+    lengths = [len(content) + 9, len(content)]  # what the server promises: too much, then the truth
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(lengths.pop(0)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    monkeypatch.setattr(finding.pooch, "retrieve", RETRIEVE)
+    monkeypatch.setenv("NO_PROXY", "*")
+    cache = tmp_path / "cache/layernorm/mnist"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        origin = sources.Origin((f"http://127.0.0.1:{server.server_port}/{IMAGES}.gz",))
+        file = dataclasses.replace(sources.MNIST.files[0], origins=(origin,))
+        source = dataclasses.replace(sources.MNIST, files=(file,))
+        with pytest.raises(MissingData, match="cannot be downloaded"):
+            finding.content(source, IMAGES, bytes)
+        assert not list(cache.iterdir())
+        assert finding.content(source, IMAGES, bytes) == digits[IMAGES]
+        server.shutdown()
+    assert [path.name for path in cache.iterdir()] == [f"{IMAGES}.gz"]
 
 
 def test_what_is_not_what_was_wanted_is_not_kept(digits, network, tmp_path):
@@ -345,15 +385,16 @@ def test_an_archive_without_the_file_is_named(stand_in, named):
         data.sentence_set("SUBJ")
 
 
-def test_a_second_origin_is_tried(stand_in, network):
+def test_one_origin_after_another_is_tried(stand_in, network):
     normal = {name: finding.normal_lines(text.encode()) for name, text in SENTENCES.items()}
     stand_in("SENTENCE_SETS", normal)
     given, asked = network
-    collection, authors = (origin.addresses[0] for origin in sources.SENTENCE_SETS.files[0].origins)
+    wanted = [origin.addresses[0] for origin in sources.SENTENCE_SETS.files[0].origins]
     theirs = {"quote.tok.gt9.5000": "subj.subjective", "plot.tok.gt9.5000": "subj.objective"}
-    given[authors] = tarred({name: SENTENCES[ours].encode("cp1252") for name, ours in theirs.items()})
+    given[wanted[-1]] = tarred({name: SENTENCES[ours].encode("cp1252") for name, ours in theirs.items()})
     assert len(data.sentence_set("SUBJ")[0]) == 3
-    assert asked == [collection, authors]
+    assert asked == wanted
+    assert len(wanted) == 3
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -412,6 +453,7 @@ def put_iam(folder: Path, packed: bool) -> None:
             put(folder / name, content)
     for part, archive in archives.items():
         members = {name: content for name, content in IAM.items() if name.startswith(part)}
+        members[f"{part}/._a01-000u.xml"] = b"\x00, which macOS adds"
         if packed:
             put(folder / f"{archive}.tar.gz", tarred(members))
 
@@ -476,6 +518,9 @@ def test_coco_features_as_published(named):
     np.save(folder / "images/10crop/val.npy", features[:1])
     with pytest.raises(ExperimentError, match=r"one row for every 5 lines of .*val.txt, which has 10, got"):
         data.coco_features("dev")
+    np.save(folder / "images/10crop/val.npy", np.array([{}] * 2), allow_pickle=True)
+    with pytest.raises(ExperimentError, match="is damaged: Object arrays cannot be loaded"):
+        data.coco_features("dev")
     path = put(folder / "images/10crop/val.npy", b"\x93NUMPY\x01")
     with pytest.raises(ExperimentError, match=f"{path} is damaged"):
         data.coco_features("dev")
@@ -526,9 +571,10 @@ def test_the_registry_is_whole():
             assert all(address.startswith("http") for origin in file.origins for address in origin.addresses)
 
 
-def test_the_page_has_the_table_of_the_registry():
-    page = Path(__file__).parent.parent / "docs/data.md"
-    assert sources.table() in page.read_text(encoding="utf-8")
+def test_the_page_has_what_the_registry_has():
+    page = (Path(__file__).parent.parent / "docs/data.md").read_text(encoding="utf-8")
+    assert sources.table() in page
+    assert sources.layouts() in page
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,9 @@ def entries(path: Path, suffix: str) -> Iterator[tuple[PurePosixPath, bytes]]:
         with tarfile.open(path) as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
-                opened = archive.extractfile(member) if _is_content(name) and name.suffix == suffix else None
+                # macOS adds files "._NAME" to archives.
+                wanted = name.suffix == suffix and not name.name.startswith("._")
+                opened = archive.extractfile(member) if wanted else None
                 if opened is not None:
                     yield name, opened.read()
     except _DAMAGE as error:
@@ -188,14 +190,9 @@ def _choose(names: Sequence[str], member: str) -> str:
     if member in names:
         return member
     for name in map(PurePosixPath, names):
-        if name.name == PurePosixPath(member).name and _is_content(name):
+        if name.name == PurePosixPath(member).name:
             return str(name)
     raise ValueError(f"it has no {member}")
-
-
-def _is_content(name: PurePosixPath) -> bool:
-    """Whether it is not one of the files that macOS adds to archives."""
-    return "__MACOSX" not in name.parts and not name.name.startswith("._")
 
 
 def _downloaded(source: Source, file: File, normal: Callable[[bytes], bytes]) -> bytes:

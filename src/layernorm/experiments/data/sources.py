@@ -253,9 +253,10 @@ CNN_QUESTIONS: Final = Source(
 
 
 def _sentences(name: str, sha256: str, folder: str, archive: str = "", member: str = "") -> File:
-    """A file of Wang and Manning's collection, and where there is one, of its authors' archive."""
+    """A file by itself, in Wang and Manning's collection, and where there is one in its authors' archive."""
+    copy = f"https://raw.githubusercontent.com/harvardnlp/sent-conv-torch/master/data/raw/{name}"
     collection = "https://dl.fbaipublicfiles.com/senteval/senteval_data/datasmall_NB_ACL12.zip"
-    origins = [Origin((collection,), f"data/{folder}/{name}")]
+    origins = [Origin((copy,)), Origin((collection,), f"data/{folder}/{name}")]
     if archive:
         address = f"https://www.cs.cornell.edu/people/pabo/movie-review-data/{archive}"
         origins.append(Origin((address,), member))
@@ -271,9 +272,9 @@ SENTENCE_SETS: Final = Source(
     licence="research",
     size="3 MB",
     used_by=("skip-thoughts",),
-    page="https://github.com/facebookresearch/SentEval",
-    layout="`datasmall_NB_ACL12.zip`, or `rt-polarity.{pos,neg}`, `custrev.{pos,neg}`, "
-    "`subj.{subjective,objective}`, `mpqa.{pos,neg}`; also `rt-polaritydata.tar.gz` and `rotten_imdb.tar.gz`",
+    page="https://github.com/harvardnlp/sent-conv-torch",
+    layout="`rt-polarity.{pos,neg}`, `custrev.{pos,neg}`, `subj.{subjective,objective}`, `mpqa.{pos,neg}`, "
+    "or the archives `datasmall_NB_ACL12.zip`, `rt-polaritydata.tar.gz`, `rotten_imdb.tar.gz`",
     files=(
         _sentences(
             "rt-polarity.pos",
@@ -355,19 +356,24 @@ SOURCES: Final = (
 
 def table() -> str:
     """All data sets as a table in Markdown, as in the documentation."""
-    head = "| data set | what | by | licence | size | experiments | folder | files | downloaded |"
-    rows = [head, "|---|---|---|---|---|---|---|---|---|"]
+    head = "| data set | what | by | licence | size | experiments | downloaded |"
+    rows = [head, "|---|---|---|---|---|---|---|"]
     for source in SOURCES:
+        name = f"[{source.title}]({source.page})"
+        downloaded = "yes" if source.files else "never"
         cells = (
-            f"[{source.title}]({source.page})",
+            name,
             source.what,
             source.by,
             source.licence,
             source.size,
             ", ".join(source.used_by),
-            f"`{source.folder}`",
-            source.layout,
-            "yes" if source.files else "never",
+            downloaded,
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
+
+
+def layouts() -> str:
+    """The folder and the files of every data set as a list in Markdown, as in the documentation."""
+    return "".join(f"- {source.title}, in `{source.folder}/`: {source.layout}.\n" for source in SOURCES)
