@@ -143,7 +143,7 @@ def _mosaic(pictures: Tensor) -> Figure:
     image = framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:-_GAP, :-_GAP]
     figure = Figure(figsize=(0.6 * columns, 0.6 * rows))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(image, cmap="gray", vmin=0, vmax=1)
+    axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_axis_off()
     return figure
 
