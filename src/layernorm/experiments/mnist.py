@@ -10,7 +10,7 @@ import pandas as pd
 from layernorm.experiments import data, feedforward, judging
 from layernorm.experiments.classification import METRICS, TEST_ERROR, Classification, Data
 from layernorm.experiments.section import Card
-from layernorm.experiments.task import Preset, Task
+from layernorm.experiments.task import ExperimentError, Preset, Task
 
 
 def load(cases: int = 55_000) -> Data:
@@ -18,7 +18,12 @@ def load(cases: int = 55_000) -> Data:
 
     The training cases are the first of the last 55,000 of MNIST's 60,000; the 5,000 before them are the
     validation cases of the customary split and stay unused.
+
+    Raises:
+        ExperimentError: there are not so many cases, or MNIST cannot be had.
     """
+    if not 0 < cases <= 55_000:
+        raise ExperimentError(f"cases must be 1 to 55000, got {cases}")
     train_images, train_labels = data.mnist("train")
     test_images, test_labels = data.mnist("t10k")
     return Data(
@@ -60,15 +65,19 @@ TASK = Task(
     title="Permutation-invariant MNIST",
     section="§6.6, figure 6",
     summary=(
-        "permutation-invariant MNIST (paper §6.6; 55,000 training and 10,000 test cases), "
+        "permutation-invariant MNIST (55,000 training and 10,000 test cases; small: the first 15,000), "
         "784-1000-1000-10 with ReLU, Adam"
     ),
     problem=problem,
     metrics=METRICS,
     norms=feedforward.NORMS,
     presets={
-        "small": Preset(epochs=1, batch_sizes=(128, 4), norms=("none", "batch", "layer")),
-        "paper": Preset(epochs=60, batch_sizes=(128, 4), norms=("none", "batch", "layer")),
+        "small": Preset(
+            epochs=2, batch_sizes=(128, 4), norms=("none", "batch", "layer"), sizes={"cases": 15_000}
+        ),
+        "paper": Preset(
+            epochs=60, batch_sizes=(128, 4), norms=("none", "batch", "layer"), sizes={"cases": 55_000}
+        ),
     },
     judge=judge,
 )

@@ -11,7 +11,6 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import pandas as pd
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from layernorm.experiments.section import Card, Section, Table
 
 #: The tasks, each a module of this package that defines ``TASK``.
-TASKS: Final = ("digits", "digits-rows", "draw", "handwriting", "mnist")
+TASKS: Final = ("convnet", "digits", "digits-rows", "draw", "handwriting", "mnist")
 #: The studies, each a module of this package that defines ``STUDY``.
 STUDIES: Final[tuple[str, ...]] = ("theory",)
 
@@ -85,7 +84,7 @@ class Preset:
     warmup: int = 0
     clip: float | None = None
     evaluate_every: int | None = None
-    sizes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    sizes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
