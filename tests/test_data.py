@@ -139,6 +139,13 @@ def test_mnist_is_found_in_the_named_folder_and_in_the_cache(folder, packed, dig
     assert labels.tolist() == [7, 1]
 
 
+def test_a_named_folder_that_is_none_is_no_reason_to_download(network, monkeypatch, tmp_path):
+    monkeypatch.setenv("LAYERNORM_DATA", str(tmp_path / "dtaa"))
+    with pytest.raises(ExperimentError, match=r"LAYERNORM_DATA names .*dtaa, which is no folder"):
+        data.mnist("train")
+    assert not network[1]
+
+
 def test_the_named_folder_comes_before_the_cache(digits, named, tmp_path):
     for name, content in digits.items():
         put(named / "mnist" / name, content)

@@ -55,8 +55,14 @@ def content(source: Source, name: str, normal: Callable[[bytes], bytes]) -> byte
 
 
 def folders(source: Source) -> Sequence[Path]:
-    """Where a data set is looked for, in this order."""
+    """Where a data set is looked for, in this order.
+
+    Raises:
+        ExperimentError: the folder that the user names is none.
+    """
     named = os.environ.get(VARIABLE)
+    if named and not Path(named).is_dir():
+        raise ExperimentError(f"the environment variable {VARIABLE} names {named}, which is no folder")
     own = [Path(named) / source.folder, Path(named)] if named else []
     return (*own, _cache(source))
 
