@@ -9,8 +9,10 @@ was stopped.
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,12 +118,11 @@ def compare(comparison: Comparison, console: Console, sweep: Sweep | None = None
     task = tasks.find(comparison.task)
     check(comparison, task)
     leads = processes.rank() == 0
-    if leads:
-        folder.prepare(comparison.out, comparison.settings, _FIXED)
-        (comparison.out / "runs").mkdir(exist_ok=True)
     problem = task.problem(**comparison.preset.sizes)
     _check_sizes(comparison, problem)
     if leads:
+        folder.prepare(comparison.out, comparison.settings, _FIXED)
+        (comparison.out / "runs").mkdir(exist_ok=True)
         folder.write(comparison.out, comparison.settings, comparison.command or _command(comparison))
     updates = {run: problem.cases // run.batch_size * comparison.preset.epochs for run in comparison.runs}
     try:
@@ -290,19 +291,20 @@ def _command(comparison: Comparison) -> str:
 def stop_flag() -> Iterator[Callable[[], bool]]:
     """Within the block Ctrl-C and SIGTERM ask for a stop between two updates.
 
-    A second Ctrl-C stops at once, and what was reached since the last checkpoint is lost.
+    Another Ctrl-C a second later or more stops at once, and what was reached since the last checkpoint is
+    lost. (One that comes with the first is the same: a terminal and ``torchrun`` both pass it on.)
     """
-    asked = False
+    asked = math.inf
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
+        if time.monotonic() > asked + 1.0:
             raise KeyboardInterrupt
-        asked = True
+        asked = min(asked, time.monotonic())
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked
+        yield lambda: asked < math.inf
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -42,7 +42,7 @@ def joined(device: str) -> Iterator[torch.device]:
     except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
         if not _is_loss(error):
             raise
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split("] ")[-1].split(". ")[0]
         raise ExperimentError(
             f"process {rank()} of {count()} lost another one ({reason}); the same command goes on from the "
             "last checkpoint"

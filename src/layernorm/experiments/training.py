@@ -106,8 +106,7 @@ class Trainer:
         objective = _Objective(problem, self.network)
         self._objective: nn.Module = objective
         if processes.count() > 1:
-            # Batch norm's running statistics are of the whole batch on every process already.
-            self._objective = DistributedDataParallel(objective, broadcast_buffers=False)
+            self._objective = DistributedDataParallel(objective)
         self.update = 0
         self.records: list[Record] = []
         self._seconds = 0.0
