@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Final
 
 import pandas as pd
 
 from layernorm.experiments import data, feedforward, judging
 from layernorm.experiments.classification import METRICS, TEST_ERROR, Classification, Data
 from layernorm.experiments.section import Card
-from layernorm.experiments.task import ExperimentError, Preset, Task
+from layernorm.experiments.task import ExperimentError, Metric, Preset, Task
+
+#: The column that the runner writes for every task: the mean over the updates since the last record.
+TRAINING_LOSS: Final = Metric("train_loss", "training loss", form="{:.3g}", log=True)
 
 
 def load(cases: int = 55_000) -> Data:
@@ -40,7 +44,7 @@ def problem(cases: int = 55_000) -> Classification:
 
 
 def judge(results: pd.DataFrame) -> Sequence[Card]:
-    """Layer norm is better than batch norm at small batches, and sooner than no norm."""
+    """Layer norm is better than batch norm at small batches, and trains sooner than it and than no norm."""
     small = min(results.batch_size)
     return (
         judging.better(
@@ -53,9 +57,20 @@ def judge(results: pd.DataFrame) -> Sequence[Card]:
         ),
         judging.sooner(
             results,
+            TRAINING_LOSS,
+            than="batch",
+            claim="Training with layer norm converges faster than with batch norm on all layers.",
+            section="§6.6, figure 6",
+        ),
+        judging.sooner(
+            results,
             TEST_ERROR,
             claim="A network with layer norm needs fewer updates than one without.",
             section="§6.6",
+            remark=(
+                "at batch size 128 and the learning rate 0.001 layer norm is ahead in the first epoch and "
+                "then level with no norm; with 0.0003 it stays ahead"
+            ),
         ),
     )
 
