@@ -82,15 +82,16 @@ def entries(path: Path, suffix: str) -> Iterator[tuple[PurePosixPath, bytes]]:
     Raises:
         ExperimentError: the archive is damaged.
     """
+    # "._*": macOS adds such files to archives.
     if path.is_dir():
         for file in sorted(path.rglob(f"*{suffix}")):
-            yield PurePosixPath(file.relative_to(path).as_posix()), file.read_bytes()
+            if not file.name.startswith("._"):
+                yield PurePosixPath(file.relative_to(path).as_posix()), file.read_bytes()
         return
     try:
         with tarfile.open(path) as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
-                # macOS adds files "._NAME" to archives.
                 wanted = name.suffix == suffix and not name.name.startswith("._")
                 opened = archive.extractfile(member) if wanted else None
                 if opened is not None:
