@@ -27,12 +27,16 @@ def joined(device: str) -> Iterator[torch.device]:
         The device of this process: ``cuda`` means the GPU of its local rank.
 
     Raises:
-        ExperimentError: another process was lost.
+        ExperimentError: there is no such device, or another process was lost.
     """
+    try:
+        own = torch.device(device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ExperimentError(f"--device: cannot use {device!r}: {reason}") from error
     if not dist.is_torchelastic_launched():
-        yield torch.device(device)
+        yield own
         return
-    own = torch.device(device)
     if own.type == "cuda" and own.index is None:
         own = torch.device("cuda", dist.get_node_local_rank())
         torch.cuda.set_device(own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from pathlib import Path
 
 from layernorm.experiments import compare, results
@@ -42,10 +43,11 @@ class RaySweep:
         if ray.is_initialized():
             return
         try:
+            _reach(address)
             ray.init(
                 address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ExperimentError(f"--ray: cannot reach the cluster {address!r}: {reason}") from error
 
@@ -92,6 +94,17 @@ class RaySweep:
                 fresh.write_bytes(content)
         table = results.read(comparison.path(run, ".csv"), tasks.find(comparison.task))
         display.finish(run, [{str(k): v for k, v in row.items()} for row in table.to_dict("records")])
+
+
+def _reach(address: str | None) -> None:
+    """Sees that something listens at host:port, for which Ray itself would wait for minutes.
+
+    Raises:
+        OSError: nothing does.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _train(comparison: Comparison, run: Run, threads: int) -> dict[str, bytes]:
