@@ -25,7 +25,6 @@ STEP: Final = Metric("valid_nll_step", "validation negative log likelihood (nats
 #: Held-out lines in a picture, and how much likelier than at random the network writes.
 _SHOWN: Final = 3
 _BIAS: Final = 1.0
-_SIGNATURE: Final = "layer normalization"
 _AT_ONCE: Final = 64  # lines of an evaluation
 
 

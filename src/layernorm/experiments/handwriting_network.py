@@ -179,10 +179,10 @@ class WindowedLSTM(nn.Module):
         return shows.sigmoid() * seen.tanh(), cell
 
     def _normalized(self, features: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
-        eps = PRESETS[NORMS[self.norm]]["lstm"].eps
+        shape, eps = tuple(gain.shape), PRESETS[NORMS[self.norm]]["lstm"].eps
         if self.norm == "layer":
-            return F.layer_norm(features, gain.shape, gain, bias, eps)
-        normalized = functional.rms_norm(features, tuple(gain.shape), gain, eps)
+            return functional.layer_norm(features, shape, gain, bias, eps)
+        normalized = functional.rms_norm(features, shape, gain, eps)
         return normalized if bias is None else normalized + bias
 
     def _look(
