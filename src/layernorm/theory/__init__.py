@@ -1,8 +1,8 @@
 """The paper's analysis (§5), checked numerically: invariances, geometry, implicit learning rates."""
 
-from layernorm.theory.fisher import Block, compare_blocks, fisher, fisher_equation, kl_divergence
 from layernorm.theory.growth import Step, weight_growth
-from layernorm.theory.invariance import (
+from layernorm.theory.information import Block, compare_blocks, fisher, fisher_equation, kl_divergence
+from layernorm.theory.invariances import (
     TRANSFORMATIONS,
     Invariance,
     invariance,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layernorm.theory.invariance import weights
+from layernorm.theory.invariances import weights
 
 
 @dataclass(frozen=True)

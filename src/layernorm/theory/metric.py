@@ -9,7 +9,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from layernorm.theory.fisher import fisher
+from layernorm.theory.information import fisher
 from layernorm.theory.models import Model
 
 #: The number of the equation for ds² along the gains; RMS norm has none in the paper.
