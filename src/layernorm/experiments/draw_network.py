@@ -131,8 +131,8 @@ def filterbanks(grid: Grid, size: int, side: int) -> Tensor:
         >>> from layernorm.experiments.draw_network import filterbanks, grid
         >>> where = grid(torch.zeros(1, 5), size=2, side=4)
         >>> filterbanks(where, size=2, side=4)[0]
-        tensor([[[0.5730, 0.3475, 0.0775, 0.0021],
-                 [0.0021, 0.0775, 0.3475, 0.5730]]])
+        tensor([[[0.5705, 0.3460, 0.0772, 0.0063],
+                 [0.0063, 0.0772, 0.3460, 0.5705]]])
     """
     device = grid.stride.device
     offsets = torch.arange(size, device=device) - (size - 1) / 2
