@@ -21,7 +21,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 pytest_collect_file = (
-    Sybil(parsers=[DocTestParser()], patterns=["src/**/*.py"])
+    Sybil(parsers=[DocTestParser()], path="src", patterns=["*.py"])
     + Sybil(
         parsers=[PythonCodeBlockParser()],
         patterns=["README.md", "docs/*.md"],

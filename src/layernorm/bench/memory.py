@@ -24,7 +24,7 @@ def kept_for_backward(forward: Callable[[], Sequence[Tensor]]) -> int:
     Examples:
         >>> import torch
         >>> from layernorm.bench.memory import kept_for_backward
-        >>> x = torch.randn(1000, requires_grad=True)
+        >>> x = torch.randn(1024, requires_grad=True)
         >>> kept_for_backward(lambda: [x.exp().sin()])  # the argument of the sine
         4096
     """

@@ -81,8 +81,8 @@ def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     Examples:
         >>> import torch
         >>> from layernorm.bench.subjects import difference
-        >>> difference([torch.tensor([3.0, 4.5])], [torch.tensor([3.0, 4.0])])
-        0.1
+        >>> difference([torch.tensor([3.0, 4.625])], [torch.tensor([3.0, 4.0])])
+        0.125
     """
     if len(found) != len(expected):
         raise RuntimeError(f"{len(found)} results, expected {len(expected)}")
