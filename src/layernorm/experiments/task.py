@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from layernorm.experiments.section import Card, Section, Table
 
 #: The tasks, each a module of this package that defines ``TASK``.
-TASKS: Final = ("convnet", "digits", "digits-rows", "draw", "handwriting", "mnist", "order-embeddings")
+TASKS: Final = (
+    "convnet",
+    "digits",
+    "digits-rows",
+    "draw",
+    "handwriting",
+    "mnist",
+    "order-embeddings",
+    "permuted-mnist",
+    "sequential-mnist",
+)
 #: The studies, each a module of this package that defines ``STUDY``.
 STUDIES: Final[tuple[str, ...]] = ("theory",)
 

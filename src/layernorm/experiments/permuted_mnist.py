@@ -1,0 +1,22 @@
+"""MNIST pixel by pixel in a fixed random order: ``sequential_mnist`` with its pixels permuted."""
+
+from __future__ import annotations
+
+from layernorm.experiments import sequential_mnist
+from layernorm.experiments.task import Preset
+
+TASK = sequential_mnist.task(
+    "permuted-mnist",
+    "Permuted sequential MNIST",
+    permuted=True,
+    small=Preset(
+        epochs=4,
+        batch_sizes=(64,),
+        norms=("none", "batch", "layer"),
+        learning_rate=1e-3,
+        optimizer="rmsprop",
+        clip=1.0,
+        evaluate_every=100,
+        sizes={"down": 4, "cases": 20_000, "held_out": 1000},
+    ),
+)
