@@ -187,6 +187,16 @@ def test_a_line_ends_where_the_window_leaves_its_text():
     assert [len(line) - 1 for line in model.write(text, 5, torch.Generator())] == [5, 5]
 
 
+def test_the_papers_network_has_its_3_7_million_weights(strokes):
+    english = len(handwriting_lines._CHARACTERS) + 1
+    paper = dict(handwriting.TASK.presets["paper"].sizes)
+    with torch.device("meta"):
+        parameters = HandwritingNetwork("none", english, hidden_size=paper["hidden"]).parameters()
+    assert round(sum(parameter.numel() for parameter in parameters) / 1e6, 1) == 3.7
+    for preset in handwriting.TASK.presets.values():
+        assert problem(**{**preset.sizes, "source": "omniglot", "lines": 4, "valid_lines": 1}).cases == 4
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_padding_changes_nothing(norm):
     model = network(norm)
