@@ -85,7 +85,7 @@ class BatchNormLSTM(_Sequence):
         dtype: Any = None,
         *,
         gain: float = 0.1,
-        max_length: int = 512,
+        max_length: int = 1024,
         momentum: float = 0.1,
         eps: float = 1e-5,
         process_group: dist.ProcessGroup | None = None,
