@@ -251,6 +251,8 @@ def test_the_lstm_refuses_what_does_not_fit():
         lstm().stream()
     with pytest.raises(ValueError, match="float32 or float64, got torch\\.float16"):
         lstm(dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"float32 or float64, got torch\.bfloat16"):
+        lstm().bfloat16()(draw(5, 2, 3).bfloat16())
     for option in ({"max_length": 0}, {"momentum": 0.0}, {"momentum": 2.0}, {"eps": 0.0}):
         with pytest.raises(ValueError, match=f"{next(iter(option))} must be"):
             lstm(**option)

@@ -90,8 +90,7 @@ class BatchNormLSTM(_Sequence):
         eps: float = 1e-5,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if (dtype or torch.get_default_dtype()) not in (torch.float32, torch.float64):
-            raise ValueError(f"BatchNormLSTM: statistics need dtype float32 or float64, got {dtype}")
+        _check_statistics_dtype(dtype or torch.get_default_dtype())
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
             raise ValueError(f"BatchNormLSTM: max_length must be a positive int, got {max_length!r}")
         if not 0 < momentum <= 1:
@@ -156,6 +155,7 @@ class BatchNormLSTM(_Sequence):
         weights = self._weights(suffix)
         sizes = list(batch_sizes) if batch_sizes is not None else [input.size(1)] * input.size(0)
         dtype = weights["weight_ih"].dtype
+        _check_statistics_dtype(dtype)
         with torch.autocast(input.device.type, enabled=False):
             rows = input.reshape(-1, input.size(-1)).to(dtype)
             h, c = (s.to(dtype) for s in state)
@@ -245,6 +245,14 @@ class BatchNormLSTM(_Sequence):
         """The arguments that differ from the defaults."""
         layout = super().extra_repr().partition(", variant=")[0]
         return f"{layout}, max_length={self.max_length}, momentum={self.momentum}, eps={self.eps}"
+
+
+def _check_statistics_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"BatchNormLSTM: statistics need dtype float32 or float64, got {dtype}; keep the layer in "
+            "float32, under autocast too"
+        )
 
 
 def _reversed(sizes: Sequence[int], device: torch.device) -> Tensor:
