@@ -284,7 +284,7 @@ TASK = Task(
     norms=NORMS,
     presets={
         "small": Preset(
-            epochs=1,
+            epochs=2,
             batch_sizes=(128,),
             norms=("none", "layer"),
             clip=_CLIP,

@@ -7,6 +7,7 @@ from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from layernorm.experiments import recurrent
@@ -48,11 +49,20 @@ class Sentences:
         """Moves the words; the lengths stay on the CPU, where packing wants them."""
         self.indices = self.indices.to(device)
 
-    def packed(self, cases: Tensor) -> PackedSequence:
-        """The words of these sentences, step by step; no step is spent on padding."""
+    def packed(self, cases: Tensor, before: bool = False, after: bool = False) -> PackedSequence:
+        """The words of these sentences, step by step; no step is spent on padding.
+
+        Args:
+            cases: which sentences, (N,).
+            before: whether ``PAD`` comes before the words, as a decoder's first input.
+            after: whether ``PAD`` comes after the words, as a decoder's last target.
+        """
         lengths = self.lengths[cases.cpu()]
         rows = self.indices[cases.to(self.indices.device), : int(lengths.max())]
-        return pack_padded_sequence(rows, lengths, batch_first=True, enforce_sorted=False)
+        rows = F.pad(rows, (int(before), int(after)), value=PAD)
+        return pack_padded_sequence(
+            rows, lengths + int(before) + int(after), batch_first=True, enforce_sorted=False
+        )
 
 
 class SentenceEncoder(nn.Module):

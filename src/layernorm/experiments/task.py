@@ -29,6 +29,7 @@ TASKS: Final = (
     "handwriting",
     "mnist",
     "order-embeddings",
+    "skip-thoughts",
     "permuted-mnist",
     "sequential-mnist",
 )
