@@ -129,11 +129,12 @@ def _figure(rows: Sequence[tuple[str, list[Tensor]]]) -> Figure:
         right, high = points.amax(0).tolist()
         pages += [(stroke - torch.tensor((left, high - top))).numpy() for stroke in strokes]
         ticks.append(top - (high - low) / 2)
-        top -= 1.3 * (high - low)
+        top -= 1.25 * (high - low)
         widest = max(widest, right - left)
-    figure = Figure(figsize=(11, min(24.0, 1.0 + 10.0 * -top / max(widest, 1e-6))), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(8, min(16.0, 6.8 * -top / max(widest, 1e-6))))
+    axes = figure.add_axes((0.12, 0.01, 0.87, 0.98))
     axes.add_collection(LineCollection(pages, colors="black", linewidths=1.2, capstyle="round"))
+    axes.margins(0.01)
     axes.autoscale_view()
     axes.set_aspect("equal")
     axes.set_xticks([])
@@ -172,7 +173,7 @@ TASK: Final = Task(
             norms=("none", "layer"),
             clip=10.0,
             evaluate_every=50,
-            sizes={"steps": 120, "lines": 4_000, "valid_lines": 100, "hidden": 100},
+            sizes={"steps": 120, "lines": 3_200, "valid_lines": 100, "hidden": 100},
         ),
         "paper": Preset(
             epochs=20,

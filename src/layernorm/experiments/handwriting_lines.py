@@ -195,6 +195,8 @@ def _omniglot(steps: int, lines: int, valid_lines: int) -> _Found:
     train, valid = _by_writer(written)
 
     def compose(writers: Sequence[list[_Drawn]], count: int) -> list[Line]:
+        # Of its own, so that the lines held out do not depend on the number of those to learn from.
+        random = np.random.default_rng(0)
         return [_line(writers[int(random.integers(len(writers)))], steps, random) for _ in range(count)]
 
     return alphabet, compose(train, lines), compose(valid, valid_lines)
@@ -229,13 +231,12 @@ def _iam(steps: int, lines: int, valid_lines: int) -> _Found:
         text = tuple(character if character in _CHARACTERS else _OTHER for character in line.text)
         written[line.writer].append(Line(text, pen[: steps + 1]))
     train, valid = _by_writer(written)
-    found = [[line for writer in writers for line in writer] for writers in (train, valid)]
-    random = np.random.default_rng(0)
-    chosen = [
-        [part[index] for index in random.permutation(len(part))[:count]]
-        for part, count in zip(found, (lines, valid_lines), strict=True)
-    ]
-    return (*_CHARACTERS, _OTHER), chosen[0], chosen[1]
+
+    def choose(writers: Sequence[list[Line]], count: int) -> list[Line]:
+        found = [line for writer in writers for line in writer]
+        return [found[index] for index in np.random.default_rng(0).permutation(len(found))[:count]]
+
+    return (*_CHARACTERS, _OTHER), choose(train, lines), choose(valid, valid_lines)
 
 
 def _by_writer(written: dict[str, list[_Written]]) -> tuple[list[list[_Written]], list[list[_Written]]]:
