@@ -292,6 +292,8 @@ def test_the_task_judges_and_has_the_paper_s_sizes(digits):
         "adam",
         1e-3,
     )
+    sizes = {name: paper.sizes[name] for name in ("glimpses", "hidden", "latent", "read", "write")}
+    assert list(sizes.values()) == [64, 256, 100, 2, 5]
     results = pd.DataFrame(
         {"norm": norm, "batch_size": 128, "seed": 0, "update": 100 * step, "epoch": float(step)}
         | {"valid_bound": 150.0 - speed * step, "test_bound": 151.0 - speed * step}
