@@ -17,6 +17,6 @@ TASK = sequential_mnist.task(
         optimizer="rmsprop",
         clip=1.0,
         evaluate_every=100,
-        sizes={"down": 4, "cases": 20_000, "held_out": 1000},
+        sizes={"hidden": 100, "down": 4, "cases": 20_000, "held_out": 1000},
     ),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -100,7 +99,7 @@ class PixelByPixel(Problem):
 
     def __init__(
         self,
-        permuted: bool = False,
+        permuted: bool,
         hidden: int = 100,
         down: int = 1,
         cases: int = 50_000,
@@ -185,20 +184,19 @@ def task(name: str, title: str, permuted: bool, small: Preset) -> Task:
         permuted: the order.
         small: the small preset.
     """
-    sizes = {"permuted": permuted}
     return Task(
         name=name,
         title=title,
         section="beyond the paper: Cooijmans et al. 2016, §5.1",
         summary=(
-            f"MNIST one pixel a step{', in a fixed random order' if permuted else ''}: 784 steps (small: fewer), "
-            "LSTM of 100 units, its last state classified, RMSprop"
+            f"MNIST one pixel a step{', in a fixed random order' if permuted else ''} (784 steps; small: "
+            "fewer), LSTM of 100 units, its last state classified, RMSprop"
         ),
-        problem=PixelByPixel,
+        problem=partial(PixelByPixel, permuted),
         metrics=(VALIDATION_ERROR, VALIDATION_LOSS, TEST_ERROR),
         norms=NORMS,
         presets={
-            "small": replace(small, sizes={**sizes, **small.sizes}),
+            "small": small,
             "paper": Preset(
                 epochs=200,
                 batch_sizes=(100,),
@@ -207,7 +205,7 @@ def task(name: str, title: str, permuted: bool, small: Preset) -> Task:
                 optimizer="rmsprop",
                 clip=1.0,
                 evaluate_every=500,
-                sizes=sizes,
+                sizes={"hidden": 100, "down": 1, "cases": 50_000, "held_out": 10_000},
             ),
         },
         judge=judge,
@@ -270,6 +268,6 @@ TASK = task(
         optimizer="rmsprop",
         clip=1.0,
         evaluate_every=100,
-        sizes={"down": 2, "cases": 20_000, "held_out": 1000},
+        sizes={"hidden": 100, "down": 2, "cases": 20_000, "held_out": 1000},
     ),
 )

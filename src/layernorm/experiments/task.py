@@ -22,6 +22,7 @@ from layernorm.experiments.section import Card, Section, Table
 
 #: The tasks, each a module of this package that defines ``TASK``.
 TASKS: Final = (
+    "attentive-reader",
     "convnet",
     "digits",
     "digits-rows",
