@@ -361,3 +361,11 @@ def test_it_learns_and_draws(norm, strokes, tmp_path):
     strokes_drawn = axes.collections[0].get_paths()
     assert len(strokes_drawn) >= int(task._valid.pen[:3, :, 2].sum())
     pictures["handwriting"].savefig(tmp_path / "drawn.png")
+
+
+def test_a_network_that_diverged_draws_nothing(strokes):
+    task = problem()
+    model = task.network("none")
+    torch.nn.init.constant_(model.second.weight_hh_l0, math.nan)
+    assert task.pictures(model) == {}
+    assert math.isnan(task.evaluate(model)["valid_nll"])

@@ -89,7 +89,9 @@ class Handwriting(Problem):
         }
 
     def pictures(self, network: nn.Module) -> Mapping[str, Figure]:
-        """Texts of people held out, as they wrote them and as the network does."""
+        """Texts of people held out, as they wrote them and as the network does; none if it diverged."""
+        if not all(parameter.isfinite().all() for parameter in network.parameters()):
+            return {}
         device = self._valid.steps.device
         valid = self._valid[torch.arange(min(_SHOWN, len(self._valid)), device=device)]
         steps = 2 * self._valid.pen.size(1)
