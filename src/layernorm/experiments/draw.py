@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Final, cast
 
 import pandas as pd
@@ -23,8 +24,9 @@ VALID_BOUND: Final = Metric("valid_bound", "validation bound (nats)", log=True)
 TEST_BOUND: Final = Metric("test_bound", "test bound (nats)", log=True)
 RECONSTRUCTION: Final = Metric("valid_reconstruction", "validation reconstruction (nats)", log=True)
 DIVERGENCE: Final = Metric("valid_divergence", "validation KL divergence (nats)")
-#: The paper's test bounds after 200 epochs, in nats.
+#: The paper's test bounds in nats, and after how many epochs.
 PUBLISHED: Final[Mapping[str, float]] = {"none": 82.36, "layer": 82.09}
+PUBLISHED_EPOCHS: Final = 200
 
 #: Digits along each side of the samples, and the columns of their stages.
 _SAMPLES: Final = 8
@@ -163,20 +165,25 @@ def _frame(mosaic: Figure, row: int, column: int, windows: Grid, extent: int) ->
 
 def judge(results: pd.DataFrame) -> Sequence[Card]:
     """Layer norm reaches no norm's bound in fewer updates, and ends with a better one."""
-    return (
-        judging.sooner(
-            results,
-            VALID_BOUND,
-            claim="Over the first 100 epochs DRAW with layer norm converges almost twice as fast.",
-            section="§6.4, figure 4",
-        ),
-        judging.better(
-            results,
-            TEST_BOUND,
-            claim="After 200 epochs the test bound is 82.09 nats with layer norm and 82.36 without.",
-            section="§6.4",
-        ),
+    sooner = judging.sooner(
+        results,
+        VALID_BOUND,
+        claim="Over the first 100 epochs DRAW with layer norm converges almost twice as fast.",
+        section="§6.4, figure 4",
     )
+    better = judging.better(
+        results,
+        TEST_BOUND,
+        claim="After 200 epochs the test bound is 82.09 nats with layer norm and 82.36 without.",
+        section="§6.4",
+    )
+    epochs = results.epoch.max()
+    if better.verdict == "agrees" and epochs < PUBLISHED_EPOCHS:
+        remark = (
+            f"After {epochs:g} epochs both bounds still fall: this is layer norm's speed, not where they end."
+        )
+        better = replace(better, verdict="partly", remark=remark)
+    return (sooner, better)
 
 
 def tables(results: pd.DataFrame) -> Sequence[Table]:
@@ -194,7 +201,7 @@ def tables(results: pd.DataFrame) -> Sequence[Table]:
                 "–" if published is None else TEST_BOUND.form.format(published),
             )
         )
-    columns = ("norm", "batch", TEST_BOUND.label, "epochs", "the paper's, after 200 epochs")
+    columns = ("norm", "batch", TEST_BOUND.label, "epochs", f"the paper's, after {PUBLISHED_EPOCHS} epochs")
     note = "At the last update, mean over the seeds; one latent sample a glimpse."
     return (Table("The test bound beside the paper's", columns, rows, note),)
 
@@ -227,7 +234,7 @@ TASK = Task(
             },
         ),
         "paper": Preset(
-            epochs=200,
+            epochs=PUBLISHED_EPOCHS,
             batch_sizes=(128,),
             norms=("none", "layer"),
             evaluate_every=390,
