@@ -303,7 +303,7 @@ def test_the_task_judges_and_has_the_paper_s_sizes(digits):
     sooner, better = draw.TASK.judge(results)
     # Four epochs tell nothing about where the bounds end.
     assert (sooner.verdict, better.verdict) == ("agrees", "partly")
-    assert "After 4 epochs" in better.remark
+    assert "After 4 of 200 epochs" in better.remark
     assert "after 200 updates against 400" in sooner.figure
     assert draw.TASK.judge(results.assign(epoch=50 * results.epoch))[1].verdict == "agrees"
     (table,) = draw.TASK.tables(results)

@@ -179,9 +179,7 @@ def judge(results: pd.DataFrame) -> Sequence[Card]:
     )
     epochs = results.epoch.max()
     if better.verdict == "agrees" and epochs < PUBLISHED_EPOCHS:
-        remark = (
-            f"After {epochs:g} epochs both bounds still fall: this is layer norm's speed, not where they end."
-        )
+        remark = f"After {epochs:g} of {PUBLISHED_EPOCHS} epochs this tells who is ahead, not where both end."
         better = replace(better, verdict="partly", remark=remark)
     return (sooner, better)
 
