@@ -280,7 +280,8 @@ def test_the_study_shows_the_paper_beside_what_it_measured(measured):
     for card in section.cards:
         assert (card.verdict == "agrees") or card.remark
     table = section.tables[0]
-    assert table.rows[2][:3] == ["layer", "yes (paper: yes)", "yes (paper: yes)"]
+    assert table.columns[1:] == ("batch", "weight", "layer", "rms", "none")
+    assert table.rows[1] == ["weight matrix re-centering", "no, no", "no, no", "yes, yes", "no", "no"]
     assert all(len(row) == len(t.columns) for t in section.tables for row in t.rows)
 
 

@@ -92,7 +92,7 @@ def _blocks(outputs: int, inputs: int, seed: int) -> Iterable[dict[str, Any]]:
                     "norm": norm,
                     "family": family,
                     "same_neuron": block.neurons[0] == block.neurons[1],
-                    "block": "–".join(block.parameters),
+                    "block": " and ".join(block.parameters),
                     "printed": block.printed,
                     "complete": block.complete,
                 }

@@ -36,19 +36,20 @@ def charts(results: Mapping[str, pd.DataFrame]) -> Sequence[Chart]:
 
 
 def _invariances(results: pd.DataFrame) -> Table:
+    norms = list(dict.fromkeys(results.norm))
     rows = []
-    for norm, cells in results.groupby("norm", sort=False):
-        row = [str(norm)]
-        for transformation in TRANSFORMATIONS:
-            cell = cells[cells.transformation == transformation]
+    for transformation in TRANSFORMATIONS:
+        row = [transformation]
+        for norm in norms:
+            cell = results[(results.transformation == transformation) & (results.norm == norm)]
             found = "yes" if cell.invariant.all() else "no" if not cell.invariant.any() else "by seed"
             paper = cell.paper.iloc[0]
-            row.append(found if pd.isna(paper) else f"{found} (paper: {'yes' if paper else 'no'})")
+            row.append(found if pd.isna(paper) else f"{found}, {'yes' if paper else 'no'}")
         rows.append(row)
     least, greatest = results[~results.invariant].deviation.min(), results[results.invariant].deviation.max()
     return Table(
-        caption="Table 1: do the outputs of a network stay the same?",
-        columns=("norm", *TRANSFORMATIONS),
+        caption="Table 1: do the outputs of a network stay the same? Here, in the paper",
+        columns=("", *norms),
         rows=rows,
         note=(
             f"Change of an output in standard deviations of the outputs: at most {greatest:.0e} in every "
@@ -58,26 +59,27 @@ def _invariances(results: pd.DataFrame) -> Table:
 
 
 def _fisher(results: pd.DataFrame) -> Table:
-    blocks = list(dict.fromkeys(results.block))
-    rows = []
+    columns = {}
     for norm, cells in results.groupby("norm", sort=False):
-        forms = {"printed": "12 as printed" if norm == "none" else "13, 14 as printed"}
+        columns[f"{norm} ({12 if norm == 'none' else 13})"] = (norm, "printed")
         if cells.printed.max() > AGREE:
-            forms["complete"] = "13, 14 complete"
-        for column, form in forms.items():
-            row = [str(norm), form]
-            for block in blocks:
-                cell = cells[cells.block == block]
-                deviations = (cell[cell.same_neuron == same][column].max() for same in (True, False))
-                row.append("–" if cell.empty else ", ".join(map(_deviation, deviations)))
-            rows.append(row)
+            columns[f"{norm} complete"] = (norm, "complete")
+    rows = []
+    order = results.sort_values("same_neuron", ascending=False, kind="stable")
+    for (same, block), cells in order.groupby(["same_neuron", "block"], sort=False):
+        letters = ", ".join(name[0] for name in str(block).split(" and "))
+        row = [letters, "i = j" if same else "i ≠ j"]
+        for norm, form in columns.values():
+            cell = cells[cells.norm == norm]
+            row.append("–" if cell.empty else _deviation(cell[form].max()))
+        rows.append(row)
     return Table(
-        caption="Fisher information by automatic differentiation beside the equations: greatest deviations",
-        columns=("norm", "equation", *blocks),
+        caption="Fisher information of neurons i and j: greatest deviation of equations 12 and 13",
+        columns=("block", "neurons", *columns),
         rows=rows,
         note=(
-            "Of a block of a neuron with itself, of one with another neuron; in units of the diagonal. "
-            "0: below 1e-10, which is rounding. Gaussian, Bernoulli, Poisson and categorical outputs."
+            "Blocks of weights w, biases b, gains g. Deviation from the Fisher information by automatic "
+            "differentiation, in units of its diagonal; 0: below 1e-10, which is rounding. Gaussian, Bernoulli, Poisson and categorical outputs."
         ),
     )
 
@@ -93,13 +95,16 @@ def _scaling(results: pd.DataFrame) -> Table:
         columns=(
             "norm",
             "doubled",
-            "change of outputs (standard deviations)",
-            "factor of weight–weight",
-            "factor of weight–bias",
-            "curvature along the weights themselves (of the mean)",
+            "change of outputs",
+            "factor of weight and weight",
+            "factor of weight and bias",
+            "curvature along the weights",
         ),
         rows=rows,
-        note="The paper: the outputs stay the same, and the curvature along w changes by 1/2.",
+        note=(
+            "Outputs in standard deviations; curvature along the weights themselves in units of the mean "
+            "over all directions. The paper: the outputs stay the same, and the curvature along w changes by 1/2."
+        ),
     )
 
 
@@ -122,16 +127,15 @@ def _gains(results: pd.DataFrame) -> Table:
             "equation",
             *(
                 f"{what}, {family}"
-                for what in (
-                    "greatest deviation",
-                    "factor when inputs are doubled",
-                    "when weights are doubled",
-                )
+                for what in ("deviation", "inputs ×2", "weights ×2")
                 for family in ("Gaussian", "others")
             ),
         ),
         rows=rows,
-        note="Others: Bernoulli, Poisson, categorical. 0: below 1e-10.",
+        note=(
+            "Greatest deviation of the equation; factors of the trace when inputs or weights are doubled. "
+            "Others: Bernoulli, Poisson, categorical. 0: below 1e-10."
+        ),
     )
 
 
