@@ -5,6 +5,7 @@ Without ``torchrun`` there is one process, and everything here is the identity.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
@@ -34,7 +35,7 @@ def joined(device: str) -> Iterator[torch.device]:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ExperimentError(f"--device: cannot use {device!r}: {reason}") from error
-    if not dist.is_torchelastic_launched():
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield own
         return
     if own.type == "cuda" and own.index is None:

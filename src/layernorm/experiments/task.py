@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import pandas as pd
 import torch
@@ -131,7 +131,8 @@ class Batch:
         return numbers[self.start : self.start + len(self.cases)].to(self.cases.device)
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """The loss of a batch, minimized as ``total / count`` with both summed over all processes.
 
     Attributes:
