@@ -63,7 +63,7 @@ def _fisher(results: pd.DataFrame) -> Table:
     for norm, cells in results.groupby("norm", sort=False):
         columns[f"{norm} ({12 if norm == 'none' else 13})"] = (norm, "printed")
         if cells.printed.max() > AGREE:
-            columns[f"{norm} complete"] = (norm, "complete")
+            columns[f"{norm} full"] = (norm, "complete")
     rows = []
     order = results.sort_values("same_neuron", ascending=False, kind="stable")
     for (same, block), cells in order.groupby(["same_neuron", "block"], sort=False):
@@ -79,7 +79,8 @@ def _fisher(results: pd.DataFrame) -> Table:
         rows=rows,
         note=(
             "Blocks of weights w, biases b, gains g. Deviation from the Fisher information by automatic "
-            "differentiation, in units of its diagonal; 0: below 1e-10, which is rounding. Gaussian, Bernoulli, Poisson and categorical outputs."
+            "differentiation, in units of its diagonal; 0: below 1e-10, which is rounding. Full: with what a "
+            "weight does to other neurons. Gaussian, Bernoulli, Poisson and categorical outputs."
         ),
     )
 
@@ -103,7 +104,8 @@ def _scaling(results: pd.DataFrame) -> Table:
         rows=rows,
         note=(
             "Outputs in standard deviations; curvature along the weights themselves in units of the mean "
-            "over all directions. The paper: the outputs stay the same, and the curvature along w changes by 1/2."
+            "over all directions. The paper: the outputs stay the same, and the curvature along w changes "
+            "by 1/2."
         ),
     )
 
@@ -127,13 +129,13 @@ def _gains(results: pd.DataFrame) -> Table:
             "equation",
             *(
                 f"{what}, {family}"
-                for what in ("deviation", "inputs ×2", "weights ×2")
+                for what in ("error", "inputs ×2", "weights ×2")
                 for family in ("Gaussian", "others")
             ),
         ),
         rows=rows,
         note=(
-            "Greatest deviation of the equation; factors of the trace when inputs or weights are doubled. "
+            "Greatest error of the equation; factors of the trace when inputs or weights are doubled. "
             "Others: Bernoulli, Poisson, categorical. 0: below 1e-10."
         ),
     )
