@@ -120,7 +120,7 @@ class DigitDrawing(Problem):
         sums = torch.zeros(2, dtype=torch.float64)
         for part, noise in zip(parts, self._noise(_EVALUATION_SEED, map(len, parts)), strict=True):
             bound: Bound = network(part.float(), noise.to(part.device))
-            sums += torch.stack([nats.sum(dtype=torch.float64) for nats in bound]).cpu()
+            sums += torch.stack(bound).cpu().double().sum(1)
         reconstruction, divergence = (sums / len(digits)).tolist()
         return reconstruction, divergence
 
