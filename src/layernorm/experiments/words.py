@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -28,7 +29,8 @@ def tokens(text: str) -> list[str]:
         >>> tokens("It's a two-year-old, isn't it?")
         ['it', "'s", 'a', 'two-year-old', ',', 'isn', "'t", 'it', '?']
     """
-    return _WORD.findall(text.lower())
+    # Interned, for a large text must not hold a word as often as it occurs.
+    return [sys.intern(word) for word in _WORD.findall(text.lower())]
 
 
 class Vocabulary:
