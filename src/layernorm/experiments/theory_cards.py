@@ -26,8 +26,8 @@ def cards(results: Mapping[str, pd.DataFrame]) -> Sequence[Card]:
     return (
         *(_row(results["invariance"], norm) for norm in _NAMES),
         _dataset_rescaling(results["invariance"]),
-        _equation(results["fisher"], ("none",), "12", "§5.2.2, equation 12"),
-        _equation(results["fisher"], ("batch", "weight"), "13 and 14", "§5.2.2, equations 13 and 14"),
+        _equation(results["fisher"], ("none",), "equation 12"),
+        _equation(results["fisher"], ("batch", "weight"), "equations 13 and 14"),
         _layer_equation(results["fisher"], results["widths"]),
         _curvature(results["scaling"]),
         _same_outputs(results["scaling"]),
@@ -78,12 +78,12 @@ def _dataset_rescaling(results: pd.DataFrame) -> Card:
     )
 
 
-def _equation(results: pd.DataFrame, norms: tuple[str, ...], number: str, section: str) -> Card:
+def _equation(results: pd.DataFrame, norms: tuple[str, ...], equation: str) -> Card:
     greatest = results[results.norm.isin(norms)].printed.max()
     what = "without a norm" if norms == ("none",) else f"under {' and '.join(norms)} norm"
     return Card(
-        claim=f"The Fisher information {what} is that of equation {number}.",
-        section=section,
+        claim=f"The Fisher information {what} is that of {equation}.",
+        section=f"§5.2.2, {equation}",
         figure=f"Every block of every pair of neurons agrees to {greatest:.0e}.",
         verdict="agrees" if greatest < AGREE else "differs",
     )
