@@ -152,40 +152,34 @@ class BatchNormRecurrence(torch.autograd.Function):
         product, activations, cells, standard_cells, squashed, output, rstd, rstd_cell = tapes
         recurrence: Recurrence = ctx.recurrence
         size = h.size(1)
-        i, f, g, o = activations.split(size, 1)
-        # What dc and dh are multiplied with on their way to the gates before σ and tanh, of all steps.
-        c_before = recurrence.before(c, cells)
-        factors = torch.cat([g, c_before, i, squashed], 1)
-        factors *= activations * (1 - activations)
-        factors[:, 2 * size : 3 * size] = i * (1 - g.square())
-        to_cell = o * (1 - squashed.square())
+        places = _places(recurrence.steps.own)
         grad_gates, grad_product = torch.empty_like(activations), torch.empty_like(activations)
         grad_squashed = torch.empty_like(squashed)
         grad_h, grad_c = grad_h.clone(), grad_c.clone()
-        for t, (begin, end) in reversed(list(enumerate(_places(recurrence.steps.own)))):
+        for t, (begin, end) in reversed(list(enumerate(places))):
             n, rows = end - begin, slice(begin, end)
+            active, out = activations[rows], squashed[rows]
+            i, f, g, o = active.split(size, 1)
+            c_before = cells[slice(*places[t - 1])][:n] if t else c[:n]
             dh = grad_h[:n].add_(grad_output[rows])
-            d = torch.mul(dh, to_cell[rows], out=grad_squashed[rows])
+            d = torch.mul(dh, o, out=grad_squashed[rows]).mul_(1 - out * out)
             dc = grad_c[:n].add_(recurrence.derivative(t, d * gain_cell, standard_cells[rows], rstd_cell[t]))
             d_gates = grad_gates[rows]
-            along = factors[rows].view(n, 4, size)
-            torch.mul(along[:, :3], dc.unsqueeze(1), out=d_gates.view(n, 4, size)[:, :3])
-            torch.mul(along[:, 3], dh, out=d_gates[:, 3 * size :])
-            d_product = torch.mul(d_gates, gain, out=grad_product[rows])
+            for place, left, right in zip(
+                d_gates.split(size, 1), (dc, dc, dc, dh), (g, c_before, i, out), strict=True
+            ):
+                torch.mul(left, right, out=place)
+            slopes = active * (1 - active)
+            slopes[:, 2 * size : 3 * size] = 1 - g * g
+            d_product = torch.mul(d_gates.mul_(slopes), gain, out=grad_product[rows])
             recurrence.derivative(t, d_product, product[rows], rstd[t])
             torch.mm(d_product, weight, out=dh)
-            dc.mul_(f[rows])
-        return (
-            grad_gates,
-            grad_h,
-            grad_c,
-            grad_product.t() @ recurrence.before(h, output),
-            (grad_gates * product).sum(0),
-            (grad_squashed * standard_cells).sum(0),
-            grad_squashed.sum(0),
-            None,
-            None,
-        )
+            dc.mul_(f)
+        grad_weight = grad_product.t() @ recurrence.before(h, output)
+        grad_gain = torch.mul(grad_gates, product, out=grad_product).sum(0)
+        grad_gain_cell = (grad_squashed * standard_cells).sum(0)
+        affine = grad_gain, grad_gain_cell, grad_squashed.sum(0)
+        return grad_gates, grad_h, grad_c, grad_weight, *affine, None, None
 
 
 def _places(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
