@@ -18,7 +18,9 @@ LSTM_NORMS: Final = ("none", "batch", "layer", "rms", "weight")
 GRU_NORMS: Final = ("none", "layer", "rms", "weight")
 
 
-def lstm(norm: str, input_size: int, hidden_size: int, *, max_length: int = 1024, **options: Any) -> nn.Module:
+def lstm(
+    norm: str, input_size: int, hidden_size: int, *, max_length: int = 1024, **options: Any
+) -> nn.Module:
     """An LSTM with this norm, with the call of ``torch.nn.LSTM``.
 
     ==========  ==========================================================================================
