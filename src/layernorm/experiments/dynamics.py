@@ -227,11 +227,12 @@ def _steadiness(summary: pd.DataFrame) -> Card:
     growth = {norm: relu[relu.norm == norm].growth for norm in NORMS}
     steady = {norm: bool(values.between(0.1, 10.0).all()) for norm, values in growth.items()}
     return Card(
-        "Without normalization the summed inputs grow or shrink at every step; with layer norm they do not.",
+        "Without normalization the summed inputs tend to grow or shrink at every step; with layer norm they "
+        "do not.",
         "§3.1",
-        f"after {longest:,} steps of an RNN (relu) the hidden state is, for weights × {_scales()}, "
-        f"{_each(growth['none'])} times the first without, and {_each(growth['layer'])} times with "
-        "layer norm",
+        f"after {longest:,} steps of an RNN (relu) the hidden state is this many times the first, for "
+        f"weights × {_scales()}: without norm {_each(growth['none'])}; with layer norm "
+        f"{_each(growth['layer'])}",
         "agrees" if steady["layer"] and not steady["none"] else "differs",
     )
 

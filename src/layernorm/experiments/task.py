@@ -35,7 +35,7 @@ TASKS: Final = (
     "sequential-mnist",
 )
 #: The studies, each a module of this package that defines ``STUDY``.
-STUDIES: Final[tuple[str, ...]] = ("theory", "dynamics")
+STUDIES: Final[tuple[str, ...]] = ("theory", "dynamics", "online")
 
 Optimizer: TypeAlias = Literal["adam", "sgd", "rmsprop"]
 Schedule: TypeAlias = Literal["constant", "cosine", "linear"]
