@@ -95,6 +95,19 @@ def results(measured, tmp_path):
     return tmp_path
 
 
+def test_a_row_is_the_geometric_mean_over_the_seeds(measured):
+    table = pd.read_csv(measured / "dynamics.csv")
+    rows = table[(table.cell == "GRU") & (table.norm == "none") & (table.scale == 0.5) & (table.steps == 40)]
+    rows = rows.set_index("step")
+    traces = [dynamics.trace("GRU", "none", 0.5, 40, 16, seed) for seed in (0, 1)]
+    # Hidden states by their step; gradients by the steps back, the last one's being 1.
+    for step in (1, 3, 40):
+        hidden = math.sqrt(math.prod(float(trace.hidden[step - 1]) for trace in traces))
+        gradient = math.sqrt(math.prod(float(trace.gradient[-step]) for trace in traces))
+        assert rows.hidden[step] == pytest.approx(hidden, rel=1e-12)
+        assert rows.gradient[step] == pytest.approx(gradient, rel=1e-12)
+
+
 def verdicts(folder):
     return [card.verdict for card in tasks.find_study("dynamics").read(folder).cards]
 
