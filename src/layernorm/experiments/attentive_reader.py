@@ -95,7 +95,7 @@ class AttentiveReader(nn.Module):
         y, _ = pad_packed_sequence(packed, batch_first=True)
         projected, _ = pad_packed_sequence(terms, batch_first=True)
         scores = self.score(torch.tanh(projected + self.attend_query(u)[:, None])).squeeze(-1)
-        there = torch.arange(passages.size(1), device=passages.device) < passage_lengths[:, None]
+        there = torch.arange(y.size(1), device=y.device) < passage_lengths[:, None]
         weights = scores.masked_fill(~there, -torch.inf).softmax(-1)
         r = (weights[:, None] @ y).squeeze(1)
         logits: Tensor = self.logits(torch.tanh(self.join_passage(r) + self.join_query(u)))
@@ -283,13 +283,13 @@ TASK = Task(
     norms=NORMS,
     presets={
         "small": Preset(
-            epochs=10,
+            epochs=5,
             batch_sizes=(64,),
             norms=("none", "batch", "layer"),
-            learning_rate=2e-3,
+            learning_rate=3e-3,
             clip=10.0,
-            evaluate_every=39,
-            sizes={"embedding": 64, "hidden": 64, "bidirectional": False, "vocabulary": 2000, "cases": 5000},
+            evaluate_every=38,
+            sizes={"embedding": 64, "hidden": 64, "bidirectional": True, "vocabulary": 2000, "cases": 5000},
         ),
         "paper": Preset(
             epochs=135,

@@ -10,7 +10,7 @@ TASK = sequential_mnist.task(
     "Permuted sequential MNIST",
     permuted=True,
     small=Preset(
-        epochs=4,
+        epochs=6,
         batch_sizes=(64,),
         norms=("none", "batch", "layer"),
         learning_rate=1e-3,

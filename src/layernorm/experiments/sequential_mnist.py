@@ -214,7 +214,7 @@ def task(name: str, title: str, permuted: bool, small: Preset) -> Task:
 
 
 def judge(results: pd.DataFrame) -> Sequence[Card]:
-    """Layer norm and batch norm against no norm, and against each other."""
+    """Layer norm and batch norm against no norm."""
     section = "Cooijmans et al. §5.1"
     claim = "An LSTM with {} that reads pixel by pixel needs fewer updates than one without."
     return (
@@ -261,13 +261,13 @@ TASK = task(
     "Sequential MNIST",
     permuted=False,
     small=Preset(
-        epochs=3,
+        epochs=2,
         batch_sizes=(64,),
-        norms=("none", "batch", "layer"),
+        norms=("none", "layer"),  # batch norm, whose steps are a loop in Python, takes twice as long as both
         learning_rate=1e-3,
         optimizer="rmsprop",
         clip=1.0,
-        evaluate_every=100,
-        sizes={"hidden": 100, "down": 2, "cases": 20_000, "held_out": 1000},
+        evaluate_every=50,
+        sizes={"hidden": 100, "down": 2, "cases": 16_000, "held_out": 500},
     ),
 )
