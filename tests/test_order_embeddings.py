@@ -184,11 +184,11 @@ def test_it_learns_to_find_the_image(source, data):
     losses = []
     for _ in range(40):
         optimizer.zero_grad()
-        total, count = task.loss(network, batch(list(range(0, task.cases, 2))))
-        (total / count).backward()
+        loss = task.loss(network, batch(list(range(0, task.cases, 2))))
+        (loss.total / loss.count).backward()
         assert all(parameter.grad is not None for parameter in network.parameters())
         optimizer.step()
-        losses.append(total.item() / count)
+        losses.append(loss.total.item() / loss.count)
     assert losses[-1] < 0.2 * losses[0]
     state = torch.get_rng_state()
     with torch.no_grad():

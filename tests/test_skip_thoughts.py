@@ -72,7 +72,7 @@ def test_the_loss_is_that_of_saying_the_neighbours_word_by_word(norm, data):
     task = problem()
     network = task.network(norm)
     cases = torch.tensor([0, 5, 3, 4])
-    total, count = task.loss(network, batch(cases))
+    loss = task.loss(network, batch(cases))
     rows = task._sentences.indices
     expected, words = 0.0, 0
     for middle in (cases + 1).tolist():
@@ -83,10 +83,10 @@ def test_the_loss_is_that_of_saying_the_neighbours_word_by_word(norm, data):
                 output, h = decoder(network.encoder.words(torch.tensor([[said]])), h)
                 expected -= F.log_softmax(network.logits(output[0, 0]), -1)[word].item()
                 said, words = word, words + 1
-    assert count == words
+    assert loss.count == words
     # Sums of some tens of float32 terms near 2.
-    assert total.item() == pytest.approx(expected, rel=1e-5)
-    total.backward()
+    assert loss.total.item() == pytest.approx(expected, rel=1e-5)
+    loss.total.backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
@@ -127,10 +127,10 @@ def test_it_learns(data):
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
-        total, count = task.loss(network, batch(torch.arange(task.cases)))
-        (total / count).backward()
+        loss = task.loss(network, batch(torch.arange(task.cases)))
+        (loss.total / loss.count).backward()
         optimizer.step()
-        losses.append(total.item() / count)
+        losses.append(loss.total.item() / loss.count)
     assert losses[-1] < 0.3 * losses[0]
 
 
@@ -195,6 +195,7 @@ def test_cards_and_table_take_each_run_where_its_loss_is_least():
     card = TASK.judge(results)[1]
     assert card.verdict == "partly"
     assert "better in 6 of 7" in card.figure
+    assert "a difference is chance" in card.remark
     assert [card.verdict for card in TASK.judge(results[:3])] == ["not run", "not run"]
     (table,) = TASK.tables(results)
     assert {len(row) for row in table.rows} == {len(table.columns)} == {8}
