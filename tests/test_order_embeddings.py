@@ -40,7 +40,8 @@ def data(monkeypatch):
 
 
 def problem(**sizes):
-    return TASK.problem(**{"vocabulary": 30, "embedding": 5, "units": 7} | sizes)
+    small = {"vocabulary": 30, "embedding": 5, "units": 7}
+    return TASK.problem(**{**TASK.presets["small"].sizes, **small, **sizes})
 
 
 def batch(cases: list[int]) -> Batch:
@@ -216,8 +217,8 @@ def test_many_images_are_searched_a_gallery_at_a_time(data, monkeypatch):
 def test_wrong_sizes_are_answered(data):
     with pytest.raises(ExperimentError, match="unknown source 'flickr'; expected one of coco, flickr8k"):
         problem(source="flickr")
-    with pytest.raises(ExperimentError, match="between 2 and 6 images, as coco's part train has, got 7"):
-        problem(source="coco", images=7)
+    with pytest.raises(ExperimentError, match="at least 2 images of coco's part train, got 1"):
+        problem(source="coco", images=1)
     with pytest.raises(TypeError, match="network must be an OrderEmbedding, got Linear"):
         problem().evaluate(torch.nn.Linear(1, 1))
 
@@ -231,3 +232,9 @@ def test_the_table_has_the_papers_rows_and_the_best_of_each_run():
     assert table.rows[3][1] == "48.5"
     assert table.rows[-1] == ("here: layer, batch 128", *["3.0"] * 7, "7.0")
     assert [card.verdict for card in TASK.judge(results)] == ["not run", "not run"]
+
+
+def test_both_sizes_can_be_changed_in_the_same_ways(data):
+    small, paper = TASK.presets["small"].sizes, TASK.presets["paper"].sizes
+    assert small.keys() == paper.keys()
+    assert TASK.problem(**paper).cases == 5 * IMAGES

@@ -35,8 +35,8 @@ def data(monkeypatch):
 
 
 def problem(**sizes):
-    small = {"text": "shakespeare", "held_out": 10, "vocabulary": 8, "embedding": 4, "units": 6, "folds": 2}
-    return TASK.problem(**small | sizes)
+    small = {"held_out": 10, "vocabulary": 8, "embedding": 4, "units": 6, "folds": 2}
+    return TASK.problem(**{**TASK.presets["small"].sizes, **small, **sizes})
 
 
 def batch(cases: torch.Tensor) -> Batch:
@@ -170,6 +170,11 @@ def test_a_missing_test_is_named(data, monkeypatch):
         problem()
 
 
+def test_folds_need_cases(data):
+    with pytest.raises(ExperimentError, match="at least 8 tested cases for each, got 3 folds and 20 cases"):
+        problem(folds=3, tested=20)
+
+
 def test_norms_begin_with_the_same_weights():
     networks = []
     for norm in NORMS:
@@ -200,3 +205,9 @@ def test_cards_and_table_take_each_run_where_its_loss_is_least():
     (table,) = TASK.tables(results)
     assert {len(row) for row in table.rows} == {len(table.columns)} == {8}
     assert table.rows[-1][:2] == ("here: layer, batch 128", "51.000")
+
+
+def test_both_sizes_can_be_changed_in_the_same_ways():
+    small, paper = TASK.presets["small"].sizes, TASK.presets["paper"].sizes
+    assert small.keys() == paper.keys()
+    assert [type(value) for value in small.values()] == [type(paper[name]) for name in small]

@@ -83,25 +83,23 @@ class Pairs:
         self.caption, self.row, self.owner = (t.to(device) for t in (self.caption, self.row, self.owner))
 
 
-def load(source: str, part: str, images: int | None) -> tuple[Tensor | None, Captions]:
+def load(source: str, part: str, images: int) -> tuple[Tensor | None, Captions]:
     """The first images of a part: their features, if there are any, and captions.
 
     Args:
         source: one of ``SOURCES``.
         part: "train", "dev" or "test".
-        images: their number; None for all.
+        images: their greatest number, at least 2.
 
     Raises:
-        ExperimentError: there is no such source, or it has fewer images.
+        ExperimentError: there is no such source, or fewer than 2 images are asked for.
         MissingData: the source is not here.
     """
     if source not in SOURCES:
         raise ExperimentError(f"unknown source {source!r}; expected one of {', '.join(SOURCES)}")
+    if images < 2:
+        raise ExperimentError(f"expected at least 2 images of {source}'s part {part}, got {images}")
     features, texts = data.coco_features(part) if source == "coco" else (None, data.flickr8k(part))
-    if images is not None and not 2 <= images <= len(texts):
-        raise ExperimentError(
-            f"expected between 2 and {len(texts)} images, as {source}'s part {part} has, got {images}"
-        )
     captions = [[tokens(text) for text in of] for of in texts[:images]]
     return None if features is None else features[:images], captions
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from layernorm.experiments import data
 from layernorm.experiments.sentence_encoder import Sentences
+from layernorm.experiments.task import ExperimentError
 from layernorm.experiments.words import UNKNOWN, Vocabulary, tokens
 
 #: The sets of sentences that are classified.
@@ -41,14 +42,20 @@ class SentenceTests:
 
     Args:
         vocabulary: of the encoder.
-        cases: the greatest number of pairs of each part of SICK, and of sentences of each set; None for all.
+        cases: the greatest number of pairs of each part of SICK, and of sentences of each set.
         folds: of cross-validation, as the four sets have no test part.
 
     Raises:
+        ExperimentError: there are too few folds, or cases for them.
         MissingData: a set is not here; the message says which.
     """
 
-    def __init__(self, vocabulary: Vocabulary, cases: int | None = None, folds: int = 10) -> None:
+    def __init__(self, vocabulary: Vocabulary, cases: int, folds: int) -> None:
+        if folds < 2 or cases < 8 * folds:
+            raise ExperimentError(
+                f"expected at least 2 folds, and at least 8 tested cases for each, got {folds} folds and {cases} "
+                "cases"
+            )
         self._folds = folds
         pairs = {part: data.sick(part)[:cases] for part in ("train", "trial", "test")}
         texts = sorted({text for part in pairs.values() for pair in part for text in pair[:2]})
@@ -66,7 +73,7 @@ class SentenceTests:
         for name in SETS:
             sentences, labels = data.sentence_set(name)
             # The sets are sorted by class: equally spaced sentences keep its share.
-            count = min(cases or len(sentences), len(sentences))
+            count = min(cases, len(sentences))
             chosen = np.linspace(0, len(sentences) - 1, count).round().astype(int)
             self._sets[name] = (
                 _sentences([sentences[case] for case in chosen], vocabulary),

@@ -96,7 +96,7 @@ class SkipThoughtProblem(Problem):
         vocabulary: the greatest number of indices of words.
         embedding: features of a word.
         units: of each GRU.
-        tested: the greatest number of cases of each part of the tests; None for all.
+        tested: the greatest number of cases of each part of the tests.
         folds: of the tests' cross-validation.
 
     Raises:
@@ -106,14 +106,14 @@ class SkipThoughtProblem(Problem):
 
     def __init__(
         self,
-        text: str = "books",
-        held_out: int = 5000,
-        longest: int = 30,
-        vocabulary: int = 20_000,
-        embedding: int = 620,
-        units: int = 2400,
-        tested: int | None = None,
-        folds: int = 10,
+        text: str,
+        held_out: int,
+        longest: int,
+        vocabulary: int,
+        embedding: int,
+        units: int,
+        tested: int,
+        folds: int,
     ) -> None:
         documents = [[words[:longest] for words in document] for document in running_text.load(text)]
         middles, count = _middles(documents), sum(map(len, documents))
@@ -250,6 +250,7 @@ TASK = Task(
             sizes={
                 "text": "shakespeare",
                 "held_out": 600,
+                "longest": 30,
                 "vocabulary": 2000,
                 "embedding": 64,
                 "units": 128,
@@ -259,7 +260,21 @@ TASK = Task(
         ),
         # BookCorpus has 74 million sentences: two passes are the paper's million updates.
         "paper": Preset(
-            epochs=2, batch_sizes=(128,), norms=("none", "layer"), clip=10.0, evaluate_every=50_000
+            epochs=2,
+            batch_sizes=(128,),
+            norms=("none", "layer"),
+            clip=10.0,
+            evaluate_every=50_000,
+            sizes={
+                "text": "books",
+                "held_out": 5000,
+                "longest": 30,
+                "vocabulary": 20_000,
+                "embedding": 620,
+                "units": 2400,
+                "tested": 20_000,
+                "folds": 10,
+            },
         ),
     },
     judge=judge,
