@@ -53,8 +53,8 @@ class SentenceTests:
     def __init__(self, vocabulary: Vocabulary, cases: int, folds: int) -> None:
         if folds < 2 or cases < 8 * folds:
             raise ExperimentError(
-                f"expected at least 2 folds, and at least 8 tested cases for each, got {folds} folds and {cases} "
-                "cases"
+                "expected at least 2 folds, and at least 8 tested cases for each, got "
+                f"{folds} folds and {cases} cases"
             )
         self._folds = folds
         pairs = {part: data.sick(part)[:cases] for part in ("train", "trial", "test")}
