@@ -63,10 +63,12 @@
     };
   }
 
-  function layout(panel, span, shared, revision) {
+  function layout(panel, span, revision) {
     const axis = ({ label, log }, extent) => ({
       title: { text: plain(label), standoff: 8 },
       type: log ? "log" : "linear",
+      // Always given: plotly.js forgets the one it found itself when it draws the same again.
+      ...(extent ? { range: widened(extent) } : {}),
       // So a logarithmic axis of few decades has numbers at 1, 2 and 5, and not at 6, 7, 8, 9, which overlap.
       nticks: !log ? 0 : extent && extent[1] - extent[0] < 2.2 ? 3 : 5,
       tickformat: ".6~g",
@@ -82,7 +84,7 @@
         hoverformat: ".6~g",
         unifiedhovertitle: { text: plain(panel.x.label) + " %{x}" },
       },
-      yaxis: { ...axis(panel.y, span.y), ...(shared && span.y ? { range: widened(span.y) } : {}) },
+      yaxis: axis(panel.y, span.y),
       margin: { l: 56, r: 12, t: 28, b: 44 },
       font: { family: "system-ui, sans-serif", size: 12, color: css("--ink") },
       paper_bgcolor: "rgba(0,0,0,0)",
@@ -105,14 +107,16 @@
       responsive: true,
       displaylogo: false,
       displayModeBar: true,
+      // Not plotly.js's own reset, which knows nothing of hidden lines; its time is 500 ms, as desktops have it.
       doubleClick: false,
+      doubleClickDelay: 500,
       showTips: false,
       modeBarButtons: [["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", everything]],
     };
     function draw() {
       // A new range would end a zoom.
       if (!zoomed) span = spans(row, panel, hidden);
-      Plotly.react(place, traces(panel, looks, hidden), layout(panel, span, row.shared, revision), config);
+      Plotly.react(place, traces(panel, looks, hidden), layout(panel, span, revision), config);
     }
     function reset() {
       zoomed = false;
