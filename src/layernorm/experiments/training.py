@@ -127,14 +127,14 @@ class Trainer:
         if not self.records:
             self._evaluate(recorded)
         saved = shown = time.monotonic()
-        order = self._order(self.update // self.per_epoch)
+        order = self.order(self.update // self.per_epoch)
         stopping = False
         while self.update < self.updates and not stopping:
             epoch, position = divmod(self.update, self.per_epoch)
             if position == 0:
-                order = self._order(epoch)
+                order = self.order(epoch)
             size = self.run.batch_size
-            stopping = self._step(order[position * size : (position + 1) * size], stop())
+            stopping = self.step(order[position * size : (position + 1) * size], stop())
             if self._is_mark():
                 self._evaluate(recorded)
             now = time.monotonic()
@@ -148,6 +148,37 @@ class Trainer:
             self.save()
             raise Interrupted
         progress(self)
+
+    def step(self, cases: Tensor, stop: bool = False) -> bool:
+        """One update on these training cases; returns whether any process wants to stop."""
+        began = time.perf_counter()
+        self.network.train()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate()
+        with torch.autocast(self._device.type, self._autocast, enabled=self._precision != "float32"):
+            loss = self._objective(self._batch(cases))
+        total, total_count, stops = processes.summed(loss.total.item(), loss.count, stop)
+        self._optimizer.zero_grad()
+        # DistributedDataParallel takes the mean over the processes; wanted is their sum over the count.
+        self._scaler.scale(loss.total * (processes.count() / total_count)).backward()
+        if self.preset.clip is not None:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.preset.clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._loss_sum += total / total_count
+        self._loss_count += 1
+        self.update += 1
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._seconds += time.perf_counter() - began
+        return stops > 0
+
+    def order(self, epoch: int) -> Tensor:
+        """The training cases in the order of this epoch."""
+        generator = torch.Generator().manual_seed(_mixed(self.run.seed, epoch))
+        order = torch.randperm(self._problem.cases, generator=generator)
+        return order.to(self._device)
 
     def save(self) -> None:
         """Replaces the checkpoint by the present state, whole or not at all; process 0 does it for all."""
@@ -211,31 +242,6 @@ class Trainer:
             )
         return state
 
-    def _step(self, cases: Tensor, stop: bool) -> bool:
-        """One update; returns whether any process wants to stop."""
-        began = time.perf_counter()
-        self.network.train()
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate()
-        with torch.autocast(self._device.type, self._autocast, enabled=self._precision != "float32"):
-            loss = self._objective(self._batch(cases))
-        total, total_count, stops = processes.summed(loss.total.item(), loss.count, stop)
-        self._optimizer.zero_grad()
-        # DistributedDataParallel takes the mean over the processes; wanted is their sum over the count.
-        self._scaler.scale(loss.total * (processes.count() / total_count)).backward()
-        if self.preset.clip is not None:
-            self._scaler.unscale_(self._optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.preset.clip)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._loss_sum += total / total_count
-        self._loss_count += 1
-        self.update += 1
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._seconds += time.perf_counter() - began
-        return stops > 0
-
     @property
     def _autocast(self) -> torch.dtype | None:
         return None if self._precision == "float32" else getattr(torch, self._precision)
@@ -287,12 +293,6 @@ class Trainer:
         self.records.append(record)
         recorded(record)
         self._loss_sum, self._loss_count = 0.0, 0
-
-    def _order(self, epoch: int) -> Tensor:
-        """The training cases in the order of this epoch."""
-        generator = torch.Generator().manual_seed(_mixed(self.run.seed, epoch))
-        order = torch.randperm(self._problem.cases, generator=generator)
-        return order.to(self._device)
 
 
 def _mixed(seed: int, number: int) -> int:
