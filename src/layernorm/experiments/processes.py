@@ -38,13 +38,13 @@ def joined(device: str) -> Iterator[torch.device]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield own
         return
-    if own.type == "cuda" and own.index is None:
+    if device == "cuda":
         own = torch.device("cuda", dist.get_node_local_rank())
         torch.cuda.set_device(own)
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     try:
         yield own
-    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
+    except RuntimeError as error:
         if not _is_loss(error):
             raise
         reason = str(error).splitlines()[0].split("] ")[-1].split(". ")[0]
