@@ -219,7 +219,11 @@ def judge(results: pd.DataFrame) -> Sequence[Card]:
     claim = "An LSTM with {} that reads pixel by pixel needs fewer updates than one without."
     return (
         judging.sooner(
-            results, VALIDATION_ERROR, claim=claim.format("layer norm"), section="§3.1, with their task"
+            results,
+            VALIDATION_ERROR,
+            claim=claim.format("layer norm"),
+            section="§3.1, with their task",
+            remark="of a single number as input the norm leaves the sign: grey pixels become black or white",
         ),
         judging.sooner(
             results,
