@@ -8,6 +8,7 @@ of a layer, so that the dynamics from hidden state to hidden state are much more
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,8 @@ NORMS: Final = ("none", "layer")
 _RESULTS: Final = "dynamics.csv"
 _CASE: Final = ["cell", "norm", "scale", "steps"]
 _POINTS: Final = 60  # of a line
+# Below this numbers of float64 have fewer digits, down to none.
+_LEAST: Final = sys.float_info.min
 # The steps over which gradients are judged: the longest length at which none has vanished from float64.
 _JUDGED: Final = 100
 
@@ -306,7 +309,7 @@ def _chart(table: pd.DataFrame, cell: str) -> Chart:
     rows = []
     for measure, steps, y_label, x_label in (
         ("hidden", longest, "hidden state (root mean square)", "step"),
-        ("gradient", told, "gradient by the input (norm)", f"steps back, the last of {told:,} being 1"),
+        ("gradient", told, "gradient by the input (norm)", "steps back (1: the last)"),
     ):
         panels = []
         for scale in SCALES:
@@ -314,7 +317,8 @@ def _chart(table: pd.DataFrame, cell: str) -> Chart:
             for norm in NORMS:
                 points = own[(own.steps == steps) & (own.norm == norm) & (own.scale == scale)]
                 # What has overflowed or vanished has no place on a logarithmic axis.
-                points = points[(points[measure] > 0) & (points[measure] < math.inf)].sort_values("step")
+                shown = points[measure].between(_LEAST, sys.float_info.max)
+                points = points[shown].sort_values("step")
                 lines.append(Line(norm, points.step.tolist(), points[measure].tolist()))
             panels.append(Panel(f"weights × {scale:g}", x_label, y_label, lines, x_log=True, y_log=True))
         rows.append(panels)
@@ -342,7 +346,7 @@ def _range(low: float, high: float, form: str) -> str:
 def _number(value: float) -> str:
     if math.isnan(value) or math.isinf(value):
         return "overflow"
-    return f"{value:.3g}"
+    return f"{value:.3g}" if value >= _LEAST else "0"
 
 
 STUDY: Final = Study(
