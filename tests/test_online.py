@@ -214,7 +214,7 @@ def test_a_run_goes_on_where_it_was_stopped(results, measured, monkeypatch):
 
 def test_a_training_goes_on_from_its_checkpoint(results, measured, monkeypatch):
     steps = []
-    plain = online.Trainer._step
+    plain = online.Trainer.step
 
     def interrupted(self, cases, stop):
         steps.append(self.update)
@@ -226,7 +226,7 @@ def test_a_training_goes_on_from_its_checkpoint(results, measured, monkeypatch):
     path = results / "training.csv"
     table = pd.read_csv(path)
     table[:-1].to_csv(path, index=False)
-    monkeypatch.setattr(online.Trainer, "_step", interrupted)
+    monkeypatch.setattr(online.Trainer, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         online.run(results, lambda line: None, **SIZES)
     online.run(results, lambda line: None, **SIZES)
