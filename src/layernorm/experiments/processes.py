@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 from layernorm.experiments.task import ExperimentError
 
@@ -110,8 +109,24 @@ def gather(tensor: Tensor) -> Tensor:
     sizes = [int(size) for size in everyone]
     # A collective wants equal shapes.
     padding = tensor.new_zeros(max(sizes) - len(tensor), *tensor.shape[1:])
-    parts = all_gather(torch.cat((tensor, padding)))
+    parts = _Gather.apply(torch.cat((tensor, padding)))
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+class _Gather(torch.autograd.Function):
+    """Every process's tensor; each has a part of the loss, so the gradients of one's own tensor add up."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> tuple[Tensor, ...]:
+        parts = [torch.empty_like(tensor) for _ in range(count())]
+        dist.all_gather(parts, tensor.contiguous())
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        whole = torch.stack(gradients)
+        dist.all_reduce(whole)
+        return whole[rank()]
 
 
 def _several() -> bool:
