@@ -366,6 +366,7 @@ def test_torchscript_takes_every_cell():
 def test_a_difference_sees_nan_and_shapes():
     ones = torch.ones(3)
     assert not difference([ones * float("nan")], [ones]) <= 1e9
+    assert not difference([ones, ones * float("nan"), ones], [ones] * 3) <= 1e9
     with pytest.raises(RuntimeError, match=r"a result of shape \(1,\), expected \(3,\)"):
         difference([ones[:1]], [ones])
     with pytest.raises(RuntimeError, match="1 results, expected 2"):

@@ -23,6 +23,7 @@ from layernorm.bench.norms import NORMS
 from layernorm.bench.recurrent import RECURRENT
 from layernorm.bench.stream import STREAM
 from layernorm.bench.table import Table, TableError, read
+from layernorm.bench.updates import UPDATES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from layernorm.bench.progress import Display
 
 #: In the order of the page.
-BENCHMARKS: Final = {benchmark.name: benchmark for benchmark in (RECURRENT, STREAM, NORMS, GPU)}
+BENCHMARKS: Final = {benchmark.name: benchmark for benchmark in (RECURRENT, STREAM, UPDATES, NORMS, GPU)}
 DEFAULT_OUT: Final = Path("runs/bench")
 _EPILOG: Final = """\
 Times are medians of interleaved samples; other work on the machine spoils them. A run that was stopped
@@ -42,7 +43,7 @@ def add_to(commands: Any) -> None:
     """Adds the command ``bench`` with a command of its own for each benchmark."""
     bench = commands.add_parser(
         "bench",
-        help="speed beside others': recurrent networks, single steps, norm operators, and those on a GPU",
+        help="speed beside others': recurrent networks, steps, training updates, norm operators, on a GPU",
         description="Measures this package beside PyTorch and others.",
     )
     kinds = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
@@ -73,14 +74,15 @@ def _add_shared_options(parser: argparse.ArgumentParser, benchmark: Benchmark, o
             metavar="N,…",
             help="numbers of threads, or all (default: 1,all)",
         )
-    unasked = f" but {', '.join(benchmark.unasked)}" if benchmark.unasked else ""
     peers = list(dict.fromkeys(name for table in benchmark.tables for name in table.peers))
-    add(
-        "--peers",
-        type=some_of(peers),
-        metavar="A,B,…",
-        help=f"some of {', '.join(peers)} (default: all{unasked}); {OURS} and {BASE} are always measured",
-    )
+    if set(peers) - {OURS, BASE}:
+        unasked = f" but {', '.join(benchmark.unasked)}" if benchmark.unasked else ""
+        add(
+            "--peers",
+            type=some_of(peers),
+            metavar="A,B,…",
+            help=f"some of {', '.join(peers)} (default: all{unasked}); {OURS} and {BASE} are always measured",
+        )
     add("--resume", action="store_true", help="measure only the points that the table does not have")
     add("--report-only", action="store_true", help="write pictures and page again from the table")
     add("--out", type=Path, metavar="DIR", help=f"folder for the results (default: {out})")

@@ -33,7 +33,9 @@ _CURVES: Final = (
 _DISTANCE: Final = 0.17  # between the marks of one point, whose line is 1 high
 
 
-def ratios(data: pd.DataFrame, base: str, *, by_threads: bool = True) -> Figure:
+def ratios(
+    data: pd.DataFrame, base: str, *, by_threads: bool = True, of: str = "PyTorch's eager operator"
+) -> Figure:
     """Dots with whiskers on a logarithmic axis; a row of panels for each number of threads.
 
     Args:
@@ -41,6 +43,7 @@ def ratios(data: pd.DataFrame, base: str, *, by_threads: bool = True) -> Figure:
             ``ratio_to_torch``, ``ratio_q25`` and ``ratio_q75``.
         base: the peer that is 1 everywhere.
         by_threads: whether titles tell the number of threads.
+        of: what that peer is.
     """
     labels = list(dict.fromkeys(data.label))
     modes, threads = list(dict.fromkeys(data["mode"])), sorted(data.threads.unique())
@@ -58,12 +61,12 @@ def ratios(data: pd.DataFrame, base: str, *, by_threads: bool = True) -> Figure:
             axis.set_title(f"{mode}{threaded}", fontsize=10)
     _logarithmic(axes[0, 0])
     for axis in axes[-1]:
-        axis.set_xlabel("times the speed of PyTorch's eager operator", fontsize=9)
+        axis.set_xlabel(f"times the speed of {of}", fontsize=9)
     handles = [
         mpl.lines.Line2D([], [], color=colour, marker=marker, linestyle="none", label=peer)
         for peer, (colour, marker) in _looks(peers).items()
     ]
-    handles.append(mpl.lines.Line2D([], [], color="#000000", linewidth=1, label="PyTorch, eager"))
+    handles.append(mpl.lines.Line2D([], [], color="#000000", linewidth=1, label=of))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     return figure
 

@@ -7,7 +7,14 @@ from typing import Final
 
 import pandas as pd
 
-from layernorm.bench import gpu_recurrent_report, gpu_report, norms_report, recurrent_report, stream_report
+from layernorm.bench import (
+    gpu_recurrent_report,
+    gpu_report,
+    norms_report,
+    recurrent_report,
+    stream_report,
+    updates_report,
+)
 from layernorm.bench.benchmark import Outputs
 from layernorm.bench.table import TableError
 from layernorm.experiments.files import replacing
@@ -17,6 +24,7 @@ from layernorm.experiments.files import replacing
 REPORTS: Final[dict[str, ModuleType]] = {
     "recurrent": recurrent_report,
     "stream": stream_report,
+    "updates": updates_report,
     "norms": norms_report,
     "gpu": gpu_report,
     "gpu_recurrent": gpu_recurrent_report,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def prepare(
 
 
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest of the results' differences, relative to their norms.
+    """The largest of the results' differences, relative to their norms; NaN where one is.
 
     Examples:
         >>> import torch
@@ -91,8 +92,9 @@ def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         if a.shape != b.shape:
             raise RuntimeError(f"a result of shape {tuple(a.shape)}, expected {tuple(b.shape)}")
         relative = float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-12))
-        if not relative <= largest:  # NaN too
-            largest = relative
+        if math.isnan(relative):
+            return relative
+        largest = max(largest, relative)
     return largest
 
 
