@@ -78,7 +78,7 @@ def _panel(axis: Axes, data: pd.DataFrame, labels: Sequence[str], peers: Sequenc
         offset = (index - (len(peers) - 1) / 2) * _DISTANCE
         axis.errorbar(
             rows.ratio_to_torch,
-            rows.label.map(places) + offset,
+            [places[label] + offset for label in rows.label],
             xerr=[rows.ratio_to_torch - rows.ratio_q25, rows.ratio_q75 - rows.ratio_to_torch],
             color=colour,
             marker=marker,
