@@ -30,6 +30,13 @@ _CURVES: Final = (
     ("#009E73", "^"),
     ("#CC79A7", "D"),
 )
+#: Ticks of a logarithmic axis, times the powers of ten, by the least ratio of its ends.
+_STEPS: Final = {
+    300: (1.0,),
+    5: (1.0, 2.0, 5.0),
+    2: (1.0, 1.4, 2.0, 3.0, 5.0, 7.0),
+    0: (1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0),
+}
 _DISTANCE: Final = 0.17  # between the marks of one point, whose line is 1 high
 
 
@@ -99,12 +106,11 @@ def _panel(axis: Axes, data: pd.DataFrame, labels: Sequence[str], peers: Sequenc
 
 
 def _logarithmic(axis: Axes, which: str = "x") -> None:
-    """Ticks at 1, 2 and 5 times the powers of ten, or more where the range is small, as plain numbers."""
+    """Ticks at 1, 2 and 5 times the powers of ten, more or fewer by the range, as plain numbers."""
     axis.set(**{f"{which}scale": "log"})
     low, high = axis.get_xlim() if which == "x" else axis.get_ylim()
     line = axis.xaxis if which == "x" else axis.yaxis
-    wide, narrow = high / low >= 300, high / low < 5
-    steps = (1.0,) if wide else (1.0, 1.4, 2.0, 3.0, 5.0, 7.0) if narrow else (1.0, 2.0, 5.0)
+    steps = next(steps for least, steps in _STEPS.items() if high / low >= least)
     line.set_major_locator(mpl.ticker.LogLocator(subs=steps, numticks=20))
     line.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     line.set_minor_locator(mpl.ticker.NullLocator())
