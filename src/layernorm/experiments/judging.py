@@ -120,9 +120,10 @@ def _by_batch_size(
 def _card(claim: str, section: str, verdicts: Mapping[int, bool], texts: Sequence[str], remark: str) -> Card:
     verdict: Verdict = "partly"
     if not verdicts:
-        return Card(claim, section, "the runs that would tell are not there", "not run")
+        return Card(claim, section, "The runs that would tell are not there.", "not run")
     if all(verdicts.values()):
         verdict, remark = "agrees", ""
     elif not any(verdicts.values()):
         verdict = "differs"
-    return Card(claim, section, "; ".join(texts), verdict, remark)
+    text = "; ".join(texts)
+    return Card(claim, section, f"{text[0].upper()}{text[1:]}.", verdict, remark)

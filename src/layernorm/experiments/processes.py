@@ -6,6 +6,7 @@ Without ``torchrun`` there is one process, and everything here is the identity.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -52,6 +53,9 @@ def joined(device: str) -> Iterator[torch.device]:
             "last checkpoint"
         ) from error
     finally:
+        # Gloo's threads let go of the last tensors with Python's lock, for which whoever destroys the group
+        # while holding it would wait for ever.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 
@@ -109,7 +113,7 @@ def gather(tensor: Tensor) -> Tensor:
     sizes = [int(size) for size in everyone]
     # A collective wants equal shapes.
     padding = tensor.new_zeros(max(sizes) - len(tensor), *tensor.shape[1:])
-    parts = _Gather.apply(torch.cat((tensor, padding)))
+    parts = cast(tuple[Tensor, ...], _Gather.apply(torch.cat((tensor, padding))))  # type: ignore[no-untyped-call]
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
