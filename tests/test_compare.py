@@ -166,7 +166,7 @@ def refused(capsys, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["digit"], "unknown task 'digit'; expected one of attentive-reader, convnet, digits, "),
+        (["digit"], "unknown task 'digit'; expected one of digits, digits-rows, "),
         (
             ["--norms", "none,lyer"],
             "--norms: unknown norm 'lyer' for digits; expected some of none, batch, layer",

@@ -32,13 +32,13 @@ _TASKS: Final = """\
 tasks:
   digits            scikit-learn's handwritten digits by a feed-forward network
   digits-rows       the same read row by row by an LSTM
-  mnist             permutation-invariant MNIST, 784-1000-1000-10 (§6.6)
-  convnet           a convolutional network on MNIST (§6.7)
-  draw              DRAW on binarized MNIST (§6.4)
-  handwriting       handwriting generation (§6.5)
   order-embeddings  order embeddings of images and captions (§6.1)
   attentive-reader  cloze questions about a passage (§6.2)
   skip-thoughts     sentence vectors (§6.3)
+  draw              DRAW on binarized MNIST (§6.4)
+  handwriting       handwriting generation (§6.5)
+  mnist             permutation-invariant MNIST, 784-1000-1000-10 (§6.6)
+  convnet           a convolutional network on MNIST (§6.7)
   sequential-mnist  MNIST pixel by pixel (Cooijmans et al.)
   permuted-mnist    the same in a fixed random order
 norms: none, layer and others by task; an unknown one is answered with the task's list.

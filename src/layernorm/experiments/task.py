@@ -22,17 +22,17 @@ from layernorm.experiments.section import Card, Section, Table
 
 #: The tasks, each a module of this package that defines ``TASK``.
 TASKS: Final = (
-    "attentive-reader",
-    "convnet",
     "digits",
     "digits-rows",
+    "order-embeddings",
+    "attentive-reader",
+    "skip-thoughts",
     "draw",
     "handwriting",
     "mnist",
-    "order-embeddings",
-    "skip-thoughts",
-    "permuted-mnist",
+    "convnet",
     "sequential-mnist",
+    "permuted-mnist",
 )
 #: The studies, each a module of this package that defines ``STUDY``.
 STUDIES: Final[tuple[str, ...]] = ("theory", "dynamics", "online")
