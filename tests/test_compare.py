@@ -128,6 +128,21 @@ def test_an_interrupted_command_goes_on_when_given_again(tmp_path, signum, undis
     pd.testing.assert_frame_equal(records(out), undisturbed)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_records_also_go_to_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"norms": ("none",), "batch_sizes": (128,), "epochs": 1, "seeds": 1}
+    compare(dataclasses.replace(small(tmp_path, **options), tensorboard=True), silent())
+    found = EventAccumulator(str(tmp_path / "tensorboard/none-batch128-seed0"))
+    found.Reload()
+    table = pd.read_csv(tmp_path / "results.csv")
+    shown = {event.step: event.value for event in found.Scalars("test_error")}
+    assert shown == pytest.approx(dict(zip(table["update"], table.test_error, strict=True)), rel=1e-6)
+    assert len(found.Scalars("train_loss")) == len(table) - 1  # there is none before the first update
+
+
 def test_the_learning_rate_is_the_one_asked_for(tmp_path):
     options = {"norms": ("none",), "batch_sizes": (128,), "epochs": 1, "seeds": 1}
     for rate in (1e-3, 1e-9):

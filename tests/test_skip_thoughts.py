@@ -199,7 +199,7 @@ def test_cards_and_table_take_each_run_where_its_loss_is_least():
     results.loc[4, "mr"] = 10.0
     card = TASK.judge(results)[1]
     assert card.verdict == "partly"
-    assert "better in 6 of 7" in card.figure
+    assert "Better in 6 of 7" in card.figure
     assert "a difference is chance" in card.remark
     assert [card.verdict for card in TASK.judge(results[:3])] == ["not run", "not run"]
     (table,) = TASK.tables(results)

@@ -291,7 +291,7 @@ TASK = Task(
         "small": Preset(
             epochs=5,
             batch_sizes=(64,),
-            norms=("none", "batch", "layer"),
+            norms=("none", "batch", "layer", "layer-0.1"),
             learning_rate=3e-3,
             clip=10.0,
             evaluate_every=38,

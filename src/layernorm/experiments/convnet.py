@@ -15,7 +15,7 @@ from layernorm.baselines import BatchNorm, start_weight_norm
 from layernorm.experiments import judging, mnist
 from layernorm.experiments.classification import METRICS, TEST_ERROR, Classification, Data
 from layernorm.experiments.section import Card
-from layernorm.experiments.task import ExperimentError, Preset, Task
+from layernorm.experiments.task import TRAIN_LOSS, ExperimentError, Preset, Task
 
 #: What a convolution can be normalized with.
 NORMS: Final = ("none", "batch", "layer", "weight")
@@ -109,6 +109,15 @@ def judge(results: pd.DataFrame) -> Sequence[Card]:
             than="layer",
             claim="In a convolutional network batch norm outperforms layer norm.",
             section="§6.7",
+            remark="few test cases tell little: a case of 2,000 is 0.05 %; see the training loss",
+        ),
+        judging.sooner(
+            results,
+            TRAIN_LOSS,
+            norm="batch",
+            than="layer",
+            claim="In a convolutional network batch norm trains faster than layer norm.",
+            section="§6.7",
         ),
     )
 
@@ -129,6 +138,7 @@ TASK = Task(
             epochs=3,
             batch_sizes=(128,),
             norms=NORMS,
+            seeds=3,
             sizes={"width": 16, "cases": 10_000, "held_out": 2_000},
         ),
         "paper": Preset(

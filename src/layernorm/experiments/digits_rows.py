@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
-import layernorm
-from layernorm.experiments import digits, judging
-from layernorm.experiments.classification import METRICS, TEST_ERROR, Classification
+from layernorm.experiments import digits, judging, recurrent
+from layernorm.experiments.classification import METRICS, TEST_ERROR, Classification, Data
 from layernorm.experiments.section import Card
 from layernorm.experiments.task import Preset, Task
 from layernorm.variants import PRESETS
@@ -23,27 +21,31 @@ class RowReader(nn.Module):
 
     def __init__(self, norm: str) -> None:
         super().__init__()
-        self.lstm: nn.Module
-        if norm == "none":
-            self.lstm = nn.LSTM(8, 64, batch_first=True)
-        else:
-            variant = "paper" if norm == "layer" else norm
-            self.lstm = layernorm.LayerNormLSTM(8, 64, batch_first=True, variant=variant)
+        self.lstm = recurrent.lstm(norm, 8, 64, batch_first=True, max_length=8)
         self.logits = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 8, 8) to logits (N, 10)."""
-        _, (h, _) = self.lstm(images)
-        logits: Tensor = self.logits(h[0])
+        logits: Tensor = self.logits(self.states(images))
         return logits
+
+    def states(self, images: Tensor) -> Tensor:
+        """The last hidden states (N, 64) of images (N, 8, 8), each read as a whole."""
+        _, (h, _) = self.lstm(images)
+        last: Tensor = h[0]
+        return last
+
+
+def load() -> Data:
+    """The cases of the task ``digits`` as sequences (cases, 8, 8)."""
+    flat = digits.load()
+    train, test = (images.unflatten(1, (8, 8)) for images in (flat.train_inputs, flat.test_inputs))
+    return Data(train, flat.train_targets, test, flat.test_targets)
 
 
 def problem() -> Classification:
-    """The cases of the task ``digits`` as sequences (cases, 8, 8)."""
-    flat = digits.load()
-    flat.train_inputs = torch.unflatten(flat.train_inputs, 1, (8, 8))
-    flat.test_inputs = torch.unflatten(flat.test_inputs, 1, (8, 8))
-    return Classification(flat, RowReader)
+    """The rows and their reader."""
+    return Classification(load(), RowReader)
 
 
 def judge(results: pd.DataFrame) -> Sequence[Card]:
@@ -70,7 +72,7 @@ TASK = Task(
     ),
     problem=problem,
     metrics=METRICS,
-    norms=("none", "layer", *_VARIANTS),
+    norms=tuple(dict.fromkeys((*recurrent.LSTM_NORMS, *_VARIANTS))),
     presets={"small": _PRESET, "paper": _PRESET},
     judge=judge,
 )

@@ -233,7 +233,7 @@ def _steadiness(summary: pd.DataFrame) -> Card:
         "Without normalization the summed inputs tend to grow or shrink at every step; with layer norm they "
         "do not.",
         "§3.1",
-        f"after {longest:,} steps of an RNN (relu) the hidden state is this many times the first, for "
+        f"After {longest:,} steps of an RNN (relu) the hidden state is this many times the first, for "
         f"weights × {_scales()}: without norm {_each(growth['none'])}; with layer norm "
         f"{_each(growth['layer'])}",
         "agrees" if steady["layer"] and not steady["none"] else "differs",
@@ -247,7 +247,7 @@ def _invariance(summary: pd.DataFrame) -> Card:
     return Card(
         "A recurrent layer with layer norm is invariant to the scale of all its summed inputs.",
         "§3.1",
-        f"last hidden states for weights × {_scales()} differ in size by at most "
+        f"Last hidden states for weights × {_scales()} differ in size by at most "
         f"{100 * (greatest['layer'] - 1):.2g} % with layer norm in every cell and length, as eps alone "
         f"sees the scale; and by at least {100 * (least['none'] - 1):.2g} % without",
         "agrees" if greatest["layer"] < 1.05 < least["none"] else "differs",
@@ -274,7 +274,7 @@ def _gradients(summary: pd.DataFrame) -> Card:
         "Summed inputs that grow or shrink make gradients explode or vanish; with layer norm the dynamics "
         "are much more stable.",
         "§3.1",
-        f"in the mean over {steps} steps, for weights × {_scales()}, a step back multiplies the gradient "
+        f"In the mean over {steps} steps, for weights × {_scales()}, a step back multiplies the gradient "
         f"without norm by {texts['none']}; with layer norm by {texts['layer']}",
         verdict,
         "The scale of the weights no longer matters to the gradient, but what a cell forgets at each step "

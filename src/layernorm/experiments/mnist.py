@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Final
 
 import pandas as pd
 
 from layernorm.experiments import data, feedforward, judging
 from layernorm.experiments.classification import METRICS, TEST_ERROR, Classification, Data
 from layernorm.experiments.section import Card
-from layernorm.experiments.task import ExperimentError, Metric, Preset, Task
+from layernorm.experiments.task import TRAIN_LOSS, ExperimentError, Preset, Task
 
 #: The column that the runner writes for every task: the mean over the updates since the last record.
-TRAINING_LOSS: Final = Metric("train_loss", "training loss", form="{:.3g}", log=True)
 
 
 def load(cases: int = 55_000) -> Data:
@@ -57,7 +55,7 @@ def judge(results: pd.DataFrame) -> Sequence[Card]:
         ),
         judging.sooner(
             results,
-            TRAINING_LOSS,
+            TRAIN_LOSS,
             than="batch",
             claim="Training with layer norm converges faster than with batch norm on all layers.",
             section="§6.6, figure 6",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from layernorm import LayerNormLSTM, backends
-from layernorm.experiments import digits, feedforward, online_section, recurrent
+from layernorm.experiments import digits, digits_rows, feedforward, online_section
 from layernorm.experiments.classification import TEST_ERROR, Classification, Data
 from layernorm.experiments.files import replacing
 from layernorm.experiments.section import Section
@@ -44,8 +44,8 @@ _NUMBERS: Final = ("deviation", "bits", "changed", "test_error", "by_mode", "mod
 _MEASUREMENTS: Final = 2 * len(NORMS) + 1 + 2
 
 
-class RowReader(nn.Module):
-    """An LSTM of 64 units over the rows of an image, whose last hidden state gives the class.
+class RowReader(digits_rows.RowReader):
+    """The reader of ``digits-rows``, which also reads one row at a time.
 
     Args:
         norm: as ``layernorm.experiments.recurrent.lstm`` takes it.
@@ -57,22 +57,6 @@ class RowReader(nn.Module):
         >>> torch.allclose(reader.online(images), reader.states(images))
         True
     """
-
-    def __init__(self, norm: str) -> None:
-        super().__init__()
-        self.lstm = recurrent.lstm(norm, 8, 64, batch_first=True, max_length=8)
-        self.logits = nn.Linear(64, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 8, 8) to logits (N, 10)."""
-        logits: Tensor = self.logits(self.states(images))
-        return logits
-
-    def states(self, images: Tensor) -> Tensor:
-        """The last hidden states (N, 64) of images (N, 8, 8), each read as a whole."""
-        _, (h, _) = self.lstm(images)
-        last: Tensor = h[0]
-        return last
 
     def online(self, images: Tensor) -> Tensor:
         """The same, one row at a time: by a stream, and by calls with the state where there is none.
@@ -234,7 +218,7 @@ def _train(
 ) -> tuple[nn.Module | None, dict[str, Any]]:
     """The trained network and its test error; or None, and what batch norm says to a batch of one."""
     problem = (
-        Classification(_in_rows(data), RowReader)
+        Classification(digits_rows.load(), RowReader)
         if network == "LSTM"
         else Classification(data, partial(feedforward.network, (64, 128, 128, 10)))
     )
@@ -268,7 +252,7 @@ def _subjects(
     data: Data, network: str, norm: str, trained: nn.Module
 ) -> Iterator[tuple[str, str, Subject, str | None]]:
     if network == "LSTM":
-        cases = _in_rows(data).test_inputs
+        cases = digits_rows.load().test_inputs
         reader = Subject(trained, cases, RowReader.states, RowReader.online, lambda net, h: net.logits(h))
         yield "LSTM", norm, reader, None
         if norm == "layer":
@@ -287,12 +271,6 @@ def _subjects(
 def _called(network: nn.Module, cases: Tensor) -> Tensor:
     outputs: Tensor = network(cases)
     return outputs
-
-
-def _in_rows(data: Data) -> Data:
-    """The images as sequences (cases, 8, 8) of their rows."""
-    train, test = (x.unflatten(1, (8, 8)) for x in (data.train_inputs, data.test_inputs))
-    return Data(train, data.train_targets, test, data.test_targets)
 
 
 def _checkpoint(folder: Path, case: tuple[int, str, str, int]) -> Path:

@@ -38,7 +38,7 @@ def _modes(inference: pd.DataFrame) -> Card:
     return Card(
         "Layer norm performs exactly the same computation at training and test times.",
         "abstract",
-        f"the logits of the same batches of {_sizes(layer)} in training and in evaluation mode are, with "
+        f"The logits of the same batches of {_sizes(layer)} in training and in evaluation mode are, with "
         f"layer norm, {_same(layer.by_mode, layer.mode_bits)}; with batch norm they differ by up "
         f"to {worst.by_mode:.2g} ({worst.network}, batch {worst.batch_size}: {worst.changed:g} predictions "
         "change)",
@@ -59,7 +59,7 @@ def _batches(inference: pd.DataFrame) -> Card:
     return Card(
         "Layer norm does not introduce any new dependencies between training cases.",
         "§1",
-        f"in batches of {_sizes(layer)} the logits of a case are {same['LSTM']} in the LSTM, and "
+        f"In batches of {_sizes(layer)} the logits of a case are {same['LSTM']} in the LSTM, and "
         f"{same['feed-forward']} in the feed-forward network, where torch.nn.Linear's products round by the "
         f"size of the batch (the outputs of its layer norm by itself: {same['norm alone']}). With batch norm "
         f"in training mode, batches of {worst.batch_size} make the test error {worst.test_error:.1f} % "
@@ -76,7 +76,7 @@ def _steps(inference: pd.DataFrame) -> Card:
         "The normalization of a time step depends on the summed inputs of that step alone; batch norm needs "
         "statistics for each step of the sequence.",
         "§1, §3.1",
-        f"read one step at a time, in batches of {_sizes(layer)}, the logits are those of whole sequences: "
+        f"Read one step at a time, in batches of {_sizes(layer)}, the logits are those of whole sequences: "
         f"{_same(layer.deviation, layer.bits)} with layer norm, {_same(none.deviation, none.bits)} without "
         f"norm; recurrent batch norm, with statistics of its own for each step, {can}",
         "agrees" if layer.deviation.max(skipna=False) < _ROUNDING else "differs",
@@ -95,7 +95,7 @@ def _batches_of_one(training: pd.DataFrame) -> Card:
     return Card(
         claim,
         "§1, §3",
-        f"trained with batch size 1, layer norm has a test error of {listed}; batch norm "
+        f"Trained with batch size 1, layer norm has a test error of {listed}; batch norm "
         + ("cannot be trained so" if cannot else "can be trained so too"),
         "agrees" if cannot and (errors < _LEARNED).all() else "differs",
     )

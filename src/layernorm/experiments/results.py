@@ -14,12 +14,11 @@ from rich.table import Table as RichTable
 from layernorm.experiments import judging
 from layernorm.experiments.files import replacing
 from layernorm.experiments.section import Chart, Line, Panel, Picture, Section, Table
-from layernorm.experiments.task import ExperimentError, Metric, Task
+from layernorm.experiments.task import TRAIN_LOSS, ExperimentError, Metric, Task
 from layernorm.experiments.training import COLUMNS, Run
 
 #: The optional table beside ``results.csv``.
 PARQUET: Final = "results.parquet"
-_TRAIN_LOSS: Final = Metric("train_loss", "training loss", form="{:.3g}", log=True)
 
 
 def read(path: Path, task: Task) -> pd.DataFrame:
@@ -176,7 +175,7 @@ def section(folder: Path, task: Task, config: Mapping[str, Any], table: pd.DataF
         "out."
     )
     rows = [[row[name] for name in columns] for row in cells(summary, metric)]
-    charts = [chart("curves", table, norms, [metric, *others[:1], _TRAIN_LOSS])]
+    charts = [chart("curves", table, norms, [metric, *others[:1], TRAIN_LOSS])]
     if others[1:]:
         charts.append(chart("metrics", table, norms, others[1:]))
     pictures = [
@@ -187,7 +186,7 @@ def section(folder: Path, task: Task, config: Mapping[str, Any], table: pd.DataF
     return Section(
         name=task.name,
         title=f"{task.title} ({task.section})",
-        summary=f"{task.summary}. {_described(config)}",
+        summary=f"{task.summary[0].upper()}{task.summary[1:]}. {_described(config)}",
         command=config["command"],
         cards=task.judge(table),
         tables=(Table("Summary", list(columns.values()), rows, note), *task.tables(table)),

@@ -198,7 +198,7 @@ def _transfer(results: pd.DataFrame) -> Card:
         ahead += layer > none if metric.higher else layer < none
         texts.append(f"{metric.label} {metric.form.format(layer)} against {metric.form.format(none)}")
     verdict: Verdict = "agrees" if ahead == len(TRANSFER) else "partly" if ahead else "differs"
-    figure = f"better in {ahead} of {len(TRANSFER)}: {'; '.join(texts)}"
+    figure = f"Better in {ahead} of {len(TRANSFER)}: {'; '.join(texts)}"
     return Card(claim, _SECTION, figure, verdict, "" if verdict == "agrees" else _REMARK)
 
 

@@ -68,6 +68,10 @@ class Metric:
     log: bool = False
 
 
+#: What every task minimizes: the mean over the updates since the last record.
+TRAIN_LOSS: Final = Metric("train_loss", "training loss", form="{:.3g}", log=True)
+
+
 @dataclass(frozen=True)
 class Preset:
     """The size of a task, all of which the command line can override.
