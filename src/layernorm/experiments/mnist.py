@@ -12,8 +12,6 @@ from layernorm.experiments.classification import METRICS, TEST_ERROR, Classifica
 from layernorm.experiments.section import Card
 from layernorm.experiments.task import TRAIN_LOSS, ExperimentError, Preset, Task
 
-#: The column that the runner writes for every task: the mean over the updates since the last record.
-
 
 def load(cases: int = 55_000) -> Data:
     """``cases`` training and 10,000 test cases of 784 pixels in [0, 1].
