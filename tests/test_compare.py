@@ -204,6 +204,7 @@ def refused(capsys, *arguments: str) -> str:
         (["--size", "cases"], "argument --size: expected NAME=VALUE, got 'cases'"),
         (["--size", "cases=4"], "--size: unknown size 'cases'; this task has: none"),
         (["--ray", "nowhere:1"], "--ray: cannot reach the cluster 'nowhere:1'"),
+        (["--cpus-per-run", "2"], "--cpus-per-run is for --ray, which is not given"),
         (["--preset", "tiny"], "argument --preset: invalid choice: 'tiny'"),
         (["digits-rows", "--norms", "sheeprl"], "unknown norm 'sheeprl' for digits-rows"),
     ],

@@ -103,8 +103,8 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="runs side by side on a Ray cluster; without ADDRESS on one started here",
     )
-    add("--cpus-per-run", type=positive, default=1, metavar="N", help="with --ray (default: 1)")
-    add("--gpus-per-run", type=number(0.0), default=0.0, metavar="X", help="with --ray (default: 0)")
+    add("--cpus-per-run", type=positive, metavar="N", help="with --ray (default: 1)")
+    add("--gpus-per-run", type=number(0.0), metavar="X", help="with --ray (default: 0)")
 
 
 def _add_compare(commands: Any) -> None:
@@ -242,13 +242,22 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> Callable[..., None] | None:
+    from layernorm.experiments import processes
+    from layernorm.experiments.task import ExperimentError
+
     if options.ray is None:
+        for name in ("cpus_per_run", "gpus_per_run"):
+            if getattr(options, name) is not None:
+                raise ExperimentError(f"--{name.replace('_', '-')} is for --ray, which is not given")
         return None
+    if processes.count() > 1:
+        raise ExperimentError(
+            "--ray: either Ray trains the runs side by side or torchrun shares their batches"
+        )
     from layernorm.experiments.sweep import RaySweep
 
-    return RaySweep(
-        None if options.ray == "local" else options.ray, options.cpus_per_run, options.gpus_per_run
-    )
+    address = None if options.ray == "local" else options.ray
+    return RaySweep(address, options.cpus_per_run or 1, options.gpus_per_run or 0.0)
 
 
 def _console(speaks: bool = True) -> Any:
