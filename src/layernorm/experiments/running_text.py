@@ -7,23 +7,12 @@ from typing import Final
 
 from layernorm.experiments import data
 from layernorm.experiments.data import finding
+from layernorm.experiments.data.sources import BOOKS
 from layernorm.experiments.task import ExperimentError
 from layernorm.experiments.words import tokens
 
 #: Where running text can come from.
 TEXTS: Final = ("shakespeare", "books")
-
-BOOKS: Final = data.Source(
-    folder="books",
-    title="A collection of books",
-    what="running text, a sentence a line, such as BookCorpus",
-    by="the user; BookCorpus: Y. Zhu, R. Kiros and others, Aligning books and movies, 2015",
-    licence="that of the books",
-    size="any",
-    used_by=("skip-thoughts",),
-    page="https://yknzhu.wixsite.com/mbweb",
-    layout="any number of files `*.txt`",
-)
 
 _SENTENCE_END: Final = re.compile(r"(?<=[.!?])\s+")
 

@@ -339,6 +339,18 @@ SICK: Final = Source(
     ),
 )
 
+BOOKS: Final = Source(
+    folder="books",
+    title="A collection of books",
+    what="running text, a sentence a line, such as BookCorpus",
+    by="the user; BookCorpus: Y. Zhu, R. Kiros and others, Aligning books and movies, 2015",
+    licence="that of the books",
+    size="any",
+    used_by=("skip-thoughts",),
+    page="https://yknzhu.wixsite.com/mbweb",
+    layout="any number of files `*.txt`",
+)
+
 #: All data sets.
 SOURCES: Final = (
     MNIST,
@@ -346,6 +358,7 @@ SOURCES: Final = (
     OMNIGLOT,
     IAM_ONDB,
     TINY_SHAKESPEARE,
+    BOOKS,
     FLICKR8K,
     COCO_FEATURES,
     CNN_QUESTIONS,
