@@ -19,7 +19,7 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from layernorm.experiments import data, task
+from layernorm.experiments import data, running_text, task
 from layernorm.experiments.data import finding, sources
 from layernorm.experiments.task import ExperimentError, MissingData
 
@@ -211,6 +211,7 @@ CALLS = {
     "strokes": data.omniglot_strokes,
     "iam_ondb": data.iam_ondb,
     "text": data.tiny_shakespeare,
+    "books": lambda: running_text.load("books"),
     "captions": lambda: data.flickr8k("dev"),
     "coco": lambda: data.coco_features("train"),
     "cnn": lambda: data.cnn_questions("train"),
