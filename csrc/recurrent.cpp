@@ -1,5 +1,6 @@
 // The recurrent kernels of one instruction set. CMakeLists.txt compiles this file once for each,
 // with the set's flags and its name as LAYERNORM_ISA.
+#include "gates.hpp"
 #include "sequence_sums.hpp"
 
 namespace layernorm::LAYERNORM_ISA {
@@ -40,6 +41,22 @@ constexpr RecurrentKernels kernels() {
         ChunkSums<T>(r, g, shared, chunk).run(static_cast<Sum>(sum), prepared, scratch, begin, end);
       },
       finish_backward<T>,
+      [](const Recurrent& r) { return Gates<T>(r, nullptr, nullptr).bytes; },
+      [](const Recurrent& r, const void* prepared, void* scratch, int64_t begin, int64_t end) {
+        Gates<T>(r, prepared, scratch).forward(begin, end);
+      },
+      [](const Recurrent& r, const RecurrentGradients& g) {
+        const int64_t count = blocks_of(r) * BlockSums<Accumulate<T>>(r, g).stride;
+        return static_cast<size_t>(count) * sizeof(Accumulate<T>);
+      },
+      [](const Recurrent& r, const RecurrentGradients& g, const void* prepared, void* sums,
+         void* scratch, int64_t begin, int64_t end) {
+        Gates<T>(r, prepared, scratch).backward(g, static_cast<Accumulate<T>*>(sums), begin, end);
+      },
+      [](const Recurrent& r, const RecurrentGradients& g, const void* sums) {
+        using A = Accumulate<T>;
+        finish_sums(g, BlockSums<A>(r, g), blocks_of(r), static_cast<const A*>(sums));
+      },
   };
 }
 

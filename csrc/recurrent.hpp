@@ -119,6 +119,18 @@ struct RecurrentKernels {
               void* scratch, int64_t chunk, int kind, int64_t part_begin, int64_t part_end);
   // After the last chunk: gradients of the initial state, and of gains and biases.
   void (*finish)(const Recurrent&, const RecurrentGradients&, void* shared);
+
+  // The part of an LSTM's step after its products: `input` is W_ih x and h0 is W_hh h, both [N,
+  // G·H], and there is no input or output size. Forward goes by rows; backward by blocks of
+  // rows_per_block() rows, with grad_input and grad_h0 of these products, all gradients in the type
+  // computed in, and sums that are zero to begin with.
+  size_t (*gates_bytes)(const Recurrent&);
+  void (*gates)(const Recurrent&, const void* prepared, void* scratch, int64_t row_begin,
+                int64_t row_end);
+  size_t (*gate_sums_bytes)(const Recurrent&, const RecurrentGradients&);
+  void (*gates_backward)(const Recurrent&, const RecurrentGradients&, const void* prepared,
+                         void* sums, void* scratch, int64_t block_begin, int64_t block_end);
+  void (*finish_gates)(const Recurrent&, const RecurrentGradients&, const void* sums);
 };
 
 // By the type of the elements: float, double, bfloat16, float16.

@@ -17,6 +17,8 @@ inline int64_t chunk_steps(const Recurrent& r) {
   return least(r.steps, parts_of(kSumRows, r.batch > 0 ? r.batch : 1));
 }
 
+inline int64_t blocks_of(const Recurrent& r) { return parts_of(r.batch, rows_per_block(r.batch)); }
+
 // Sums of gains and biases, for each block of rows: of the present chunk, and of those before.
 template <typename A>
 struct BlockSums {
@@ -62,7 +64,7 @@ struct BackwardShared {
   size_t bytes;
 
   BackwardShared(const Recurrent& r, const RecurrentGradients& g, void* memory)
-      : layout(r, g), blocks(parts_of(r.batch, rows_per_block(r.batch))) {
+      : layout(r, g), blocks(blocks_of(r)) {
     Arena arena{static_cast<char*>(memory)};
     const int64_t rows = chunk_steps(r) * r.batch;
     grad_h = arena.take<A>(r.batch * r.output_size);
@@ -412,7 +414,25 @@ class Backward {
   }
 };
 
-// Gradients of the initial state, and of gains and biases from the sums of the blocks.
+// Gradients of gains and biases from the sums of the blocks.
+template <typename A>
+void finish_sums(const RecurrentGradients& g, const BlockSums<A>& layout, int64_t blocks,
+                 const A* from) {
+  void* const to[] = {g.gain_ih,   g.gain_hh,   g.bias,    g.bias_hn,
+                      g.gain_cell, g.bias_cell, g.bias_ih, g.bias_hh};
+  for (int v = 0; v < BlockSums<A>::kVectors; ++v) {
+    const int64_t size = layout.sizes[v];
+    each_vector<A>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+      auto sum = load(from + i, part);
+      for (int64_t block = 1; block < blocks; ++block)
+        sum = sum + load(from + block * layout.stride + i, part);
+      put(static_cast<A*>(to[v]) + i, sum, part);
+    });
+    from += parts_of(size, 16) * 16;
+  }
+}
+
+// Gradients of the initial state, of gains and biases.
 template <typename T>
 void finish_backward(const Recurrent& r, const RecurrentGradients& g, void* memory) {
   using A = Accumulate<T>;
@@ -425,19 +445,7 @@ void finish_backward(const Recurrent& r, const RecurrentGradients& g, void* memo
   };
   narrow_all(shared.grad_h, g.grad_h0, r.batch * r.output_size);
   narrow_all(shared.grad_c, g.grad_c0, r.batch * r.hidden_size);
-  void* const to[] = {g.gain_ih,   g.gain_hh,   g.bias,    g.bias_hn,
-                      g.gain_cell, g.bias_cell, g.bias_ih, g.bias_hh};
-  const A* from = shared.block_totals;
-  for (int v = 0; v < BlockSums<A>::kVectors; ++v) {
-    const int64_t size = shared.layout.sizes[v];
-    each_vector<A>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-      auto sum = load(from + i, part);
-      for (int64_t block = 1; block < shared.blocks; ++block)
-        sum = sum + load(from + block * shared.layout.stride + i, part);
-      put(static_cast<A*>(to[v]) + i, sum, part);
-    });
-    from += parts_of(size, 16) * 16;
-  }
+  finish_sums(g, shared.layout, shared.blocks, shared.block_totals);
 }
 
 }  // namespace layernorm::LAYERNORM_ISA

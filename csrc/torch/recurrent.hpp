@@ -37,6 +37,9 @@ struct RecurrentSpec {
   double eps;
   bool reverse;
 };
+void read_spec(const RecurrentSpec& spec, Recurrent& r);
+// Of the instruction set in use.
+const RecurrentKernels& kernels_of(at::ScalarType type);
 
 // The arguments of every recurrent operator but the gradients.
 struct RecurrentInputs {

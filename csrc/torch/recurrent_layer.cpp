@@ -21,45 +21,6 @@ Enum named(std::string_view word, const char* what, const std::string_view (&nam
   return static_cast<Enum>(found - std::begin(names));
 }
 
-ElementType element_type(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return kElementFloat32;
-    case at::kDouble:
-      return kElementFloat64;
-    case at::kBFloat16:
-      return kElementBFloat16;
-    default:
-      return kElementFloat16;
-  }
-}
-
-void read_spec(const RecurrentInputs& inputs, Recurrent& r) {
-  static constexpr std::string_view kCells[] = {"lstm", "gru", "rnn_tanh", "rnn_relu"};
-  static constexpr std::string_view kKinds[] = {"layer", "rms", "none"};
-  static constexpr std::string_view kInputs[] = {"separate", "summed"};
-  static constexpr std::string_view kScopes[] = {"matrix", "all", "gate"};
-  static constexpr std::string_view kCellNorms[] = {"output", "carried", "none"};
-  const int cell = named<int>(inputs.cell, "cell", kCells);
-  r.relu = cell == 3;
-  r.cell = static_cast<CellKind>(std::min(cell, 2));
-  r.norm = named<NormKind>(inputs.kind, "kind", kKinds);
-  r.scope = named<Scope>(inputs.scope, "scope", kScopes);
-  r.cell_norm = named<CellNorm>(inputs.cell_norm, "cell_norm", kCellNorms);
-  r.inputs = named<Inputs>(inputs.inputs, "inputs", kInputs);
-  r.gates = r.cell == CellKind::kLstm ? 4 : r.cell == CellKind::kGru ? 3 : 1;
-  const bool gru = r.cell == CellKind::kGru;
-  if (r.norm == NormKind::kNone) {
-    // Nothing distinguishes the products but the candidate of a GRU.
-    r.inputs = gru ? Inputs::kSeparate : Inputs::kSummed;
-    r.cell_norm = CellNorm::kNone;
-  } else if (gru && r.inputs == Inputs::kSummed && r.scope != Scope::kAll) {
-    r.inputs = Inputs::kLate;
-  }
-  r.eps = inputs.eps;
-  r.reverse = inputs.reverse;
-}
-
 // Working memory that calls leave to those after them: fresh memory has to be cleared by the system
 // first, and for the packed weights of a few rows that would take longer than the packing. Never
 // destroyed, since tensors may outlive it.
@@ -98,6 +59,49 @@ class Blocks {
 };
 
 }  // namespace
+
+void read_spec(const RecurrentSpec& spec, Recurrent& r) {
+  static constexpr std::string_view kCells[] = {"lstm", "gru", "rnn_tanh", "rnn_relu"};
+  static constexpr std::string_view kKinds[] = {"layer", "rms", "none"};
+  static constexpr std::string_view kInputs[] = {"separate", "summed"};
+  static constexpr std::string_view kScopes[] = {"matrix", "all", "gate"};
+  static constexpr std::string_view kCellNorms[] = {"output", "carried", "none"};
+  const int cell = named<int>(spec.cell, "cell", kCells);
+  r.relu = cell == 3;
+  r.cell = static_cast<CellKind>(std::min(cell, 2));
+  r.norm = named<NormKind>(spec.kind, "kind", kKinds);
+  r.scope = named<Scope>(spec.scope, "scope", kScopes);
+  r.cell_norm = named<CellNorm>(spec.cell_norm, "cell_norm", kCellNorms);
+  r.inputs = named<Inputs>(spec.inputs, "inputs", kInputs);
+  r.gates = r.cell == CellKind::kLstm ? 4 : r.cell == CellKind::kGru ? 3 : 1;
+  const bool gru = r.cell == CellKind::kGru;
+  if (r.norm == NormKind::kNone) {
+    // Nothing distinguishes the products but the candidate of a GRU.
+    r.inputs = gru ? Inputs::kSeparate : Inputs::kSummed;
+    r.cell_norm = CellNorm::kNone;
+  } else if (gru && r.inputs == Inputs::kSummed && r.scope != Scope::kAll) {
+    r.inputs = Inputs::kLate;
+  }
+  r.eps = spec.eps;
+  r.reverse = spec.reverse;
+}
+
+static ElementType element_type(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return kElementFloat32;
+    case at::kDouble:
+      return kElementFloat64;
+    case at::kBFloat16:
+      return kElementBFloat16;
+    default:
+      return kElementFloat16;
+  }
+}
+
+const RecurrentKernels& kernels_of(at::ScalarType type) {
+  return (*capability().recurrences)[element_type(type)];
+}
 
 Tensor scratch(size_t bytes) {
   constexpr size_t kSmall = size_t{1} << 20U;  // the C library reuses what is smaller
@@ -138,7 +142,9 @@ const void* RecurrentLayer::hold(const OptionalTensor& tensor, const char* name,
 }
 
 RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
-  read_spec(inputs, r);
+  read_spec({inputs.cell, inputs.kind, inputs.inputs, inputs.scope, inputs.cell_norm, inputs.eps,
+             inputs.reverse},
+            r);
   const Tensor& input = inputs.input;
   const bool packed = inputs.batch_sizes.has_value();
   TORCH_CHECK(is_supported(input.scalar_type()) && input.device().is_cpu() &&
@@ -148,7 +154,7 @@ RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
               input.sizes(), " of ", input.scalar_type(), " on ", input.device());
   options = input.options();
   computed = computed_type(input.scalar_type());
-  kernels = &(*capability().recurrences)[element_type(input.scalar_type())];
+  kernels = &kernels_of(input.scalar_type());
   TORCH_CHECK(inputs.weights.size() == kWeights, "layernorm: weights must be a list of ",
               static_cast<int>(kWeights), ", got ", inputs.weights.size());
   const auto& weight_ih = inputs.weights[kWeightIh];

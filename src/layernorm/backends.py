@@ -36,6 +36,8 @@ KERNELS: Final = ("native", "triton", "persistent", "torch", "reference")
 OPERATORS: Final = ("native", "triton", "persistent")
 NORMS: Final = ops.NORMS
 RECURRENT: Final = ("lstm", "gru", "rnn")
+#: Recurrent too, but for the CPU alone.
+GATES: Final = "lstm_gates"
 NATIVE_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 VARIABLE: Final = "LAYERNORM_BACKEND"
@@ -58,7 +60,7 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """The kernel for ``operator`` on tensors of this device and dtype, here and now.
 
     Args:
-        operator: one of ``NORMS`` or ``RECURRENT``.
+        operator: one of ``NORMS`` or ``RECURRENT``, or ``GATES``.
         device: where the input lies.
         dtype: the input's dtype.
 
@@ -72,9 +74,11 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
         >>> backends.choose("lstm", torch.device("meta"), torch.float32).kernel
         'reference'
     """
+    if operator == GATES and device.type == "cuda":
+        return Choice("reference", "it has no kernel for GPUs")
     if _override is not None:
         return _forced(_checked(_override, VARIABLE), operator, device, dtype)
-    other = "reference" if operator in RECURRENT else "torch"
+    other = "torch" if operator in NORMS else "reference"
     if device.type == "cuda":
         return _on_gpu(operator, device, dtype, other)
     if not _has_native(device, dtype):
@@ -85,7 +89,7 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice(other, "inside torch.compile PyTorch's norm fuses with its neighbours")
     if torch._C._are_functorch_transforms_active():
         return Choice(other, "torch.func transforms")
-    if operator in RECURRENT and _in_forward_mode():
+    if operator not in NORMS and _in_forward_mode():
         return Choice(other, "forward-mode derivatives")
     return Choice("native", "compiled for the CPU")
 
@@ -273,7 +277,7 @@ def use(kernel: str) -> Iterator[None]:
 
 
 def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    if kernel == "torch" and operator in RECURRENT:
+    if kernel == "torch" and operator not in NORMS:
         return Choice("reference", "the override asks for torch, which has no normalized recurrent operator")
     if kernel == "persistent" and operator in NORMS:
         return Choice("torch", "the override asks for persistent, which is for recurrent operators")

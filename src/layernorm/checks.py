@@ -97,19 +97,7 @@ def sequence_arguments(
     resets: Tensor | None = None,
 ) -> None:
     """Checks one layer's call; ``shapes`` are the parameters' as the variant wants them."""
-    missing = [n for n in shapes if n not in weights and not n.startswith("bias")]
-    unknown = [n for n in weights if n not in shapes]
-    if missing or unknown:
-        raise ValueError(
-            f"{operator}: weights of this variant are {', '.join(shapes)}"
-            + (f"; missing: {', '.join(missing)}" if missing else "")
-            + (f"; unknown: {', '.join(unknown)}" if unknown else "")
-        )
-    for name, tensor in weights.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise RuntimeError(
-                f"{operator}: Expected {name} of shape {_plain(shapes[name])}, but got {_plain(tensor.shape)}"
-            )
+    _parameters(operator, weights, shapes)
     dims = 3 if batch_sizes is None else 2
     if input.dim() != dims:
         raise RuntimeError(f"{operator}: input must have {dims} dimensions, got {input.dim()}")
@@ -139,6 +127,43 @@ def sequence_arguments(
             )
     if resets is not None:
         reset_mask(operator, resets, input)
+
+
+def _parameters(operator: str, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    missing = [n for n in shapes if n not in weights and not n.startswith("bias")]
+    unknown = [n for n in weights if n not in shapes]
+    if missing or unknown:
+        raise ValueError(
+            f"{operator}: weights of this variant are {', '.join(shapes)}"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; unknown: {', '.join(unknown)}" if unknown else "")
+        )
+    for name, tensor in weights.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise RuntimeError(
+                f"{operator}: Expected {name} of shape {_plain(shapes[name])}, but got {_plain(tensor.shape)}"
+            )
+
+
+def gates_arguments(
+    operator: str,
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    c: Tensor,
+    weights: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Checks one step's call; ``shapes`` are those of gains and biases as the variant wants them."""
+    if c.dim() != 2:
+        raise RuntimeError(f"{operator}: c must have 2 dimensions, got {c.dim()}")
+    expected = (c.size(0), 4 * c.size(1))
+    for name, tensor in (("input_gates", input_gates), ("hidden_gates", hidden_gates)):
+        if tuple(tensor.shape) != expected:
+            raise RuntimeError(
+                f"{operator}: Expected {name} of shape {_plain(expected)} beside c of {_plain(c.shape)}, but "
+                f"got {_plain(tensor.shape)}"
+            )
+    _parameters(operator, weights, shapes)
 
 
 def reset_mask(operator: str, resets: object, input: Tensor) -> Tensor:

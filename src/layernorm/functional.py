@@ -380,6 +380,55 @@ def rnn(
     return result
 
 
+def lstm_gates(
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    c: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    variant: str | Variant = "paper",
+) -> tuple[Tensor, Tensor]:
+    """The part of a normalized LSTM's step after its products (paper eq. 20-22).
+
+    For networks whose next input depends on the state, such as those with attention: they go step by step,
+    and can make the products W_ih x and W_hh h as suits them. All else of the step, the norms, the gates and
+    the new state, is one operator, forward and backward, on the CPU; elsewhere it is PyTorch's operators.
+
+    Args:
+        input_gates: W_ih x (N, 4H), in the order i, f, g, o of ``torch.nn.LSTM``, without a bias.
+        hidden_gates: W_hh h (N, 4H), likewise.
+        c: the cell's state before (N, H).
+        weights: gains and biases by the names and shapes of ``layernorm.variants.parameter_shapes``, without
+            the matrices; any bias may be left out.
+        variant: a preset's name or a ``layernorm.Variant``.
+
+    Returns:
+        ``(h, c)``, each (N, H).
+
+    Raises:
+        ValueError: an unknown variant, or weights that are not the variant's.
+        RuntimeError: a tensor of the wrong shape.
+
+    Examples:
+        >>> import torch, layernorm
+        >>> from layernorm import functional as LF
+        >>> cell = layernorm.LayerNormLSTMCell(3, 5)
+        >>> weights = {n: p for n, p in cell.named_parameters() if not n.startswith("weight")}
+        >>> x, h, c = torch.randn(2, 3), torch.zeros(2, 5), torch.zeros(2, 5)
+        >>> h, c = LF.lstm_gates(x @ cell.weight_ih.T, h @ cell.weight_hh.T, c, weights)
+        >>> h.shape
+        torch.Size([2, 5])
+    """
+    spec = resolve(variant, "lstm")
+    shapes = parameter_shapes("lstm", spec, 1, c.size(-1))
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith("weight")}
+    checks.gates_arguments("lstm_gates", input_gates, hidden_gates, c, weights, shapes)
+    kernel = backends.recurrent_kernel_for(backends.GATES, c, (input_gates, hidden_gates, *weights.values()))
+    kernels = recurrent_operator if kernel in backends.OPERATORS else reference
+    h, c = kernels.lstm_gates(input_gates, hidden_gates, c, weights, spec)
+    return h, c
+
+
 def _sequence(
     cell: Cell,
     input: Tensor,

@@ -10,7 +10,9 @@ are in ``csrc/torch``; this is what they are for:
 - ``norm_backward``;
 - ``recurrent``: one layer and direction of a recurrent network, with ``recurrent_forward``, which also
   returns what is kept, and ``recurrent_backward``. ``recurrent_composite_backward`` is the latter by the
-  reference's own derivative, for derivatives of higher order.
+  reference's own derivative, for derivatives of higher order;
+- ``lstm_gates``: the part of an LSTM's step after its products, on the CPU alone, with
+  ``lstm_gates_backward`` and ``lstm_gates_composite_backward`` likewise.
 """
 
 from __future__ import annotations
@@ -343,6 +345,71 @@ def _recurrent_composite_backward(
 
 torch.library.impl("layernorm::recurrent_composite_backward", "CompositeImplicitAutograd")(
     _recurrent_composite_backward
+)
+
+
+#: The parameters of ``lstm_gates`` in their order among its arguments; ``gain`` as in ``WEIGHTS``.
+GATES_PARAMETERS: Final = ("bias_ih", "bias_hh", "gain_ih", "gain_hh", "bias", "gain_cell", "bias_cell")
+_GATES: Final = (
+    "Tensor input_gates, Tensor hidden_gates, Tensor c, "
+    + ", ".join(f"Tensor? {name}" for name in GATES_PARAMETERS)
+    + ", str kind, str inputs, str scope, str cell_norm, float eps"
+)
+_GATES_GRADS: Final = ", ".join(
+    f"Tensor grad_{name}" for name in ("input_gates", "hidden_gates", "c", *GATES_PARAMETERS)
+)
+torch.library.define("layernorm::lstm_gates", f"({_GATES}) -> (Tensor hidden, Tensor cn)")
+# wanted: of the gates, c and the parameters. A gradient that is not wanted has no element.
+for _name in ("lstm_gates_backward", "lstm_gates_composite_backward"):
+    torch.library.define(
+        f"layernorm::{_name}",
+        f"(Tensor grad_hidden, Tensor? grad_cn, {_GATES}, bool[10] wanted) -> ({_GATES_GRADS})",
+    )
+
+
+@torch.library.register_fake("layernorm::lstm_gates")
+def _lstm_gates_fake(
+    input_gates: Tensor, hidden_gates: Tensor, c: Tensor, *_: object
+) -> tuple[Tensor, Tensor]:
+    return c.new_empty(c.shape), c.new_empty(c.shape)
+
+
+@torch.library.register_fake("layernorm::lstm_gates_backward")
+def _lstm_gates_backward_fake(grad_hidden: Tensor, grad_cn: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *_, wanted = rest
+    return tuple(
+        grad_hidden.new_empty(tensor.shape if tensor is not None and want else 0)
+        for tensor, want in zip(rest, wanted, strict=False)
+    )
+
+
+def _lstm_gates_composite_backward(
+    grad_hidden: Tensor, grad_cn: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    """The gradients by differentiating the reference, themselves differentiable."""
+    *given, kind, inputs, scope, cell_norm, eps, wanted = rest
+    leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in given]
+    variant = Variant(kind=kind, inputs=inputs, scope=scope, cell=cell_norm, eps=eps)
+    named = {name: leaf for name, leaf in zip(GATES_PARAMETERS, leaves[3:], strict=True) if leaf is not None}
+    if kind != "none" and inputs == "summed" and "gain_ih" in named:
+        named["gain"] = named.pop("gain_ih")
+    with torch.enable_grad():
+        outputs = reference.lstm_gates(leaves[0], leaves[1], leaves[2], named, variant)
+    grads = (grad_hidden, torch.zeros_like(grad_hidden) if grad_cn is None else grad_cn)
+    asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want and leaf is not None]
+    found = iter(
+        torch.autograd.grad(
+            outputs, asked, grads, create_graph=True, materialize_grads=True, allow_unused=True
+        )
+    )
+    return tuple(
+        next(found) if want and leaf is not None else grad_hidden.new_empty(0)
+        for leaf, want in zip(leaves, wanted, strict=True)
+    )
+
+
+torch.library.impl("layernorm::lstm_gates_composite_backward", "CompositeImplicitAutograd")(
+    _lstm_gates_composite_backward
 )
 
 

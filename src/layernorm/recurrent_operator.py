@@ -66,6 +66,20 @@ def rnn(
     return output, h
 
 
+def lstm_gates(
+    input_gates: Tensor, hidden_gates: Tensor, c: Tensor, weights: Weights, variant: Variant
+) -> tuple[Tensor, Tensor]:
+    """``layernorm.reference.lstm_gates`` by the operator."""
+    gain = "gain" if variant.kind != "none" and variant.inputs == "summed" else "gain_ih"
+    parameters = [weights.get(gain if name == "gain_ih" else name) for name in ops.GATES_PARAMETERS]
+    tensors = [input_gates, hidden_gates, c, *parameters]
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    state: tuple[Tensor, Tensor] = torch.ops.layernorm.lstm_gates.default(*tensors, *spec(variant))
+    return state
+
+
 def listed(weights: Weights, variant: Variant) -> list[Tensor | None]:
     """The parameters in the order in which the operators list them."""
     summed = variant.kind != "none" and variant.inputs == "summed"

@@ -28,7 +28,8 @@ _METHOD: Final = """\
   backward, clipping of the gradients where the preset has it, and the optimizer, in float32.
 - `layernorm` is the task's network with layer norm, `torch` the same network without norm, its recurrent
   layers those of `torch.nn`. Where a layer's output decides on its next input (both of DRAW's, the first of
-  handwriting's) the layer is written with PyTorch's operators, with and without norm.
+  handwriting's) the layer is written with PyTorch's operators; but for handwriting's norms and gates, which
+  are `layernorm.functional.lstm_gates`.
 - Each starts as a run with seed 0 does, and learning goes on from call to call. Both take the batches of the
   first epoch in the same order, a new one in each round, so that a round's ratio is of the same training
   cases. Updates must change the network, and to finite parameters; otherwise a peer is listed as failed.

@@ -19,7 +19,6 @@ from layernorm import functional
 from layernorm.experiments import recurrent
 from layernorm.experiments.handwriting_density import sample
 from layernorm.experiments.task import ExperimentError
-from layernorm.variants import PRESETS
 
 #: What the network can be normalized with, and the variant of the normalized LSTM that each is.
 NORMS: Final = {"none": "none", "layer": "paper", "rms": "rms"}
@@ -151,6 +150,7 @@ class WindowedLSTM(nn.Module):
         from_input = _StepProduct(F.linear(inputs, own, bias), read)
         nothing = inputs.new_zeros(*inputs.shape[:2], len(read))
         from_hidden = _StepProduct(nothing, weights["weight_hh"])
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("weight")}
         reader = _StepProduct(self.reader.bias.expand(*inputs.shape[:2], -1), self.reader.weight)
         positions = torch.arange(text.size(1), dtype=text.dtype, device=text.device)
         outputs, windows = [], []
@@ -165,25 +165,13 @@ class WindowedLSTM(nn.Module):
         self, weights: dict[str, Tensor], from_input: Tensor, from_hidden: Tensor, cell: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The next h and c from W x and W h (N, 4H), as ``self.cell`` has it (paper eq. 20-22)."""
-        if self.norm == "none":
-            gates = from_input + from_hidden
-        else:
-            gates = self._normalized(from_input, weights["gain_ih"], weights["bias"])
-            gates = gates + self._normalized(from_hidden, weights["gain_hh"])
-        size = cell.size(1)
-        opens, new, shows = gates.split((2 * size, size, size), 1)
-        enters, stays = opens.sigmoid().chunk(2, 1)
-        seen = cell = torch.addcmul(stays * cell, enters, new.tanh())
         if self.norm != "none":
-            seen = self._normalized(cell, weights["gain_cell"], weights["bias_cell"])
-        return shows.sigmoid() * seen.tanh(), cell
-
-    def _normalized(self, features: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
-        shape, eps = tuple(gain.shape), PRESETS[NORMS[self.norm]]["lstm"].eps
-        if self.norm == "layer":
-            return functional.layer_norm(features, shape, gain, bias, eps)
-        normalized = functional.rms_norm(features, shape, gain, eps)
-        return normalized if bias is None else normalized + bias
+            return functional.lstm_gates(from_input, from_hidden, cell, weights, variant=NORMS[self.norm])
+        size = cell.size(1)
+        opens, new, shows = (from_input + from_hidden).split((2 * size, size, size), 1)
+        enters, stays = opens.sigmoid().chunk(2, 1)
+        cell = torch.addcmul(stays * cell, enters, new.tanh())
+        return shows.sigmoid() * cell.tanh(), cell
 
     def _look(
         self, numbers: Tensor, text: Tensor, positions: Tensor, places: Tensor

@@ -6,7 +6,7 @@ functions of ``layernorm.functional`` do that.
 """
 
 from layernorm.reference.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from layernorm.reference.recurrent import gru, lstm, rnn
+from layernorm.reference.recurrent import gru, lstm, lstm_gates, rnn
 
 __all__ = [
     "add_layer_norm",
@@ -14,6 +14,7 @@ __all__ = [
     "gru",
     "layer_norm",
     "lstm",
+    "lstm_gates",
     "rms_norm",
     "rnn",
 ]

@@ -97,18 +97,36 @@ def rnn(
     return output, h
 
 
+def lstm_gates(
+    input_gates: Tensor, hidden_gates: Tensor, c: Tensor, weights: Weights, variant: Variant
+) -> State:
+    """The part of an LSTM's step after its products: W_ih x, W_hh h (N, 4H) and c (N, H) to h and c (N, H).
+
+    ``weights`` are the parameters but for the matrices; a bias may be absent.
+    """
+    groups = _groups("lstm", variant, c.size(-1))
+    x = _of_input(_plus(input_gates, weights.get("bias_ih")), weights, variant, groups)
+    gates = _gates(x, _plus(hidden_gates, weights.get("bias_hh")), weights, variant, groups)
+    return _lstm_state(gates, c, weights, variant)
+
+
 def _lstm_step(x: Tensor, state: State, weights: Weights, variant: Variant) -> State:
     h, c = state
-    gates = _gates(x, h, weights, variant, _groups("lstm", variant, c.size(-1)))
+    hidden = linear(h, weights["weight_hh"], weights.get("bias_hh"))
+    gates = _gates(x, hidden, weights, variant, _groups("lstm", variant, c.size(-1)))
+    h, c = _lstm_state(gates, c, weights, variant)
+    if "weight_hr" in weights:
+        h = linear(h, weights["weight_hr"])
+    return h, c
+
+
+def _lstm_state(gates: Tensor, c: Tensor, weights: Weights, variant: Variant) -> State:
     i, f, g, o = gates.chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     if variant.cell == "carried":
         c = _normalized_cell(c, weights, variant)
     seen = _normalized_cell(c, weights, variant) if variant.cell == "output" else c
-    h = torch.sigmoid(o) * torch.tanh(seen)
-    if "weight_hr" in weights:
-        h = linear(h, weights["weight_hr"])
-    return h, c
+    return torch.sigmoid(o) * torch.tanh(seen), c
 
 
 def _gru_step(x: Tensor, state: State, weights: Weights, variant: Variant) -> State:
@@ -123,7 +141,8 @@ def _gru_step(x: Tensor, state: State, weights: Weights, variant: Variant) -> St
         reset = r * _plus(hidden[..., 2 * size :], weights.get("bias_hn"))
         n = torch.tanh(x[..., 2 * size :] + reset)
     elif variant.scope == "all":
-        gates = _gates(x, h, weights, variant, groups)
+        hidden = linear(h, weights["weight_hh"], weights.get("bias_hh"))
+        gates = _gates(x, hidden, weights, variant, groups)
         r, z = torch.sigmoid(gates[..., : 2 * size]).chunk(2, -1)
         n = torch.tanh(r * gates[..., 2 * size :])
     else:
@@ -139,7 +158,8 @@ def _gru_step(x: Tensor, state: State, weights: Weights, variant: Variant) -> St
 
 def _rnn_step(x: Tensor, state: State, weights: Weights, variant: Variant, nonlinearity: str) -> State:
     (h,) = state
-    gates = _gates(x, h, weights, variant, _groups("rnn", variant, h.size(-1)))
+    hidden = linear(h, weights["weight_hh"], weights.get("bias_hh"))
+    gates = _gates(x, hidden, weights, variant, _groups("rnn", variant, h.size(-1)))
     return (torch.tanh(gates) if nonlinearity == "tanh" else torch.relu(gates),)
 
 
@@ -192,19 +212,21 @@ def _cleared(state: State, reset: Tensor) -> State:
 
 def _project(x: Tensor, weights: Weights, variant: Variant, groups: list[int]) -> Tensor:
     """What the input contributes to the gates: W_ih x, normalized where ``inputs`` is separate."""
-    a = linear(x, weights["weight_ih"], weights.get("bias_ih"))
+    return _of_input(linear(x, weights["weight_ih"], weights.get("bias_ih")), weights, variant, groups)
+
+
+def _of_input(product: Tensor, weights: Weights, variant: Variant, groups: list[int]) -> Tensor:
     if variant.inputs == "separate":
-        a = _normalized(a, groups, weights.get("gain_ih"), None, variant)
-    return a
+        return _normalized(product, groups, weights.get("gain_ih"), None, variant)
+    return product
 
 
-def _gates(x: Tensor, h: Tensor, weights: Weights, variant: Variant, groups: list[int]) -> Tensor:
-    """All gates before their nonlinearity, for cells whose gates are made alike."""
-    b = linear(h, weights["weight_hh"], weights.get("bias_hh"))
+def _gates(x: Tensor, hidden: Tensor, weights: Weights, variant: Variant, groups: list[int]) -> Tensor:
+    """All gates before their nonlinearity, for cells whose gates are made alike; hidden is W_hh h."""
     bias = weights.get("bias")
     if variant.inputs == "separate":
-        return _plus(x + _normalized(b, groups, weights.get("gain_hh"), None, variant), bias)
-    return _normalized(x + b, groups, weights.get("gain"), bias, variant)
+        return _plus(x + _normalized(hidden, groups, weights.get("gain_hh"), None, variant), bias)
+    return _normalized(x + hidden, groups, weights.get("gain"), bias, variant)
 
 
 def _groups(cell: Cell, variant: Variant, size: int) -> list[int]:

@@ -1,0 +1,296 @@
+"""The part of an LSTM's step after its products: the compiled operator against the reference."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
+import layernorm
+from layernorm import Variant, backends, ops, recurrent_operator
+from layernorm import functional as LF
+from layernorm.variants import PRESETS, parameter_shapes
+
+pytestmark = pytest.mark.usefixtures("native", "one_thread")
+
+SPECS = [
+    *(
+        Variant(kind=kind, inputs=inputs, scope=scope, cell=cell, projection_bias=bias)
+        for kind in ("layer", "rms")
+        for inputs in ("separate", "summed")
+        for scope in ("matrix", "gate")
+        for cell in ("output", "carried", "none")
+        for bias in (False, True)
+    ),
+    Variant(kind="none"),
+]
+every_variant = pytest.mark.parametrize("variant", [pytest.param(v, id=str(i)) for i, v in enumerate(SPECS)])
+# Rows in parts of blocks of parts; features in parts of vectors.
+SIZES = [(1, 33), (3, 7), (4, 33), (5, 1), (19, 7)]
+
+
+def drawn(
+    variant: Variant, rows: int, hidden: int, dtype=torch.float64, biases=True
+) -> dict[str, torch.Tensor]:
+    """The tensors of a call by name, with gains and biases away from 1 and 0."""
+    shapes = parameter_shapes("lstm", variant, 1, hidden, bias=biases)
+    tensors = {
+        "input_gates": torch.randn(rows, 4 * hidden),
+        "hidden_gates": torch.randn(rows, 4 * hidden),
+        "c": torch.randn(rows, hidden),
+    }
+    tensors |= {
+        name: 0.3 * torch.randn(shape) + name.startswith("gain")
+        for name, shape in shapes.items()
+        if not name.startswith("weight")
+    }
+    return {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
+
+
+def call(variant: Variant, tensors: dict[str, torch.Tensor]):
+    weights = dict(tensors)
+    gates = [weights.pop(name) for name in ("input_gates", "hidden_gates", "c")]
+    return LF.lstm_gates(*gates, weights, variant=variant)
+
+
+def results(variant: Variant, tensors: dict[str, torch.Tensor], kernel: str) -> dict[str, torch.Tensor]:
+    """h, c and the gradients of a random sum of them."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    with backends.use(kernel):
+        h, c = call(variant, leaves)
+    generator = torch.Generator().manual_seed(5)
+    seeds = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in (h, c)]
+    grads = torch.autograd.grad((h, c), list(leaves.values()), seeds)
+    assert all(g.dtype == t.dtype and g.shape == t.shape for g, t in zip(grads, leaves.values(), strict=True))
+    return {"h": h.detach(), "c'": c.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def largest(t: torch.Tensor) -> float:
+    return float(t.abs().max()) if t.numel() else 0.0
+
+
+@pytest.mark.usefixtures("poisoned")
+@every_variant
+def test_float64(variant):
+    for (rows, hidden), biases in itertools.product(SIZES, (True, False)):
+        tensors = drawn(variant, rows, hidden, biases=biases)
+        found, expected = (results(variant, tensors, kernel) for kernel in ("native", "reference"))
+        # Sums of at most 132 features or 19 rows, √132 = 11 units of 1.1e-16; a norm amplifies by at most
+        # 1/√eps = 316, a gradient passes the norms of gates and cell: 11·316²·1.1e-16 = 1.2e-10 at worst.
+        for name, e in expected.items():
+            assert largest(found[name] - e) <= 1e-10 * (1 + largest(e)), (rows, hidden, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("poisoned")
+@every_variant
+def test_lower_precisions(variant, dtype):
+    """Eight times what random units of roundoff of what goes in move, and what the reference is off by."""
+    unit = torch.finfo(dtype).eps / 2
+    for rows, hidden in ((1, 7), (5, 33), (4, 64)):
+        tensors = drawn(variant, rows, hidden, dtype)
+        wide = {name: tensor.double() for name, tensor in tensors.items()}
+        exact = results(variant, wide, "reference")
+        found = results(variant, tensors, "native")
+        others = [results(variant, tensors, "reference")]
+        for _ in range(2):
+            moved = {name: t * (1 + unit * torch.randn(t.shape)) for name, t in wide.items()}
+            others.append(results(variant, moved, "reference"))
+        for name, e in exact.items():
+            allowed = unit * (1 + largest(e)) + sum(largest(other[name].double() - e) for other in others)
+            assert largest(found[name].double() - e) <= 8 * allowed, (rows, hidden, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@every_variant
+def test_the_same_bits_as_in_a_sequence(variant, dtype):
+    # Matrices that select: the products are exact there.
+    hidden = 24
+    tensors = {name: t.detach() for name, t in drawn(variant, 7, hidden, dtype).items()}
+    h0 = torch.randn(7, hidden).to(dtype)
+    weights = {name: t for name, t in tensors.items() if name not in ("input_gates", "hidden_gates", "c")}
+    matrices = {
+        "weight_ih": torch.eye(4 * hidden, dtype=dtype),
+        "weight_hh": torch.eye(hidden, dtype=dtype).repeat(4, 1),
+    }
+    with backends.use("native"):
+        _, expected = LF.lstm(
+            tensors["input_gates"][None], (h0, tensors["c"]), matrices | weights, variant=variant
+        )
+        found = call(variant, tensors | {"hidden_gates": h0.repeat(1, 4)})
+    assert all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
+
+
+@every_variant
+def test_a_row_has_its_bits_whatever_stands_beside_it_and_who_computes_it(variant):
+    tensors = drawn(variant, 300, 33, torch.float32)
+    whole = results(variant, tensors, "native")
+    torch.set_num_threads(3)
+    threads = results(variant, tensors, "native")
+    assert all(torch.equal(whole[name], threads[name]) for name in whole)
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        some = call(variant, tensors | {n: tensors[n][11:14] for n in ("input_gates", "hidden_gates", "c")})
+    assert torch.equal(some[0], whole["h"][11:14])
+    assert torch.equal(some[1], whole["c'"][11:14])
+
+
+def test_layouts_and_an_empty_batch():
+    variant = Variant()
+    tensors = drawn(variant, 6, 9, torch.float32)
+    expected = results(variant, tensors, "native")
+    strided = {
+        name: torch.stack([t.detach(), t.detach().flip(-1)], -1)[..., 0] for name, t in tensors.items()
+    }
+    assert not strided["c"].is_contiguous()
+    with torch.no_grad(), backends.use("native"):
+        assert torch.equal(call(variant, strided)[0], expected["h"])
+    empty = {name: t[:0] if t.dim() == 2 else t for name, t in tensors.items()}
+    found = results(variant, empty, "native")
+    assert found["h"].shape == (0, 9)
+    assert found["gain_ih"].shape == (36,)
+    assert not found["gain_ih"].any()
+
+
+def test_rows_that_float32_cannot_square():
+    tensors = drawn(Variant(), 5, 40, torch.float32)
+    with torch.no_grad():
+        tensors["input_gates"] *= 1e25
+        tensors["hidden_gates"] *= 1e-30
+    wide = {name: t.detach().double() for name, t in tensors.items()}
+    exact, found = results(Variant(), wide, "reference"), results(Variant(), tensors, "native")
+    for name in ("h", "c'", "c", "gain_ih", "bias"):
+        assert largest(found[name].double() - exact[name]) <= 1e-5 * (1 + largest(exact[name])), name
+
+
+@pytest.mark.parametrize("variant", [SPECS[0], SPECS[9], SPECS[16], SPECS[-1]], ids=str)
+def test_derivatives_of_both_orders(variant):
+    # A large eps keeps curvature within what finite differences of two orders can resolve.
+    spec = variant if variant.kind == "none" else Variant(**{**vars(variant), "eps": 0.5})
+    tensors = drawn(spec, 3, 4)
+    names = list(tensors)
+
+    def function(*values):
+        return call(spec, dict(zip(names, values, strict=True)))
+
+    with backends.use("native"):
+        gradcheck(function, tuple(tensors.values()))
+        gradgradcheck(function, tuple(tensors.values()))
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_the_gradient_of_one_result_and_of_some_arguments(part):
+    tensors = drawn(Variant(), 3, 5)
+    for name in ("hidden_gates", "gain_cell"):
+        tensors[name].requires_grad_(False)
+    needed = [t for t in tensors.values() if t.requires_grad]
+    grads = []
+    for kernel in ("native", "reference"):
+        with backends.use(kernel):
+            output = call(Variant(), tensors)[part]
+        grads.append(torch.autograd.grad(output.sum(), needed, allow_unused=True, materialize_grads=True))
+    assert all(torch.allclose(a, e, rtol=1e-9, atol=1e-10) for a, e in zip(*grads, strict=True))
+
+
+def arguments(variant: Variant, dtype=torch.float32):
+    tensors = drawn(variant, 3, 4, dtype)
+    gates = [tensors.pop(name) for name in ("input_gates", "hidden_gates", "c")]
+    gain = "gain" if variant.kind != "none" and variant.inputs == "summed" else "gain_ih"
+    parameters = [tensors.get(gain if name == "gain_ih" else name) for name in ops.GATES_PARAMETERS]
+    return (*gates, *parameters, *recurrent_operator.spec(variant))
+
+
+@pytest.mark.parametrize("variant", [SPECS[0], SPECS[9], SPECS[16], SPECS[-1]], ids=str)
+def test_opcheck(variant):
+    given = arguments(variant)
+    opcheck(torch.ops.layernorm.lstm_gates.default, given)
+    detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in given)
+    grads = torch.randn(3, 4), torch.randn(3, 4)
+    wanted = [a is not None for a in given[:10]]
+    opcheck(torch.ops.layernorm.lstm_gates_backward.default, (*grads, *detached, wanted))
+
+
+def test_compiled_it_is_the_same():
+    tensors = drawn(Variant(), 3, 5, torch.float32)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (call, compiled):
+        h, c = function(Variant(), tensors)
+        found.append((h, c, *torch.autograd.grad(h.sum() + c.square().sum(), list(tensors.values()))))
+    assert all(torch.equal(a, e) for a, e in zip(*found, strict=True))
+
+
+def test_autocast_computes_in_the_lower_precision():
+    tensors = drawn(Variant(), 3, 8, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        h, _ = call(Variant(), tensors)
+    expected, _ = call(Variant(), {name: t.bfloat16() for name, t in tensors.items()})
+    assert h.dtype == torch.bfloat16
+    assert torch.equal(h, expected)
+
+
+def test_forward_mode_is_the_references():
+    tensors = {name: t.detach() for name, t in drawn(Variant(), 3, 4).items()}
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tensors["c"], torch.randn(3, 4).double())
+        h, _ = call(Variant(), tensors | {"c": dual})
+        assert torch.autograd.forward_ad.unpack_dual(h).tangent.isfinite().all()
+        given = list(arguments(Variant(), torch.float64))
+        given[2] = dual
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.ops.layernorm.lstm_gates(*given)
+
+
+@pytest.mark.parametrize("preset", [name for name, cells in PRESETS.items() if "lstm" in cells])
+def test_a_cell_is_made_of_it(preset):
+    cell = layernorm.LayerNormLSTMCell(3, 5, variant=preset).double()
+    x, h, c = (torch.randn(4, size, dtype=torch.float64) for size in (3, 5, 5))
+    weights = {n: p for n, p in cell.named_parameters() if not n.startswith("weight")}
+    found = LF.lstm_gates(x @ cell.weight_ih.T, h @ cell.weight_hh.T, c, weights, variant=preset)
+    for a, e in zip(found, cell(x, (h, c)), strict=True):
+        assert torch.allclose(a, e, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input_gates": torch.zeros(3, 15)}, RuntimeError, r"Expected input_gates of shape \[3, 16\]"),
+        ({"hidden_gates": torch.zeros(2, 16)}, RuntimeError, r"Expected hidden_gates of shape \[3, 16\]"),
+        ({"c": torch.zeros(4)}, RuntimeError, "c must have 2 dimensions, got 1"),
+        ({"gain_ih": torch.ones(4)}, RuntimeError, r"Expected gain_ih of shape \[16\]"),
+        ({"weight_ih": torch.ones(16, 2)}, ValueError, "unknown: weight_ih"),
+        ({"gain_ih": None}, ValueError, "missing: gain_ih"),
+    ],
+)
+def test_bad_arguments_are_refused(change, error, message):
+    tensors = drawn(Variant(), 3, 4, torch.float32) | change
+    with pytest.raises(error, match="lstm_gates: .*" + message):
+        call(Variant(), {name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, torch.zeros(3, 15), "input_gates must be"),
+        (1, torch.zeros(3, 16).double(), "hidden_gates must be"),
+        (2, torch.zeros(3), "c must have two dimensions"),
+        (2, torch.zeros(3, 4, dtype=torch.int64), "c must have two dimensions"),
+        (5, torch.zeros(3), "gain_ih must be"),
+        (10, "norm", "kind must be one of"),
+    ],
+)
+def test_the_operator_refuses_bad_arguments(place, value, message):
+    given = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments(Variant())]
+    given[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.layernorm.lstm_gates(*given)
+
+
+def test_the_operator_refuses_parameters_of_another_variant():
+    given = list(arguments(Variant()))
+    given[10] = "none"
+    with pytest.raises(RuntimeError, match="a gain or bias that this variant does not have"):
+        torch.ops.layernorm.lstm_gates(*given)
