@@ -9,6 +9,7 @@ import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.parsers.rest import DocTestParser
+from xdist.scheduler import LoadScopeScheduling
 
 # Data and results of whoever runs the tests are neither read nor written.
 os.environ.pop("LAYERNORM_BACKEND", None)
@@ -28,3 +29,15 @@ pytest_collect_file = (
         fixtures=["in_empty_folder"],
     )
 ).pytest()
+
+
+class _ByDocument(LoadScopeScheduling):
+    """Tests go to any worker; the examples of a document, which need those before them, to one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid.partition("::")[0] if "::line:" in nodeid else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _ByDocument:
+    return _ByDocument(config, log)

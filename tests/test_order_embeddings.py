@@ -135,6 +135,7 @@ def test_encoders_begin_alike_whatever_the_norm():
     for norm in NORMS:
         torch.manual_seed(3)
         networks.append(OrderEmbedding(norm, words=9, features=5, embedding=4, units=6))
+    *networks, weight_normalized = networks
     first, *others = [dict(network.named_parameters()) for network in networks]
     square = first["captions.gru.weight_hh_l0"][6:12]
     torch.testing.assert_close(square @ square.T, torch.eye(6))
@@ -142,6 +143,9 @@ def test_encoders_begin_alike_whatever_the_norm():
         for name in first.keys() & other.keys():
             torch.testing.assert_close(first[name], other[name], rtol=0, atol=0)
         assert "captions.gru.gain_hh_l0" in other
+    torch.testing.assert_close(
+        weight_normalized.captions.gru.weight_hh_l0, first["captions.gru.weight_hh_l0"]
+    )
 
 
 def test_sentences_are_packed_with_their_ends():

@@ -18,7 +18,7 @@ from layernorm.experiments.task import Batch, ExperimentError, Loss, Metric, Pre
 
 #: What the reader can be normalized with: in its LSTMs, and with "batch-everywhere" in the attention too;
 #: "layer-0.1" starts the gains at 0.1 in place of 1.
-NORMS: Final = ("none", "batch", "batch-everywhere", "layer", "layer-0.1", "rms")
+NORMS: Final = ("none", "batch", "batch-everywhere", "layer", "layer-0.1", "rms", "weight")
 
 VALIDATION_ERROR: Final = Metric("validation_error", "validation error (%)")
 VALIDATION_LOSS: Final = Metric("validation_loss", "validation loss", form="{:.3f}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 import layernorm
 from layernorm.baselines import BatchNormLSTM
@@ -85,6 +88,29 @@ def gru(norm: str, input_size: int, hidden_size: int, **options: Any) -> nn.Modu
     variant = _variant(norm, "gru", GRU_NORMS)
     network = layernorm.LayerNormGRU(input_size, hidden_size, **options, variant=variant)
     return _weight_normalized(network) if norm == "weight" else network
+
+
+@torch.no_grad()
+def start(network: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Gives parameters of an LSTM or a GRU of this module these values, whatever its norm.
+
+    Args:
+        network: the LSTM or GRU.
+        values: by the names of ``torch.nn``; of a weight-normalized matrix the product g·v/‖v‖.
+
+    Examples:
+        >>> import torch
+        >>> from layernorm.experiments import recurrent
+        >>> lstm = recurrent.lstm("weight", 2, 3)
+        >>> recurrent.start(lstm, {"weight_hh_l0": torch.eye(3).repeat(4, 1)})
+        >>> torch.equal(lstm.weight_hh_l0, torch.eye(3).repeat(4, 1))
+        True
+    """
+    for name, value in values.items():
+        if is_parametrized(network, name):
+            setattr(network, name, value)
+        else:
+            getattr(network, name).copy_(value)
 
 
 def _variant(norm: str, cell: str, norms: tuple[str, ...]) -> str:

@@ -14,7 +14,7 @@ from layernorm.experiments import recurrent
 from layernorm.experiments.words import PAD, padded
 
 #: What the GRUs of sentences can be normalized with.
-NORMS: Final = ("none", "layer", "rms")
+NORMS: Final = ("none", "layer", "rms", "weight")
 
 _SENTENCES_AT_ONCE: Final = 512
 
@@ -109,13 +109,8 @@ def gru(norm: str, input_size: int, units: int) -> nn.Module:
     # What torch.nn.GRU and others draw when they are made differs in number.
     with torch.random.fork_rng(devices=[]):
         layer = recurrent.gru(norm, input_size, units)
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            if name.startswith("weight_ih"):
-                nn.init.uniform_(parameter, -0.1, 0.1)
-            elif name.startswith("weight_hh"):
-                for gate in parameter.chunk(3):
-                    nn.init.orthogonal_(gate)
-            elif name.startswith("bias"):
-                nn.init.zeros_(parameter)
+    values = {"weight_ih_l0": nn.init.uniform_(torch.empty(3 * units, input_size), -0.1, 0.1)}
+    values["weight_hh_l0"] = torch.cat([nn.init.orthogonal_(torch.empty(units, units)) for _ in range(3)])
+    values |= {n: torch.zeros_like(p) for n, p in layer.named_parameters() if n.startswith("bias")}
+    recurrent.start(layer, values)
     return layer

@@ -15,7 +15,7 @@ from layernorm.experiments import data, judging, recurrent
 from layernorm.experiments.section import Card, Table
 from layernorm.experiments.task import Batch, ExperimentError, Loss, Metric, Preset, Problem, Task
 
-NORMS: Final = ("none", "batch", "layer", "rms")
+NORMS: Final = ("none", "batch", "layer", "rms", "weight")
 #: The standard deviation of the noise that training adds to the initial hidden state.
 NOISE: Final = 0.1
 VALIDATION_ERROR: Final = Metric("validation_error", "validation error (%)", log=True)
@@ -53,18 +53,15 @@ class PixelReader(nn.Module):
 
     @torch.no_grad()
     def _initialize(self, hidden: int) -> None:
-        weights = dict(self.lstm.named_parameters())
         gates = nn.init.orthogonal_(torch.empty(3 * hidden, hidden))
         input_gate, forget_gate, output_gate = gates.split(hidden)
-        recurrent_weight = torch.cat((input_gate, forget_gate, torch.eye(hidden), output_gate))
-        weights["weight_hh_l0"].copy_(recurrent_weight)
-        nn.init.orthogonal_(weights["weight_ih_l0"])
-        for name in ("bias_ih_l0", "bias_hh_l0", "bias_l0"):
-            if name in weights:
-                weights[name].zero_()
+        values = {"weight_hh_l0": torch.cat((input_gate, forget_gate, torch.eye(hidden), output_gate))}
+        values["weight_ih_l0"] = nn.init.orthogonal_(torch.empty(4 * hidden, 1))
+        biases = ("bias_ih_l0", "bias_hh_l0", "bias_l0")
+        values |= {name: torch.zeros(4 * hidden) for name in biases if hasattr(self.lstm, name)}
         # torch.nn.LSTM has two biases, which are added.
-        bias = weights["bias_ih_l0" if "bias_ih_l0" in weights else "bias_l0"]
-        bias[hidden : 2 * hidden] = 1.0
+        values["bias_ih_l0" if "bias_ih_l0" in values else "bias_l0"][hidden : 2 * hidden] = 1.0
+        recurrent.start(self.lstm, values)
         nn.init.orthogonal_(self.logits.weight)
         self.logits.bias.zero_()
 
