@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from layernorm.experiments import feedforward, results
 from layernorm.experiments.classification import TEST_ERROR
 from layernorm.experiments.compare import Comparison, compare
 from layernorm.experiments.feedforward import NORMS
-from layernorm.experiments.task import Preset
+from layernorm.experiments.task import TASKS, Preset, find
+from layernorm.variants import PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FILES = {"config.json", "results.csv", "results.parquet", "curves.png", "curves.svg", "report.html", "runs"}
@@ -271,3 +273,12 @@ def test_a_live_display_shows_what_runs_and_the_time_left(tmp_path):
     text = console.file.getvalue()
     for part in ("whole comparison", "layer, batch 16, seed 0", "test error", "1/2 runs", "left", "2/2 runs"):
         assert part in text
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_documentation_lists_the_norms_of_each_task(name):
+    page = (Path(__file__).parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith("| ") and f"`{name}`" in line)
+    listed = re.findall(r"[a-z][a-z0-9.-]*", re.sub(r"\(.*?\)|\[.*", "", row.split("|")[-2]))
+    offered = [norm for norm in find(name).norms if norm not in PRESETS or norm in ("none", "rms")]
+    assert sorted(set(listed) - {"or", "a"}) == sorted(offered)

@@ -8,9 +8,11 @@ from itertools import pairwise
 from typing import Final
 
 import pandas as pd
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from layernorm import functional
 from layernorm.baselines import BatchNorm, start_weight_norm
 from layernorm.experiments import judging, mnist
 from layernorm.experiments.classification import METRICS, TEST_ERROR, Classification, Data
@@ -18,7 +20,8 @@ from layernorm.experiments.section import Card
 from layernorm.experiments.task import TRAIN_LOSS, ExperimentError, Preset, Task
 
 #: What a convolution can be normalized with.
-NORMS: Final = ("none", "batch", "layer", "weight")
+NORMS: Final = ("none", "batch", "layer", "rms", "weight")
+_PRESET_NORMS: Final = ("none", "batch", "layer", "weight")
 #: Cases from which weight norm's gains and biases start.
 _START_CASES: Final = 500
 
@@ -28,6 +31,7 @@ def network(channels: Sequence[int], norm: str) -> nn.Sequential:
 
     Layer norm takes mean and variance over all channels and places of an image, as in the paper all hidden
     units of a layer share them, with one gain and bias for each channel: ``torch.nn.GroupNorm`` of one group.
+    RMS norm takes the root mean square likewise and has no bias.
     Batch norm takes them for each channel over all images and places. Weight norm is on the weights of all
     layers. Where a norm has a bias of its own, its convolution has none.
 
@@ -44,12 +48,14 @@ def network(channels: Sequence[int], norm: str) -> nn.Sequential:
     widths = [1, *(width for width in channels for _ in range(2))]
     layers: list[nn.Module] = []
     for index, (before, after) in enumerate(pairwise(widths)):
-        convolution = nn.Conv2d(before, after, 3, padding=1, bias=norm in ("none", "weight"))
+        convolution = nn.Conv2d(before, after, 3, padding=1, bias=norm not in ("batch", "layer"))
         layers.append(weight_norm(convolution) if norm == "weight" else convolution)
         if norm == "batch":
             layers.append(BatchNorm(after))
         elif norm == "layer":
             layers.append(nn.GroupNorm(1, after))
+        elif norm == "rms":
+            layers.append(_ImageRMSNorm(after))
         layers.append(nn.ReLU())
         if index % 2:
             layers.append(nn.MaxPool2d(2))
@@ -57,6 +63,17 @@ def network(channels: Sequence[int], norm: str) -> nn.Sequential:
     logits = nn.Linear(channels[-1] * side**2, 10)
     layers += [nn.Flatten(), weight_norm(logits) if norm == "weight" else logits]
     return nn.Sequential(*layers)
+
+
+class _ImageRMSNorm(nn.Module):
+    """Images (N, C, H, W) by the root mean square of each, with one gain for each channel."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(channels)), eps
+
+    def forward(self, images: Tensor) -> Tensor:
+        return functional.rms_norm(images, images.shape[1:], None, self.eps) * self.weight[:, None, None]
 
 
 class ConvolutionalMnist(Classification):
@@ -137,14 +154,14 @@ TASK = Task(
         "small": Preset(
             epochs=3,
             batch_sizes=(128,),
-            norms=NORMS,
+            norms=_PRESET_NORMS,
             seeds=3,
             sizes={"width": 16, "cases": 10_000, "held_out": 2_000},
         ),
         "paper": Preset(
             epochs=20,
             batch_sizes=(128,),
-            norms=NORMS,
+            norms=_PRESET_NORMS,
             sizes={"width": 32, "cases": 55_000, "held_out": 10_000},
         ),
     },

@@ -14,14 +14,16 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 
 import layernorm
 from layernorm.experiments.task import ExperimentError
 
 _MODULES: Final[MappingProxyType[str, Callable[[int], nn.Module]]] = MappingProxyType(
-    {"none": nn.Identity, "layer": layernorm.LayerNorm, "rms": layernorm.RMSNorm}
+    {"none": nn.Identity, "layer": layernorm.LayerNorm, "rms": layernorm.RMSNorm, "weight": nn.Identity}
 )
-#: What the cells can be normalized with.
+#: What the cells can be normalized with; "weight" is weight norm of what makes the gates.
 NORMS: Final = tuple(_MODULES)
 
 
@@ -63,6 +65,8 @@ class OutputNormLSTMCell(nn.Module):
         self.norm = _MODULES[norm](hidden)
         for parameter in self.gates.parameters():
             nn.init.uniform_(parameter, -(hidden**-0.5), hidden**-0.5)  # as torch.nn.LSTMCell
+        if norm == "weight":
+            weight_norm(self.gates)
 
     def forward(self, inputs: tuple[Tensor, ...], state: State) -> State:
         """One step.
@@ -218,6 +222,7 @@ class DRAW(nn.Module):
         self.decoder_start = nn.Parameter(torch.zeros(hidden))
         self.canvas_start = nn.Parameter(torch.zeros(side, side))
 
+    @parametrize.cached()  # the weight is made once for all glimpses
     def forward(self, pictures: Tensor, noise: Tensor) -> Bound:
         """The bound of pictures (Gregor et al., eq. 3-12).
 
@@ -239,6 +244,7 @@ class DRAW(nn.Module):
         reconstruction = F.binary_cross_entropy_with_logits(canvas, pictures, reduction="none")
         return Bound(reconstruction.sum((1, 2)), divergence(*torch.stack(moments, 1).chunk(2, 2)).sum(1))
 
+    @parametrize.cached()
     def generate(self, latent: Tensor) -> tuple[Tensor, list[Grid]]:
         """Pictures drawn from latent samples alone (Gregor et al., eq. 13-15).
 

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-import layernorm
 from layernorm import functional
 from layernorm.experiments import recurrent
 from layernorm.experiments.handwriting_density import sample
 from layernorm.experiments.task import ExperimentError
 
 #: What the network can be normalized with, and the variant of the normalized LSTM that each is.
-NORMS: Final = {"none": "none", "layer": "paper", "rms": "rms"}
+NORMS: Final = {"none": "none", "layer": "paper", "rms": "rms", "weight": "none"}
 #: Features of a step of the pen: offset in x and in y, and whether a stroke ends.
 PEN: Final = 3
 
@@ -116,15 +115,12 @@ class WindowedLSTM(nn.Module):
     ) -> None:
         super().__init__()
         size = input_size + characters
-        self.cell: nn.LSTMCell | layernorm.LayerNormLSTMCell
-        if norm == "none":
-            self.cell = nn.LSTMCell(size, hidden_size)
-        else:
-            self.cell = layernorm.LayerNormLSTMCell(size, hidden_size, variant=NORMS[norm])
+        self.cell = recurrent.lstm_cell(norm, size, hidden_size)
         self.reader = nn.Linear(hidden_size, 3 * components)
         with torch.no_grad():
             self.reader.bias.view(3, components)[2] += torch.tensor(pace).log()
-        self.norm, self.input_size, self.components = norm, input_size, components
+        self.input_size, self.components = input_size, components
+        self.variant = NORMS[norm]
 
     def start(self, text: Tensor) -> Reading:
         """The state before the first step; text (N, U, K) of zeros and ones."""
@@ -143,10 +139,12 @@ class WindowedLSTM(nn.Module):
     def forward(self, inputs: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs (T, N, F), text (N, U, K) to h (T, N, H) and the windows (T, N, K): ``step`` T times."""
         hidden, cell, places, window = self.start(text)
-        weights: dict[str, Tensor] = dict(self.cell.named_parameters())
+        # A weight-normalized matrix is called parametrizations.weight_ih.original0 and original1.
+        names = [name.removeprefix("parametrizations.") for name, _ in self.cell.named_parameters()]
+        weights: dict[str, Tensor] = {n: getattr(self.cell, n) for n in (n.partition(".")[0] for n in names)}
         own, read = weights["weight_ih"].split((self.input_size, text.size(2)), 1)
         # Without a norm the bias belongs to the products, otherwise it comes after the norm.
-        bias = weights["bias_ih"] + weights["bias_hh"] if self.norm == "none" else None
+        bias = weights["bias_ih"] + weights["bias_hh"] if self.variant == "none" else None
         from_input = _StepProduct(F.linear(inputs, own, bias), read)
         nothing = inputs.new_zeros(*inputs.shape[:2], len(read))
         from_hidden = _StepProduct(nothing, weights["weight_hh"])
@@ -165,8 +163,8 @@ class WindowedLSTM(nn.Module):
         self, weights: dict[str, Tensor], from_input: Tensor, from_hidden: Tensor, cell: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The next h and c from W x and W h (N, 4H), as ``self.cell`` has it (paper eq. 20-22)."""
-        if self.norm != "none":
-            return functional.lstm_gates(from_input, from_hidden, cell, weights, variant=NORMS[self.norm])
+        if self.variant != "none":
+            return functional.lstm_gates(from_input, from_hidden, cell, weights, variant=self.variant)
         size = cell.size(1)
         opens, new, shows = (from_input + from_hidden).split((2 * size, size, size), 1)
         enters, stays = opens.sigmoid().chunk(2, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ import layernorm
 from layernorm.baselines import BatchNormLSTM
 from layernorm.experiments.task import ExperimentError
 from layernorm.variants import PRESETS
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 #: What an LSTM can be normalized with.
 LSTM_NORMS: Final = ("none", "batch", "layer", "rms", "weight")
@@ -60,6 +62,26 @@ def lstm(
     variant = _variant(norm, "lstm", LSTM_NORMS)
     network = layernorm.LayerNormLSTM(input_size, hidden_size, **options, variant=variant)
     return _weight_normalized(network) if norm == "weight" else network
+
+
+def lstm_cell(norm: str, input_size: int, hidden_size: int) -> nn.LSTMCell | layernorm.LayerNormLSTMCell:
+    """One step of ``lstm`` with this norm, with the call of ``torch.nn.LSTMCell``; but for batch norm.
+
+    Raises:
+        ExperimentError: there is no such norm of a step.
+
+    Examples:
+        >>> import torch
+        >>> from layernorm.experiments import recurrent
+        >>> h, c = recurrent.lstm_cell("weight", 10, 20)(torch.randn(3, 10))
+        >>> h.shape
+        torch.Size([3, 20])
+    """
+    if norm in ("none", "weight"):
+        cell = nn.LSTMCell(input_size, hidden_size)
+        return _weight_normalized(cell) if norm == "weight" else cell
+    norms = tuple(name for name in LSTM_NORMS if name != "batch")
+    return layernorm.LayerNormLSTMCell(input_size, hidden_size, variant=_variant(norm, "lstm", norms))
 
 
 def gru(norm: str, input_size: int, hidden_size: int, **options: Any) -> nn.Module:
@@ -123,7 +145,7 @@ def _variant(norm: str, cell: str, norms: tuple[str, ...]) -> str:
     return {"layer": "paper", "weight": "none"}.get(norm, norm)
 
 
-def _weight_normalized(network: nn.Module) -> nn.Module:
+def _weight_normalized(network: _Module) -> _Module:
     """The network, its weight matrices g·v/‖v‖ with one g for each row, starting as they were.
 
     Not for ``torch.nn.LSTM``, which keeps a list of its weights as they were when it was made.
