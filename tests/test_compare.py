@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +22,13 @@ import torch
 from rich.console import Console
 
 from layernorm.cli import main
+from layernorm.experiments import compare as compare_module
 from layernorm.experiments import feedforward, results
 from layernorm.experiments.classification import TEST_ERROR
 from layernorm.experiments.compare import Comparison, compare
 from layernorm.experiments.feedforward import NORMS
 from layernorm.experiments.task import TASKS, Preset, find
+from layernorm.experiments.training import Interrupted
 from layernorm.variants import PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -131,12 +135,22 @@ def test_an_interrupted_command_goes_on_when_given_again(tmp_path, signum, undis
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_records_also_go_to_tensorboard(tmp_path):
+def test_records_also_go_to_tensorboard_with_those_before_an_interruption(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     options = {"norms": ("none",), "batch_sizes": (128,), "epochs": 1, "seeds": 1}
-    compare(dataclasses.replace(small(tmp_path, **options), tensorboard=True), silent())
+    comparison = dataclasses.replace(small(tmp_path, **options), tensorboard=True)
+    updates = itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_module, "stop_flag", lambda: nullcontext(lambda: next(updates) == 7))
+        with pytest.raises(Interrupted):
+            compare(comparison, silent())
+    assert list((tmp_path / "runs").glob("*.checkpoint"))
+    # What was written since the checkpoint, or was not written any more, does not matter.
+    (event_file,) = (tmp_path / "tensorboard/none-batch128-seed0").iterdir()
+    event_file.write_bytes(event_file.read_bytes()[:100])
+    compare(comparison, silent())
     found = EventAccumulator(str(tmp_path / "tensorboard/none-batch128-seed0"))
     found.Reload()
     table = pd.read_csv(tmp_path / "results.csv")

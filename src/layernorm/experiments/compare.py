@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -262,14 +263,17 @@ def _log(comparison: Comparison, trainer: Trainer) -> Iterator[Callable[[Record]
             f"--tensorboard needs {error.name}: pip install 'layernorm[tensorboard]'"
         ) from error
     place = comparison.out / "tensorboard" / trainer.run.name
-    # What an earlier command logged past its checkpoint is logged again.
-    with SummaryWriter(place, purge_step=trainer.update + 1 if trainer.update else None) as writer:
+    # Anew from the checkpoint's records: what an earlier command logged may go beyond them or be cut off.
+    shutil.rmtree(place, ignore_errors=True)
+    with SummaryWriter(place) as writer:
 
         def recorded(record: Record) -> None:
             for name, value in record.items():
                 if name not in ("norm", "batch_size", "seed", "update") and value is not None:
                     writer.add_scalar(name, value, record["update"])
 
+        for record in trainer.records:
+            recorded(record)
         yield recorded
 
 
