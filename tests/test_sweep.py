@@ -21,7 +21,7 @@ from layernorm.experiments.task import ExperimentError, Preset
 
 ray = pytest.importorskip("ray")
 
-from layernorm.experiments.sweep import RaySweep  # noqa: E402
+from layernorm.experiments.sweep import RaySweep, _train  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -91,3 +91,16 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path, sweep):
     with pytest.raises(ExperimentError, match=r"1 of 2 runs were lost, none-batch64-seed0 first .*delete it"):
         compare(Comparison("digits", PRESET, out), console, sweep)
     assert set(pd.read_csv(out / "results.csv").norm) == {"layer"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_all_that_a_worker_writes_comes_back(tmp_path):
+    pytest.importorskip("tensorboard")
+    preset = Preset(epochs=1, batch_sizes=(128,), norms=("none",))
+    comparison = Comparison("digits", preset, tmp_path, save_weights=True, tensorboard=True)
+    (run,) = comparison.runs
+    files = _train(comparison, run, 1)
+    assert files == {
+        str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+    }
+    assert {name.partition("/")[0] for name in files} == {"runs", "tensorboard"}

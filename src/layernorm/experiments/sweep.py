@@ -118,4 +118,5 @@ def _train(comparison: Comparison, run: Run, threads: int) -> dict[str, bytes]:
         compare.train(comparison, run, problem, None)
     written: list[Path] = [comparison.path(run, ".csv"), comparison.path(run, ".pt")]
     written += (comparison.out / "samples").glob(f"{run.name}-*.png")
+    written += (comparison.out / "tensorboard" / run.name).glob("*")
     return {str(path.relative_to(comparison.out)): path.read_bytes() for path in written if path.is_file()}
