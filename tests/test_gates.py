@@ -198,8 +198,7 @@ def test_the_gradient_of_one_result_and_of_some_arguments(part):
 def arguments(variant: Variant, dtype=torch.float32):
     tensors = drawn(variant, 3, 4, dtype)
     gates = [tensors.pop(name) for name in ("input_gates", "hidden_gates", "c")]
-    gain = "gain" if variant.kind != "none" and variant.inputs == "summed" else "gain_ih"
-    parameters = [tensors.get(gain if name == "gain_ih" else name) for name in ops.GATES_PARAMETERS]
+    parameters = recurrent_operator.listed(tensors, variant, ops.GATES_PARAMETERS)
     return (*gates, *parameters, *recurrent_operator.spec(variant))
 
 

@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include "forward_mode.hpp"
 #include "parallel.hpp"
 #include "recurrent.hpp"
 
@@ -59,7 +60,7 @@ struct GatesLayer {
   const RecurrentKernels* kernels = nullptr;
   at::ScalarType type, computed;
 
-  explicit GatesLayer(LAYERNORM_GATES_ARGUMENTS) : type(c.scalar_type()) {
+  explicit GatesLayer(LAYERNORM_GATES_ARGUMENTS) : type(c.scalar_type()), held_{type, {}} {
     read_spec({"lstm", kind, inputs, scope, cell_norm, eps, false}, r);
     TORCH_CHECK(
         is_supported(type) && c.dim() == 2 && c.size(1) > 0,
@@ -71,19 +72,16 @@ struct GatesLayer {
     r.batch = c.size(0);
     r.hidden_size = c.size(1);
     const int64_t width = r.gates * r.hidden_size;
-    r.c0 = hold(c, "c", {r.batch, r.hidden_size});
-    r.input = hold(input_gates, "input_gates", {r.batch, width});
-    r.h0 = hold(hidden_gates, "hidden_gates", {r.batch, width});
-    const auto vector = [&](const OptionalTensor& tensor, const char* name, int64_t size) {
-      return tensor && tensor->defined() ? hold(*tensor, name, size) : nullptr;
-    };
-    r.bias_ih = vector(bias_ih, "bias_ih", width);
-    r.bias_hh = vector(bias_hh, "bias_hh", width);
-    r.gain_ih = vector(gain_ih, "gain_ih", width);
-    r.gain_hh = vector(gain_hh, "gain_hh", width);
-    r.bias = vector(bias, "bias", width);
-    r.gain_cell = vector(gain_cell, "gain_cell", r.hidden_size);
-    r.bias_cell = vector(bias_cell, "bias_cell", r.hidden_size);
+    r.c0 = held_.hold(c, "c", {r.batch, r.hidden_size});
+    r.input = held_.hold(input_gates, "input_gates", {r.batch, width});
+    r.h0 = held_.hold(hidden_gates, "hidden_gates", {r.batch, width});
+    r.bias_ih = held_.hold(bias_ih, "bias_ih", width);
+    r.bias_hh = held_.hold(bias_hh, "bias_hh", width);
+    r.gain_ih = held_.hold(gain_ih, "gain_ih", width);
+    r.gain_hh = held_.hold(gain_hh, "gain_hh", width);
+    r.bias = held_.hold(bias, "bias", width);
+    r.gain_cell = held_.hold(gain_cell, "gain_cell", r.hidden_size);
+    r.bias_cell = held_.hold(bias_cell, "bias_cell", r.hidden_size);
     // A gradient is summed where the parameter is used, and nowhere else.
     TORCH_CHECK((r.norm != NormKind::kNone || (!r.gain_ih && !r.bias)) &&
                     (r.inputs == Inputs::kSeparate || !r.gain_hh) &&
@@ -108,19 +106,8 @@ struct GatesLayer {
   }
 
  private:
-  std::vector<Tensor> held_;
+  Held held_;
   Tensor prepared_;
-
-  const void* hold(const Tensor& tensor, const char* name, at::IntArrayRef shape) {
-    TORCH_CHECK(tensor.sizes() == shape && tensor.scalar_type() == type &&
-                    tensor.device().is_cpu() && tensor.layout() == at::kStrided,
-                "layernorm: ", name, " must be a strided tensor of shape ", shape, " and dtype ",
-                type, " on the CPU, got ", tensor.sizes(), " of ", tensor.scalar_type(), " on ",
-                tensor.device());
-    if (tensor.is_contiguous()) return tensor.const_data_ptr();
-    held_.push_back(tensor.contiguous());
-    return held_.back().const_data_ptr();
-  }
 };
 
 // Elements that take about as long as a row: norms, activations.
@@ -249,10 +236,7 @@ TensorPair lstm_gates_autograd(LAYERNORM_GATES_ARGUMENTS) {
                             bias.value_or(Tensor()),
                             gain_cell.value_or(Tensor()),
                             bias_cell.value_or(Tensor())};
-  for (const auto& edge : edges)
-    TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(edge),
-                                "layernorm: the compiled recurrent kernels have no forward-mode "
-                                "derivative; use layernorm.backends.use(\"reference\")");
+  refuse_forward_mode(edges);
   if (!torch::autograd::compute_requires_grad(edges)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return gates_op().call(LAYERNORM_GATES_PASSED);

@@ -58,6 +58,15 @@ struct Saved {
   Tensor x, h, c, stats;
 };
 
+// What kernels read: tensors checked, and where they had to be copied the copies.
+struct Held {
+  at::ScalarType type;  // of all of them
+  std::vector<Tensor> tensors;
+
+  // Where the elements are; null where there is no tensor.
+  const void* hold(const OptionalTensor& tensor, const char* name, at::IntArrayRef shape);
+};
+
 // A layer with its memory: whatever `r` points to is held by the tensors beside it.
 class RecurrentLayer {
  public:
@@ -81,10 +90,8 @@ class RecurrentLayer {
   void forward(const Tensor& output, const Tensor& hn, const Tensor& cn);
 
  private:
-  std::vector<Tensor> held_;
+  Held held_;
   std::vector<int64_t> batch_sizes_, step_offsets_;
-
-  const void* hold(const OptionalTensor& tensor, const char* name, at::IntArrayRef shape);
 };
 
 // Null where there is no element.

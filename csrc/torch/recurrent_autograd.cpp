@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include "forward_mode.hpp"
 #include "recurrent.hpp"
 
 namespace layernorm {
@@ -84,10 +85,7 @@ struct RecurrentNode : torch::autograd::Node {
 RecurrentOutputs recurrent_autograd(LAYERNORM_RECURRENT_ARGUMENTS, bool recompute) {
   variable_list edges{input, h, c.value_or(Tensor())};
   for (const std::optional<Tensor> weight : weights) edges.push_back(weight.value_or(Tensor()));
-  for (const auto& edge : edges)
-    TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(edge),
-                                "layernorm: the compiled recurrent kernels have no forward-mode "
-                                "derivative; use layernorm.backends.use(\"reference\")");
+  refuse_forward_mode(edges);
   if (!torch::autograd::compute_requires_grad(edges)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return recurrent_op().call(input, h, c, weights, resets, batch_sizes, cell, kind, inputs, scope,

@@ -21,6 +21,19 @@ Enum named(std::string_view word, const char* what, const std::string_view (&nam
   return static_cast<Enum>(found - std::begin(names));
 }
 
+ElementType element_type(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return kElementFloat32;
+    case at::kDouble:
+      return kElementFloat64;
+    case at::kBFloat16:
+      return kElementBFloat16;
+    default:
+      return kElementFloat16;
+  }
+}
+
 // Working memory that calls leave to those after them: fresh memory has to be cleared by the system
 // first, and for the packed weights of a few rows that would take longer than the packing. Never
 // destroyed, since tensors may outlive it.
@@ -86,19 +99,6 @@ void read_spec(const RecurrentSpec& spec, Recurrent& r) {
   r.reverse = spec.reverse;
 }
 
-static ElementType element_type(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return kElementFloat32;
-    case at::kDouble:
-      return kElementFloat64;
-    case at::kBFloat16:
-      return kElementBFloat16;
-    default:
-      return kElementFloat16;
-  }
-}
-
 const RecurrentKernels& kernels_of(at::ScalarType type) {
   return (*capability().recurrences)[element_type(type)];
 }
@@ -126,19 +126,17 @@ Tensor RecurrentLayer::allocate_computed(at::IntArrayRef sizes) const {
   return at::empty(sizes, options.dtype(computed));
 }
 
-const void* RecurrentLayer::hold(const OptionalTensor& tensor, const char* name,
-                                 at::IntArrayRef shape) {
+const void* Held::hold(const OptionalTensor& tensor, const char* name, at::IntArrayRef shape) {
   if (!tensor || !tensor->defined()) return nullptr;
   TORCH_CHECK(tensor->sizes() == shape, "layernorm: ", name, " must be of shape ", shape, ", got ",
               tensor->sizes());
-  TORCH_CHECK(tensor->scalar_type() == options.dtype().toScalarType() &&
-                  tensor->device().is_cpu() && tensor->layout() == at::kStrided,
-              "layernorm: ", name, " must be a strided tensor of the input's dtype ",
-              options.dtype(), " on the CPU, got ", tensor->scalar_type(), " on ",
-              tensor->device());
+  TORCH_CHECK(tensor->scalar_type() == type && tensor->device().is_cpu() &&
+                  tensor->layout() == at::kStrided,
+              "layernorm: ", name, " must be a strided tensor of the input's dtype ", type,
+              " on the CPU, got ", tensor->scalar_type(), " on ", tensor->device());
   if (tensor->is_contiguous()) return tensor->const_data_ptr();
-  held_.push_back(tensor->contiguous());
-  return held_.back().const_data_ptr();
+  tensors.push_back(tensor->contiguous());
+  return tensors.back().const_data_ptr();
 }
 
 RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
@@ -153,6 +151,7 @@ RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
               " dimensions on the CPU, of float32, float64, bfloat16 or float16; got ",
               input.sizes(), " of ", input.scalar_type(), " on ", input.device());
   options = input.options();
+  held_.type = input.scalar_type();
   computed = computed_type(input.scalar_type());
   kernels = &kernels_of(input.scalar_type());
   TORCH_CHECK(inputs.weights.size() == kWeights, "layernorm: weights must be a list of ",
@@ -197,14 +196,14 @@ RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
   }
   TORCH_CHECK(r.steps > 0, "layernorm: Expected sequence length to be larger than 0 in RNN");
   const bool in_place = input.size(-1) <= 1 || input.stride(-1) == 1;
-  held_.push_back(in_place ? input : input.contiguous());
-  const Tensor& read = held_.back();
+  held_.tensors.push_back(in_place ? input : input.contiguous());
+  const Tensor& read = held_.tensors.back();
   r.input = read.const_data_ptr();
   r.input_row_stride = read.stride(packed ? 0 : 1);
   r.input_step_stride = packed ? 0 : read.stride(0);
 
   const auto weight = [&](Weight which, const char* name, at::IntArrayRef shape) {
-    return hold(inputs.weights[which], name, shape);
+    return held_.hold(inputs.weights[which], name, shape);
   };
   r.weight_ih = weight(kWeightIh, "weight_ih", {width, r.input_size});
   r.weight_hh = weight(kWeightHh, "weight_hh", {width, r.output_size});
@@ -226,18 +225,18 @@ RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
                   (cell_normed || (!r.gain_cell && !r.bias_cell)),
               "layernorm: weights has a gain or bias that this variant does not have");
 
-  r.h0 = hold(inputs.h, "h", {r.batch, r.output_size});
+  r.h0 = held_.hold(inputs.h, "h", {r.batch, r.output_size});
   if (r.cell == CellKind::kLstm) {
     TORCH_CHECK(inputs.c && inputs.c->defined(), "layernorm: an LSTM's state has a cell, c");
-    r.c0 = hold(*inputs.c, "c", {r.batch, r.hidden_size});
+    r.c0 = held_.hold(*inputs.c, "c", {r.batch, r.hidden_size});
   }
   if (inputs.resets && inputs.resets->defined()) {
     const Tensor& resets = *inputs.resets;
     TORCH_CHECK(resets.scalar_type() == at::kBool && resets.device().is_cpu() &&
                     resets.sizes() == input.sizes().slice(0, input.dim() - 1),
                 "layernorm: resets must be bool, of the input's shape but for the features");
-    held_.push_back(resets.contiguous());
-    r.resets = static_cast<const uint8_t*>(held_.back().const_data_ptr());
+    held_.tensors.push_back(resets.contiguous());
+    r.resets = static_cast<const uint8_t*>(held_.tensors.back().const_data_ptr());
   }
 }
 
@@ -262,7 +261,7 @@ Saved RecurrentLayer::keep(bool recompute) {
 }
 
 void RecurrentLayer::use(const Saved& saved) {
-  held_.insert(held_.end(), {saved.x, saved.h, saved.c, saved.stats});
+  held_.tensors.insert(held_.tensors.end(), {saved.x, saved.h, saved.c, saved.stats});
   r.saved_x = data_of(saved.x);
   r.saved_h = data_of(saved.h);
   r.saved_c = data_of(saved.c);

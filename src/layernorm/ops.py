@@ -307,7 +307,7 @@ def _recurrent_composite_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The gradients by differentiating the reference, themselves differentiable."""
     given = [input, h, c, *weights]
-    leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in given]
+    leaves = _leaves(given)
     named = zip(WEIGHTS, leaves[3:], strict=True)
     names = {"gain_ih": "gain"} if kind != "none" and inputs == "summed" else {}
     parameters = {names.get(name, name): weight for name, weight in named if weight is not None}
@@ -333,14 +333,29 @@ def _recurrent_composite_backward(
         if grad is not None
     ]
     outputs, grads = zip(*pairs, strict=True)
+    result = _gradients(outputs, leaves, grads, wanted)
+    return result[0], result[1], result[2], result[3:]
+
+
+def _leaves(given: Sequence[Tensor | None]) -> list[Any]:
+    """The tensors, those that need no gradient as ones that do."""
+    return [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in given]
+
+
+def _gradients(
+    outputs: Sequence[Tensor], leaves: Sequence[Any], grads: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients of the leaves, themselves differentiable; one that is not wanted has no element."""
     asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want and leaf is not None]
     found = iter(
         torch.autograd.grad(
             outputs, asked, grads, create_graph=True, materialize_grads=True, allow_unused=True
         )
     )
-    result = [next(found) if want else input.new_empty(0) for want in wanted]
-    return result[0], result[1], result[2], result[3:]
+    return [
+        next(found) if want and leaf is not None else leaves[0].new_empty(0)
+        for leaf, want in zip(leaves, wanted, strict=True)
+    ]
 
 
 torch.library.impl("layernorm::recurrent_composite_backward", "CompositeImplicitAutograd")(
@@ -388,7 +403,7 @@ def _lstm_gates_composite_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients by differentiating the reference, themselves differentiable."""
     *given, kind, inputs, scope, cell_norm, eps, wanted = rest
-    leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in given]
+    leaves = _leaves(given)
     variant = Variant(kind=kind, inputs=inputs, scope=scope, cell=cell_norm, eps=eps)
     named = {name: leaf for name, leaf in zip(GATES_PARAMETERS, leaves[3:], strict=True) if leaf is not None}
     if kind != "none" and inputs == "summed" and "gain_ih" in named:
@@ -396,16 +411,7 @@ def _lstm_gates_composite_backward(
     with torch.enable_grad():
         outputs = reference.lstm_gates(leaves[0], leaves[1], leaves[2], named, variant)
     grads = (grad_hidden, torch.zeros_like(grad_hidden) if grad_cn is None else grad_cn)
-    asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want and leaf is not None]
-    found = iter(
-        torch.autograd.grad(
-            outputs, asked, grads, create_graph=True, materialize_grads=True, allow_unused=True
-        )
-    )
-    return tuple(
-        next(found) if want and leaf is not None else grad_hidden.new_empty(0)
-        for leaf, want in zip(leaves, wanted, strict=True)
-    )
+    return tuple(_gradients(outputs, leaves, grads, wanted))
 
 
 torch.library.impl("layernorm::lstm_gates_composite_backward", "CompositeImplicitAutograd")(

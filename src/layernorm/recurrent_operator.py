@@ -70,20 +70,16 @@ def lstm_gates(
     input_gates: Tensor, hidden_gates: Tensor, c: Tensor, weights: Weights, variant: Variant
 ) -> tuple[Tensor, Tensor]:
     """``layernorm.reference.lstm_gates`` by the operator."""
-    gain = "gain" if variant.kind != "none" and variant.inputs == "summed" else "gain_ih"
-    parameters = [weights.get(gain if name == "gain_ih" else name) for name in ops.GATES_PARAMETERS]
-    tensors = [input_gates, hidden_gates, c, *parameters]
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    tensors = [input_gates, hidden_gates, c, *listed(weights, variant, ops.GATES_PARAMETERS)]
+    tensors = _autocast(tensors, c.device)
     state: tuple[Tensor, Tensor] = torch.ops.layernorm.lstm_gates.default(*tensors, *spec(variant))
     return state
 
 
-def listed(weights: Weights, variant: Variant) -> list[Tensor | None]:
+def listed(weights: Weights, variant: Variant, names: Sequence[str] = ops.WEIGHTS) -> list[Tensor | None]:
     """The parameters in the order in which the operators list them."""
     summed = variant.kind != "none" and variant.inputs == "summed"
-    return [weights.get("gain" if summed and name == "gain_ih" else name) for name in ops.WEIGHTS]
+    return [weights.get("gain" if summed and name == "gain_ih" else name) for name in names]
 
 
 def spec(variant: Variant) -> tuple[str, str, str, str, float]:
@@ -104,13 +100,18 @@ def _recurrent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors: list[Tensor | None] = [input, state[0], state[1] if len(state) > 1 else None]
     tensors += listed(weights, variant)
-    device = input.device.type
-    if torch.is_autocast_enabled(device):  # as torch.nn's do: everything in the lower precision
-        dtype = torch.get_autocast_dtype(device)
-        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    tensors = _autocast(tensors, input.device)
     x, h, c, *parameters = tensors
     sizes = None if batch_sizes is None else list(batch_sizes)
     outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.layernorm.recurrent(
         x, h, c, parameters, resets, sizes, cell, *spec(variant), reverse, recompute
     )
     return outputs
+
+
+def _autocast(tensors: list[Tensor | None], device: torch.device) -> list[Tensor | None]:
+    """As ``torch.nn``'s layers do under autocast: everything in the lower precision."""
+    if not torch.is_autocast_enabled(device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
