@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import os
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -51,6 +54,153 @@ def test_use_overrides_and_gives_back():
             assert backends.choose("gru", CPU, torch.float32).kernel == "reference"
         assert backends.choose("layer_norm", CPU, torch.float32).kernel == "reference"
     assert backends.choose("layer_norm", CPU, torch.float32) == before
+
+
+def served():
+    """The kernel of a norm here and now."""
+    return backends.choose("layer_norm", CPU, torch.float32).kernel
+
+
+def in_a_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_blocks_that_overlap_in_two_threads_never_meet():
+    default, seen = served(), {}
+    entered, left = threading.Event(), threading.Event()
+
+    def first():
+        with backends.use("reference"):
+            entered.set()
+            assert left.wait(10)  # entered before the other block, left after it
+            seen["first"] = served()
+
+    def second():
+        assert entered.wait(10)
+        with backends.use("torch"):
+            seen["second"] = served()
+        seen["after"] = served()
+        left.set()
+
+    threads = [threading.Thread(target=function) for function in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"first": "reference", "second": "torch", "after": default}
+    assert served() == default == in_a_thread(served)
+
+
+def test_a_thread_sees_the_override_only_with_the_context():
+    default = served()
+    with backends.use("reference"):
+        if not getattr(sys.flags, "thread_inherit_context", 0):
+            assert in_a_thread(served) == default
+        context = contextvars.copy_context()
+        assert in_a_thread(lambda: context.run(served)) == "reference"
+
+        def as_pytorch_runs_backward_on_a_gpu():
+            torch._C._stash_obj_in_tls("context", context)
+            try:
+                return served(), LF.layer_norm(torch.randn(2, 3), (3,))
+            finally:
+                torch._C._remove_obj_from_tls("context")
+
+        assert in_a_thread(as_pytorch_runs_backward_on_a_gpu)[0] == "reference"
+
+
+def test_blocks_that_overlap_in_tasks_never_meet():
+    default = served()
+
+    async def task(kernel, wait, go):
+        with backends.use(kernel):
+            go.set()
+            await wait.wait()
+            return served()
+
+    async def outlives():
+        await asyncio.sleep(0)
+        return served()
+
+    async def main():
+        first, second = asyncio.Event(), asyncio.Event()
+        tasks = [asyncio.create_task(task("reference", second, first))]
+        await first.wait()
+        tasks.append(asyncio.create_task(task("torch", asyncio.Event(), second)))
+        assert await tasks[0] == "reference"
+        assert served() == default
+        tasks[1].cancel()
+        with backends.use("reference"):
+            inherits = asyncio.create_task(outlives())
+        assert await inherits == "reference"
+
+    asyncio.run(main())
+    assert served() == default
+
+
+def test_blocks_in_generators_leave_nothing_behind():
+    default = served()
+
+    def block(kernel):
+        with backends.use(kernel):
+            yield
+            yield
+
+    first, second = block("reference"), block("torch")
+    next(first)
+    next(second)
+    first.close()  # entered first, left first
+    assert served() == "torch"
+    second.close()
+    assert served() == default
+    third = block("reference")
+    next(third)
+    in_a_thread(third.close)  # in another context than it was entered in
+    assert served() == default
+    with backends.use("torch"):
+        assert served() == "torch"
+    with pytest.raises(ZeroDivisionError), backends.use("torch"):
+        1 / 0  # noqa: B018
+    assert served() == default
+
+    @backends.use("reference")
+    def decorated():
+        return served()
+
+    assert (decorated(), served()) == ("reference", default)
+
+
+def test_a_compiled_function_sees_the_override_of_each_call():
+    module = layernorm.LayerNormGRU(3, 4, dtype=torch.float64)
+    x = torch.randn(2, 1, 3, dtype=torch.float64)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph
+
+    def inside(x):
+        with backends.use("reference"):
+            output = module(x)[0]
+        return output, module(x)[0]
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: module(x)[0], backend=backend, fullgraph=True)
+    expected = compiled(x)
+    with backends.use("reference"):
+        torch.testing.assert_close(compiled(x), expected)
+        assert torch.compile(inside, backend=backend, fullgraph=True)(x)[0].shape == expected.shape
+    compiled(x)  # the first graph again
+    both, once = torch.compile(inside, backend=backend, fullgraph=True)(x)
+    torch.testing.assert_close(both, once)
+    if ops.NATIVE_PROBLEM is None:
+        has_operator = [any("layernorm" in target for target in targets) for targets in graphs]
+        assert has_operator == [True, False, False, True]
+    assert served() == in_a_thread(served)
 
 
 def test_an_override_that_cannot_be_is_refused():

@@ -6,8 +6,9 @@ There are five kernels: ``native``, this package's compiled ones on the CPU; ``t
 choice depends on the operator, the device, the dtype and the layer's sizes, never on the number of rows: a
 row's bits do not depend on its batch.
 
-The environment variable ``LAYERNORM_BACKEND`` or ``use`` overrides it. ``LAYERNORM_CPU_CAPABILITY`` chooses
-the instruction set of the compiled kernels; ``capability`` tells which it is.
+The environment variable ``LAYERNORM_BACKEND`` overrides it for the process, ``use`` for a ``with`` block in
+one thread or asyncio task. ``LAYERNORM_CPU_CAPABILITY`` chooses the instruction set of the compiled kernels;
+``capability`` tells which it is.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Final, NamedTuple
 
@@ -26,12 +26,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_compiling
 
-from layernorm import ops
+from layernorm import ops, override
 from layernorm.kernels import settings
+from layernorm.override import KERNELS as KERNELS
+from layernorm.override import use as use
 from layernorm.variants import Variant
 
-KERNELS: Final = ("native", "triton", "persistent", "torch", "reference")
 #: Those that this package's operators have.
 OPERATORS: Final = ("native", "triton", "persistent")
 NORMS: Final = ops.NORMS
@@ -46,6 +48,7 @@ _PLAIN: Final = (Tensor, torch.nn.Parameter)
 # What stands for them while a program is traced.
 _TRACED: Final = (*_PLAIN, FakeTensor, FunctionalTensor)
 
+# Of the process; ``override`` has those of contexts.
 _override: str | None = os.environ.get(VARIABLE) or None
 
 
@@ -76,8 +79,8 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """
     if operator == GATES and device.type == "cuda":
         return Choice("reference", "it has no kernel for GPUs")
-    if _override is not None:
-        return _forced(_checked(_override, VARIABLE), operator, device, dtype)
+    if (kernel := _asked_for()) is not None:
+        return _forced(override.checked(kernel, VARIABLE), operator, device, dtype)
     other = "torch" if operator in NORMS else "reference"
     if device.type == "cuda":
         return _on_gpu(operator, device, dtype, other)
@@ -85,7 +88,7 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice(other, "the compiled kernels are for floating-point tensors on the CPU")
     if ops.NATIVE_PROBLEM is not None:
         return Choice(other, f"no compiled kernels: {ops.NATIVE_PROBLEM}")
-    if torch.compiler.is_compiling() and operator in NORMS:
+    if is_compiling() and operator in NORMS:
         return Choice(other, "inside torch.compile PyTorch's norm fuses with its neighbours")
     if torch._C._are_functorch_transforms_active():
         return Choice(other, "torch.func transforms")
@@ -97,7 +100,7 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
 def _on_gpu(operator: str, device: torch.device, dtype: torch.dtype, other: str) -> Choice:
     if (problem := triton_problem(dtype)) is not None:
         return Choice(other, problem)
-    if torch.compiler.is_compiling() and operator in NORMS:
+    if is_compiling() and operator in NORMS:
         return Choice(other, "inside torch.compile PyTorch's norm fuses with its neighbours")
     if torch._C._are_functorch_transforms_active():
         return Choice(other, "torch.func transforms")
@@ -129,7 +132,7 @@ def tier(
         projected: whether h is projected.
         backward: of the derivative.
     """
-    return _tier(cell, variant, hidden_size, dtype, device, projected, backward, _override)
+    return _tier(cell, variant, hidden_size, dtype, device, projected, backward, _asked_for())
 
 
 @functools.cache
@@ -199,14 +202,19 @@ def capability() -> str | None:
 
 def plain() -> ModuleType | None:
     """The compiled module, where nothing outside a call's own arguments speaks against it."""
-    if _override is not None or torch.compiler.is_compiling():
+    if is_compiling() or _override is not None or (override.used and override.current()):
         return None
     return ops.native
 
 
+def _asked_for() -> str | None:
+    """The kernel that the block around this call or else the process asks for, if any."""
+    return (override.used and override.current()) or _override
+
+
 def foreign(input: object) -> bool:
     """Whether only PyTorch's operators know this kind of tensor: a subclass, a sparse or a nested one."""
-    if not isinstance(input, Tensor) or _override not in (None, "torch"):
+    if not isinstance(input, Tensor) or _asked_for() not in (None, "torch"):
         return False
     return type(input) not in _PLAIN or input.layout != torch.strided or input.is_nested
 
@@ -214,7 +222,7 @@ def foreign(input: object) -> bool:
 def distributed(input: object) -> ModuleType | None:
     """``layernorm.distributed`` for a ``DTensor``, unless PyTorch's operators are asked for."""
     module = sys.modules.get("torch.distributed.tensor")  # nobody has one who did not import it
-    if module is None or not isinstance(input, module.DTensor) or _override == "torch":
+    if module is None or not isinstance(input, module.DTensor) or _asked_for() == "torch":
         return None
     return importlib.import_module("layernorm.distributed")
 
@@ -225,7 +233,7 @@ def kernel_for(operator: str, input: Tensor) -> str:
     Warns, once in a process, where a compiled kernel would have served and there are none.
     """
     kernel = choose(operator, input.device, input.dtype).kernel
-    if ops.NATIVE_PROBLEM is not None and _override is None and _has_native(input.device, input.dtype):
+    if ops.NATIVE_PROBLEM is not None and _asked_for() is None and _has_native(input.device, input.dtype):
         _say_once(f"no compiled kernels: {ops.NATIVE_PROBLEM}")
     return kernel
 
@@ -239,7 +247,7 @@ def recurrent_kernel_for(operator: str, input: Tensor, others: Sequence[Tensor])
     if kernel not in OPERATORS:
         return kernel
     tensors = (input, *others)
-    if any(type(t) not in _TRACED or t.layout != torch.strided for t in tensors) and _override is None:
+    if any(type(t) not in _TRACED or t.layout != torch.strided for t in tensors) and _asked_for() is None:
         return "reference"
     autocast = torch.is_autocast_enabled(input.device.type)
     alike = all(t.device == input.device and (autocast or t.dtype == input.dtype) for t in others)
@@ -248,32 +256,6 @@ def recurrent_kernel_for(operator: str, input: Tensor, others: Sequence[Tensor])
 
 def _in_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
-
-
-@contextmanager
-def use(kernel: str) -> Iterator[None]:
-    """Within the ``with`` block every call in this process is served by ``kernel``.
-
-    Args:
-        kernel: ``"native"``, ``"triton"``, ``"persistent"``, ``"torch"`` or ``"reference"``. An operator
-            that has no kernel of that kind raises when it is called. But recurrent operators, which have no
-            ``"torch"`` kernel, keep the reference then, norms keep ``"torch"`` where ``"persistent"`` is
-            asked for, and so do layers ``"triton"`` that the persistent kernel cannot hold.
-
-    Raises:
-        ValueError: ``kernel`` is none of these.
-
-    Examples:
-        >>> import torch, layernorm
-        >>> with layernorm.backends.use("reference"):
-        ...     output = layernorm.LayerNorm(4)(torch.zeros(2, 4))
-    """
-    global _override
-    before, _override = _override, _checked(kernel, "kernel")
-    try:
-        yield
-    finally:
-        _override = before
 
 
 def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
@@ -298,12 +280,6 @@ def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype
 
 def _has_native(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in NATIVE_DTYPES
-
-
-def _checked(kernel: str, name: str) -> str:
-    if kernel not in KERNELS:
-        raise ValueError(f"{name} must be one of {', '.join(KERNELS)}; got {kernel!r}")
-    return kernel
 
 
 _said: set[str] = set()

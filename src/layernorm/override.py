@@ -1,0 +1,118 @@
+"""The override of the choice of kernels, which belongs to a context: ``use``, and what it says here.
+
+A context is what ``contextvars`` has: a thread's own, or an asyncio task's. So blocks that overlap in several
+threads or tasks never meet.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Final
+
+import torch
+
+KERNELS: Final = ("native", "triton", "persistent", "torch", "reference")
+
+
+class _Block:
+    """A ``with`` block: the kernel that it asks for, and whether it was left from another context."""
+
+    __slots__ = ("kernel", "left")
+
+    def __init__(self, kernel: str) -> None:
+        self.kernel = kernel
+        self.left = False
+
+
+# The blocks around a call, the innermost last; None in a context that never had one.
+_blocks: Final[ContextVar[tuple[_Block, ...] | None]] = ContextVar("layernorm.use", default=None)
+#: Whether any context ever had one: until then no call need look, which would cost it more than this.
+used = False
+# The kernels that blocks inside a function ask for while Dynamo traces it.
+_traced: tuple[str, ...] = ()
+_this_module: Final[Any] = sys.modules[__name__]
+
+
+def current() -> str | None:
+    """The kernel that the innermost block around this call asks for, or None."""
+    if torch.compiler.is_dynamo_compiling():
+        # Dynamo cannot read a context variable, but guards on attributes of modules: a change recompiles.
+        return _traced[-1] if _traced else _this_module.outside
+    return _of_this_context()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "outside":
+        return _of_this_context()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _of_this_context() -> str | None:
+    blocks = _blocks.get()
+    if blocks is None and torch._C._is_key_in_tls("context"):
+        # PyTorch's threads for backward on other devices have empty contexts, and it gives them this one,
+        # that of the call of backward.
+        blocks = torch._C._get_obj_in_tls("context").get(_blocks)
+    for block in reversed(blocks or ()):
+        if not block.left:
+            return block.kernel
+    return None
+
+
+def checked(kernel: str, name: str) -> str:
+    """Return ``kernel`` if it names one; ``name`` says where it came from."""
+    if kernel not in KERNELS:
+        raise ValueError(f"{name} must be one of {', '.join(KERNELS)}; got {kernel!r}")
+    return kernel
+
+
+@contextmanager
+def use(kernel: str) -> Iterator[None]:
+    """Use ``kernel`` for every call within the ``with`` block.
+
+    The override belongs to a context (``contextvars``), not to the process: other threads and other asyncio
+    tasks do not see it, and their blocks may overlap with this one in any way. A task created inside the
+    block inherits it, for as long as the task runs. A thread started inside the block does not, unless it is
+    given the context: ``Thread(target=contextvars.copy_context().run, args=(function,))``, or Python is
+    3.14 with ``-X thread_inherit_context=1``. Backward uses the override of the call of ``backward()``,
+    in whichever thread PyTorch runs it. To override the whole process, set ``LAYERNORM_BACKEND``.
+
+    Args:
+        kernel: ``"native"``, ``"triton"``, ``"persistent"``, ``"torch"`` or ``"reference"``. An operator
+            that has no kernel of that kind raises when it is called. But recurrent operators, which have no
+            ``"torch"`` kernel, keep the reference then, norms keep ``"torch"`` where ``"persistent"`` is
+            asked for, and so do layers ``"triton"`` that the persistent kernel cannot hold.
+
+    Raises:
+        ValueError: ``kernel`` is none of these.
+
+    Examples:
+        >>> import torch, layernorm
+        >>> with layernorm.backends.use("reference"):
+        ...     output = layernorm.LayerNorm(4)(torch.zeros(2, 4))
+    """
+    global used, _traced
+    checked(kernel, "kernel")
+    used = True
+    if torch.compiler.is_dynamo_compiling():
+        before, _traced = _traced, (*_traced, kernel)
+        try:
+            yield
+        finally:
+            _traced = before
+        return
+    block = _Block(kernel)
+    token = _blocks.set((*(other for other in _blocks.get() or () if not other.left), block))
+    try:
+        yield
+    finally:
+        # Not what was before: blocks in generators may overlap, and the one entered first may end first.
+        others = tuple(other for other in _blocks.get() or () if other is not block)
+        try:
+            _blocks.reset(token)
+            _blocks.set(others)
+        except ValueError:  # a generator that is finished in another context than it began in
+            block.left = True
