@@ -80,13 +80,16 @@ def test_it_writes_the_table_the_curves_and_the_report(tmp_path):
 
 def test_finished_runs_are_not_repeated_and_more_seeds_can_be_added(tmp_path):
     compare(small(tmp_path, seeds=1), silent())
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*.csv")}
     console = silent()
     compare(small(tmp_path), console)
     assert console.file.getvalue().count("finished before") == 4
-    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*.csv")}
     assert before.items() <= after.items()
     assert len(after) == 8
+    assert {p.name for p in (tmp_path / "runs").iterdir()} - set(after) == {
+        f"{name}.sha256" for name in after
+    }
 
 
 ARGUMENTS = ("compare", "digits", "--norms", "none,layer", "--batch-sizes", "4", "--epochs", "3")

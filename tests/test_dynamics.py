@@ -13,6 +13,7 @@ import layernorm
 from layernorm.experiments import drawing, dynamics
 from layernorm.experiments import task as tasks
 from layernorm.experiments.task import ExperimentError
+from tables_by_hand import put
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # The RNN (relu) without norm grows by about 1.48 a step at scale 2: 40 steps are enough to tell.
@@ -91,7 +92,8 @@ def measured(tmp_path_factory):
 
 @pytest.fixture
 def results(measured, tmp_path):
-    (tmp_path / "dynamics.csv").write_bytes((measured / "dynamics.csv").read_bytes())
+    for name in ("dynamics.csv", "dynamics.csv.sha256"):
+        (tmp_path / name).write_bytes((measured / name).read_bytes())
     return tmp_path
 
 
@@ -147,7 +149,7 @@ def test_gradients_that_are_kept_agree(results):
     path = results / "dynamics.csv"
     table = pd.read_csv(path)
     table.loc[table.norm == "layer", "gradient"] = 1.0
-    table.to_csv(path, index=False)
+    put(path, table)
     assert verdicts(results) == ["agrees", "agrees", "agrees"]
 
 
@@ -157,7 +159,7 @@ def test_what_has_overflowed_is_said(results):
     grown = (table.cell == "RNN (relu)") & (table.norm == "none") & (table.scale == 2) & (table.steps == 40)
     table.loc[grown & (table.step > 20), "hidden"] = math.inf
     table.loc[grown, "gradient"] = math.nan
-    table.to_csv(path, index=False)
+    put(path, table)
     section = tasks.find_study("dynamics").read(results)
     assert "overflow" in section.cards[0].figure
     assert [table.rows[2][-1] for table in section.tables] == ["overflow", "overflow"]
@@ -173,7 +175,7 @@ def test_a_run_goes_on_where_it_was_stopped(results, measured, monkeypatch):
     table = pd.read_csv(path)
     # Stopped in the last length, in the middle of writing.
     stopped = (table.steps == 40) & (table.cell.isin(["LSTM", "GRU"]))
-    table[~stopped].to_csv(path, index=False)
+    put(path, table[~stopped])
     path.with_name("dynamics.csv.new").write_text("step,hid")
     traced = []
     plain = dynamics.trace
@@ -211,7 +213,7 @@ def test_an_interrupt_keeps_what_was_finished(tmp_path, monkeypatch):
 def test_only_finished_lengths_are_reported(results):
     path = results / "dynamics.csv"
     table = pd.read_csv(path)
-    table[(table.steps == 4) | (table.cell != "GRU")].to_csv(path, index=False)
+    put(path, table[(table.steps == 4) | (table.cell != "GRU")])
     assert [table.columns[3:] for table in dynamics.read(results).tables] == [("4 steps",)] * 2
 
 
@@ -224,10 +226,23 @@ def test_only_finished_lengths_are_reported(results):
         b"step,hidden,gradient,cell,norm,scale,steps\n1,a,b,c,d,e,f\n",
     ],
 )
-def test_a_damaged_file_is_named(tmp_path, content):
-    (tmp_path / "dynamics.csv").write_bytes(content)
+def test_a_damaged_file_is_named_and_measured_again(results, measured, monkeypatch, content):
+    (results / "dynamics.csv").write_bytes(content)
+    with pytest.raises(ExperimentError, match=r"dynamics.csv is damaged \(.+\); delete it"):
+        dynamics.read(results)
+    monkeypatch.setattr(dynamics, "_cases", lambda lengths: [("GRU", "none", 0.5, 4)])
+    lines = []
+    dynamics.run(results, lines.append, **SIZES)
+    assert "dynamics.csv is damaged (its content does not have its SHA-256); it is measured again" in lines[0]
+    again, before = (pd.read_csv(folder / "dynamics.csv") for folder in (results, measured))
+    chosen = (before.cell == "GRU") & (before.norm == "none") & (before.scale == 0.5) & (before.steps == 4)
+    pd.testing.assert_frame_equal(again, before[chosen].reset_index(drop=True), rtol=1e-12)
+
+
+def test_a_file_of_others_is_named_and_kept(tmp_path):
+    (tmp_path / "dynamics.csv").write_text("step,hidden\n1,2\n")
     for use in (dynamics.read, lambda folder: dynamics.run(folder, print, **SIZES)):
-        with pytest.raises(ExperimentError, match=r"dynamics.csv is damaged \(.+\); delete it"):
+        with pytest.raises(ExperimentError, match=r"is damaged \(it has no dynamics.csv.sha256 beside it\)"):
             use(tmp_path)
     (tmp_path / "dynamics.csv").unlink()
     with pytest.raises(ExperimentError, match=r"dynamics.csv is missing; the same command"):

@@ -13,6 +13,7 @@ from layernorm.experiments import digits, drawing, online
 from layernorm.experiments import task as tasks
 from layernorm.experiments.classification import Data
 from layernorm.experiments.task import ExperimentError
+from tables_by_hand import put
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {"epochs": 1, "train_batch_sizes": (1, 50), "batch_sizes": (1, 40), "seeds": 1}
@@ -160,15 +161,15 @@ def test_cards_flip_with_the_numbers(results):
         changed = table.copy()
         changed.loc[wrong & choice, ["deviation", "by_mode"]] = 0.01
         changed.loc[wrong & choice, ["bits", "mode_bits"]] = 0.0
-        changed.to_csv(path, index=False)
+        put(path, changed)
         assert [card.verdict for card in cards(results)][:3] == [
             "differs" if index == flipped else "agrees" for index in range(3)
         ]
-    table.to_csv(path, index=False)
+    put(path, table)
     training = pd.read_csv(results / "training.csv")
     for error, verdict in ((4.0, "agrees"), (90.0, "differs")):
         training.loc[(training.norm == "layer") & (training.train_batch_size == 1), "test_error"] = error
-        training.to_csv(results / "training.csv", index=False)
+        put(results / "training.csv", training)
         assert cards(results)[3].verdict == verdict
 
 
@@ -200,7 +201,7 @@ def test_a_run_goes_on_where_it_was_stopped(results, measured, monkeypatch):
     path = results / "training.csv"
     table = pd.read_csv(path)
     # Stopped after inference.csv was written and before training.csv.
-    table[:-1].to_csv(path, index=False)
+    put(path, table[:-1])
     with pytest.raises(ExperimentError, match="no seed finished yet; the same command goes on"):
         online.read(results)
     online.run(results, lambda line: None, **SIZES)
@@ -225,7 +226,7 @@ def test_a_training_goes_on_from_its_checkpoint(results, measured, monkeypatch):
 
     path = results / "training.csv"
     table = pd.read_csv(path)
-    table[:-1].to_csv(path, index=False)
+    put(path, table[:-1])
     monkeypatch.setattr(online.Trainer, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         online.run(results, lambda line: None, **SIZES)
@@ -243,6 +244,21 @@ def test_a_damaged_file_is_named(results, name, content):
     (results / f"{name}.csv").unlink()
     with pytest.raises(ExperimentError, match=rf"{name}.csv is missing; the same command"):
         online.read(results)
+
+
+def test_damaged_files_are_measured_again(results, measured, monkeypatch):
+    (results / "inference.csv").write_bytes((measured / "inference.csv").read_bytes()[:-100])
+    checkpoint = results / "feed-forward-none-batch50-seed0.checkpoint"
+    checkpoint.write_bytes(b"")
+    monkeypatch.setattr(online, "NORMS", ("none",))
+    lines = []
+    online.run(results, lines.append, **SIZES)
+    assert (
+        "inference.csv is damaged (its content does not have its SHA-256); it is measured again" in lines[0]
+    )
+    assert sum("it is empty or cut off); this run begins again" in line for line in lines) == 1
+    again, before = (pd.read_csv(folder / "training.csv") for folder in (results, measured))
+    assert again.test_error.tolist() == before[before.norm == "none"].test_error.tolist()
 
 
 def test_the_network_is_the_tasks():

@@ -21,6 +21,7 @@ from layernorm.experiments import theory as study
 from layernorm.experiments.task import ExperimentError
 from layernorm.theory import invariances
 from layernorm.theory.models import NORMS
+from tables_by_hand import put
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Sums over 100 cases of products that no model here amplifies a hundredfold: 100·100·1e-16.
@@ -288,7 +289,7 @@ def test_the_study_shows_the_paper_beside_what_it_measured(measured):
 def test_bands_go_over_the_seeds(results):
     for path in results.glob("*.csv"):
         table = pd.read_csv(path)
-        pd.concat([table, table.assign(seed=1)]).to_csv(path, index=False)
+        put(path, pd.concat([table, table.assign(seed=1)]))
     charts = tasks.find_study("theory").read(results).charts
     for line in [line for chart in charts for row in chart.rows for panel in row for line in panel.lines]:
         if line.name != "1/factor":
@@ -302,7 +303,7 @@ def test_what_was_measured_is_not_measured_again(results):
     lines: list[str] = []
     study.run(results, lines.append, **SIZES)
     after = {path.name: path.stat().st_mtime_ns for path in results.iterdir()}
-    assert {name for name in after if before.get(name) != after[name]} == {"gains.csv"}
+    assert {name for name in after if before.get(name) != after[name]} == {"gains.csv", "gains.csv.sha256"}
     assert sum("measured before" in line for line in lines) == 5
 
 
@@ -311,7 +312,7 @@ def test_a_verdict_follows_from_the_numbers(results):
     table = pd.read_csv(path)
     wrong = (table.norm == "layer") & (table.transformation == "dataset re-scaling")
     table.loc[wrong, "invariant"] = False
-    table.to_csv(path, index=False)
+    put(path, table)
     card = next(
         card for card in tasks.find_study("theory").read(results).cards if "Layer norm is" in card.claim
     )
@@ -320,9 +321,19 @@ def test_a_verdict_follows_from_the_numbers(results):
 
 
 def test_a_missing_or_damaged_file_is_named(results):
-    (results / "gains.csv").write_text("seed,norm\n0,layer\n")
+    put(results / "gains.csv", pd.DataFrame({"seed": [0], "norm": ["layer"]}))
     with pytest.raises(ExperimentError, match=r"gains.csv is damaged \(no column 'family'\); delete it"):
         tasks.find_study("theory").read(results)
+    content = (results / "fisher.csv").read_bytes()
+    (results / "fisher.csv").write_bytes(content[: content.rindex(b"\n", 0, -1) + 1])  # at a line's end
+    with pytest.raises(
+        ExperimentError, match=r"fisher.csv is damaged \(its content does not have its SHA-256"
+    ):
+        tasks.find_study("theory").read(results)
+    lines: list[str] = []
+    study.run(results, lines.append, **SIZES)
+    assert sum("is measured again" in line for line in lines) == 2
+    assert (results / "fisher.csv").read_bytes() == content
     (results / "gains.csv").unlink()
     with pytest.raises(ExperimentError, match=r"gains.csv is missing"):
         tasks.find_study("theory").read(results)

@@ -13,7 +13,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {plain(message)}\n")
+
+
+def plain(text: str) -> str:
+    r"""Return a text in one line: of what cannot be printed, or is no character at all, the escapes.
+
+    Examples:
+        >>> from layernorm.arguments import plain
+        >>> plain("a\nb\x1b[31m")
+        'a\\nb\\x1b[31m'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def names(text: str) -> tuple[str, ...]:

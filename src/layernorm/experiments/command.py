@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from layernorm.arguments import names, number, positive, positives
+from layernorm.arguments import names, number, plain, positive, positives
 
 #: The commands that this module serves.
 STUDIES: Final = {
@@ -143,17 +143,24 @@ def _add_compare(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs a command; returns its exit code."""
     try:
-        from layernorm.experiments import task as tasks
+        from layernorm.experiments.errors import ExperimentError, reason
         from layernorm.experiments.training import Interrupted
 
         serve = {"compare": _compare, "reproduce": _reproduce, "report": _report}.get(options.command, _study)
         try:
             serve(options)
-        except tasks.ExperimentError as error:
+        except ExperimentError as error:
             return _fail(str(error), code=2)
         except (Interrupted, KeyboardInterrupt):
             return _fail(
                 "interrupted; what is finished is kept, and the same command goes on from there", code=130
+            )
+        except OSError as error:
+            where = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+            return _fail(
+                f"cannot read or write{where}: {reason(error)}; what is finished is kept, and once that is "
+                "mended the same command goes on from there",
+                code=2,
             )
     except ModuleNotFoundError as error:
         return _fail(f"this command needs {error.name}: pip install 'layernorm[experiments]'", code=2)
@@ -236,9 +243,10 @@ def _reproduce(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from layernorm.experiments import reproduce
+    from layernorm.experiments.progress import say
 
     path = reproduce.write(options.folder, options.out)
-    _console().print(f"Report: {path}", soft_wrap=True, highlight=False)
+    say(_console(), f"Report: {path}")
 
 
 def _sweep(options: argparse.Namespace) -> Callable[..., None] | None:
@@ -284,5 +292,5 @@ def _size(text: str) -> tuple[str, str]:
 
 def _fail(message: str, code: int) -> int:
     if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"layernorm: {message}\n")
+        sys.stderr.write(f"layernorm: {plain(message)}\n")
     return code

@@ -8,104 +8,39 @@ was stopped.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import shlex
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
 
 import pandas as pd
 import torch
 from rich.console import Console
 
-from layernorm.experiments import drawing, folder, processes, report, results
+from layernorm.experiments import checkpoints, drawing, files, folder, processes, report, results
 from layernorm.experiments import task as tasks
-from layernorm.experiments.files import replacing
-from layernorm.experiments.progress import Display
+from layernorm.experiments.comparison import FIXED, Comparison, command, finished, together
+from layernorm.experiments.errors import ExperimentError
+from layernorm.experiments.locks import claimed
+from layernorm.experiments.progress import Display, say
 from layernorm.experiments.section import Section
-from layernorm.experiments.task import ExperimentError, Preset, Problem, Task
-from layernorm.experiments.training import Interrupted, Precision, Record, Run, Trainer
-
-#: What a folder holds one value of; norms, batch sizes and seeds can be added to it.
-_FIXED: Final = (
-    "task", "epochs", "learning_rate", "optimizer", "schedule", "warmup", "clip", "evaluate_every", "sizes",
-    "device", "precision",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared.
-
-    Attributes:
-        task: the task's name.
-        preset: its size, with what the command line changed.
-        out: the folder for everything.
-        preset_name: of the preset, before changes.
-        device: where to train, as ``torch.device`` takes it; "cuda" is each process's own GPU.
-        precision: of the forward pass.
-        save_weights: whether the trained networks' state dicts are kept in ``runs/``.
-        tensorboard: whether the records also go to ``tensorboard/``.
-        command: what was typed.
-    """
-
-    task: str
-    preset: Preset
-    out: Path
-    preset_name: str = "small"
-    device: str = "cpu"
-    precision: Precision = "float32"
-    save_weights: bool = False
-    tensorboard: bool = False
-    command: str = ""
-
-    @property
-    def runs(self) -> list[Run]:
-        """All runs: seed by seed, so that an unfinished comparison is even."""
-        return [
-            Run(norm, batch_size, seed)
-            for seed in range(self.preset.seeds)
-            for batch_size in self.preset.batch_sizes
-            for norm in self.preset.norms
-        ]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What ``config.json`` says of it."""
-        preset = {field.name: getattr(self.preset, field.name) for field in dataclasses.fields(Preset)}
-        return {
-            "task": self.task,
-            "preset": self.preset_name,
-            **preset | {"sizes": dict(self.preset.sizes)},
-            "device": torch.device(self.device).type,
-            "precision": self.precision,
-        }
-
-    @property
-    def identity(self) -> str:
-        """What a checkpoint must agree with, in one line."""
-        return " ".join(f"{name}={self.settings[name]}" for name in _FIXED)
-
-    def path(self, run: Run, suffix: str) -> Path:
-        """A file of a run."""
-        return self.out / "runs" / f"{run.name}{suffix}"
-
+from layernorm.experiments.task import Problem, Task
+from layernorm.experiments.training import Interrupted, Record, Run, Trainer
 
 Sweep = Callable[[Comparison, list[Run], "Display"], None]
 
 
 def compare(comparison: Comparison, console: Console, sweep: Sweep | None = None) -> Path:
-    """Trains what is not yet trained, writes all results, and prints the summary.
+    """Train what is not yet trained, write all results, and print the summary.
 
     Args:
-        comparison: what is compared.
+        comparison: what is compared. What else the folder holds of the same settings stays in its tables and
+            its report.
         console: where progress and summary go; with several processes, that of process 0.
         sweep: trains the runs it is given, elsewhere; None trains them here one after another.
 
@@ -113,47 +48,82 @@ def compare(comparison: Comparison, console: Console, sweep: Sweep | None = None
         The path of the report.
 
     Raises:
-        ExperimentError: an argument or a file that the user can mend.
+        ExperimentError: an argument or a file that the user can mend, or another command in the folder.
+        OSError: a file cannot be written.
         Interrupted: by Ctrl-C or SIGTERM; what was reached is kept.
     """
     task = tasks.find(comparison.task)
     check(comparison, task)
-    leads = processes.rank() == 0
     problem = task.problem(**comparison.preset.sizes)
     _check_sizes(comparison, problem)
-    if leads:
-        folder.prepare(comparison.out, comparison.settings, _FIXED)
-        (comparison.out / "runs").mkdir(exist_ok=True)
-        folder.write(comparison.out, comparison.settings, comparison.command or _command(comparison))
-    updates = {run: problem.cases // run.batch_size * comparison.preset.epochs for run in comparison.runs}
+    train_missing = partial(_train_missing, comparison, problem, task, console, sweep)
+    if processes.rank() != 0:
+        train_missing([])
+        return comparison.out / "report.html"
+    with folder.opened(comparison.out):
+        there = _begin(comparison, task, console)
+        whole = together(comparison, there)
+        folder.write(comparison.out, whole.settings, command(whole))
+        try:
+            train_missing([run for run in comparison.runs if run in there])
+        finally:
+            # What is finished is in the table, however this ends.
+            table = _table(finished(comparison.out, whole.settings, task, say=lambda text: None))
+            if not table.empty:
+                results.write(table, comparison.out)
+        return _report(whole, task, table, console)
+
+
+def _begin(comparison: Comparison, task: Task, console: Console) -> dict[Run, pd.DataFrame]:
+    """Prepare the folder; return what is finished in it."""
+    notices: list[str] = []
+    damage = folder.check(comparison.out, comparison.settings, FIXED)
+    files.make_folder(comparison.out / "runs")
     try:
-        with (
-            stop_flag() as stop,
-            Display(console, updates, comparison.preset.epochs, task.metrics[0]) as display,
-        ):
-            finished = [run for run in comparison.runs if comparison.path(run, ".csv").is_file()]
-            finished = processes.from_leader(finished)
-            for run in finished:
-                display.skip(run)
-            missing = [run for run in comparison.runs if run not in finished]
-            if sweep is not None:
-                sweep(comparison, missing, display)
-            else:
-                for run in missing:
-                    train(comparison, run, problem, display, stop)
-    finally:
-        # What is finished is in the table, however this ends.
-        table = results.collect(comparison.runs, comparison.out / "runs", task) if leads else pd.DataFrame()
-        if not table.empty:
-            results.write(table, comparison.out)
+        there = finished(
+            comparison.out, comparison.settings, task, frozenset(comparison.runs), notices.append
+        )
+    except ExperimentError as error:
+        raise (ExperimentError(f"{damage}; and {error}") if damage else error) from error
+    for notice in [*([f"{damage}; it is written anew"] if damage else []), *notices]:
+        say(console, notice)
+    for run in there:
+        comparison.path(run, ".checkpoint").unlink(missing_ok=True)  # a kill has kept it
+    return there
+
+
+def _train_missing(
+    comparison: Comparison,
+    problem: Problem,
+    task: Task,
+    console: Console,
+    sweep: Sweep | None,
+    there: list[Run],
+) -> None:
+    updates = {run: problem.cases // run.batch_size * comparison.preset.epochs for run in comparison.runs}
+    with (
+        stop_flag() as stop,
+        Display(console, updates, comparison.preset.epochs, task.metrics[0]) as display,
+    ):
+        there = processes.from_leader(there)
+        for run in there:
+            display.skip(run)
+        missing = [run for run in comparison.runs if run not in there]
+        if sweep is not None:
+            sweep(comparison, missing, display)
+        else:
+            for run in missing:
+                train(comparison, run, problem, display, stop)
+
+
+def _report(comparison: Comparison, task: Task, table: pd.DataFrame, console: Console) -> Path:
     path = comparison.out / "report.html"
-    if leads:
-        shown = read(comparison.out)
-        drawing.save(shown.charts[0], comparison.out)
-        report.write(path, f"layernorm compare {task.name}", [shown])
-        metric = task.metrics[0]
-        results.show(console, results.summarize(table, comparison.preset.norms, metric), metric)
-        console.print(f"Report: {path}", soft_wrap=True, highlight=False)
+    shown = read(comparison.out)
+    drawing.save(shown.charts[0], comparison.out)
+    report.write(path, f"layernorm compare {task.name}", [shown])
+    metric = task.metrics[0]
+    results.show(console, results.summarize(table, comparison.preset.norms, metric), metric)
+    say(console, f"Report: {path}")
     return path
 
 
@@ -164,45 +134,77 @@ def train(
     display: Display | None,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains one run to its end and writes its files.
+    """Train one run to its end and write its files.
 
     Raises:
         Interrupted: ``stop`` answered True; the checkpoint holds what was reached.
+        ExperimentError: the checkpoint is of something else, or another process has taken over the run.
+        OSError: a file cannot be written.
     """
     device = torch.device(comparison.device)
     problem.to(device)
-    checkpoint = comparison.path(run, ".checkpoint")
-    trainer = Trainer(
-        problem, run, comparison.preset, checkpoint, device, comparison.precision, comparison.identity
-    )
-    if display is not None:
-        display.start(trainer)
-    with _log(comparison, trainer) as recorded:
-        trainer.train(display.advance if display else lambda trainer: None, stop, recorded)
-    if processes.rank() == 0:
-        if comparison.save_weights:
-            with replacing(comparison.path(run, ".pt")) as fresh:
-                torch.save(trainer.network.state_dict(), fresh)
-        _write_pictures(comparison, run, problem, trainer)
-        with replacing(comparison.path(run, ".csv")) as fresh:
-            fresh.write_text(pd.DataFrame(trainer.records).to_csv(index=False))
-        checkpoint.unlink(missing_ok=True)
+    leads = processes.rank() == 0
+    with claimed(comparison.path(run, ".claim")) if leads else nullcontext(lambda: None) as guard:
+        checkpoint = comparison.path(run, ".checkpoint")
+        if leads:
+            checkpoints.drop_damaged(checkpoint, partial(display.say, run) if display else lambda text: None)
+        trainer = Trainer(
+            problem,
+            run,
+            comparison.preset,
+            checkpoint,
+            device,
+            comparison.precision,
+            comparison.identity,
+            guard,
+        )
+        if display is not None:
+            display.start(trainer)
+        with _log(comparison, trainer) as recorded:
+            trainer.train(display.advance if display else lambda trainer: None, stop, recorded)
+        if leads:
+            guard()
+            _write(comparison, run, problem, trainer)
+            checkpoint.unlink(missing_ok=True)
     if display is not None:
         display.finish(run, trainer.records)
 
 
+def _write(comparison: Comparison, run: Run, problem: Problem, trainer: Trainer) -> None:
+    """Write what a run leaves; its table, which says that it is finished, comes last."""
+    if comparison.save_weights:
+        files.write(comparison.path(run, ".pt"), checkpoints.packed(trainer.network.state_dict()))
+    _write_pictures(comparison, run, problem, trainer)
+    table = pd.DataFrame(trainer.records).to_csv(index=False, lineterminator="\n")
+    files.write_table(comparison.path(run, ".csv"), table, comparison.about(run))
+
+
 def read(path: Path) -> Section:
-    """What the report shows of a comparison's folder.
+    """Return what the report shows of a comparison's folder.
 
     Raises:
         ExperimentError: the folder holds none, or is damaged.
     """
     config = folder.read(path)
     task = tasks.find(config["task"])
-    table = path / "results.csv"
-    if not table.is_file():
+    return results.section(path, task, config, records(path))
+
+
+def records(path: Path) -> pd.DataFrame:
+    """Return the records of all runs that are finished in a comparison's folder.
+
+    Raises:
+        ExperimentError: there are none, or a file is damaged.
+    """
+    config = folder.read(path)
+    table = _table(finished(path, config, tasks.find(config["task"])))
+    if table.empty:
         raise ExperimentError(f"{path} has no results yet: no run is finished; give its command again")
-    return results.section(path, task, config, results.read(table, task))
+    return table
+
+
+def _table(there: Mapping[Run, pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(there.values(), ignore_index=True) if there else pd.DataFrame()
 
 
 def check(comparison: Comparison, task: Task) -> None:
@@ -244,20 +246,19 @@ def _write_pictures(comparison: Comparison, run: Run, problem: Problem, trainer:
     with torch.no_grad():
         figures = problem.pictures(trainer.network)
     for name, figure in figures.items():
+        files.make_folder(comparison.out / "samples")
         path = comparison.out / "samples" / f"{run.name}-{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path) as fresh:
-            figure.savefig(fresh, format="png", dpi=150)
+        files.write(path, drawing.png(figure, dpi=150))
 
 
 @contextmanager
 def _log(comparison: Comparison, trainer: Trainer) -> Iterator[Callable[[Record], None]]:
-    """What is called with each record; writes it for TensorBoard where that is wanted."""
+    """Yield what is called with each record; it writes it for TensorBoard where that is wanted."""
     if not comparison.tensorboard or processes.rank() != 0:
         yield lambda record: None
         return
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from layernorm.experiments.events import Log
     except ModuleNotFoundError as error:
         raise ExperimentError(
             f"--tensorboard needs {error.name}: pip install 'layernorm[tensorboard]'"
@@ -265,30 +266,16 @@ def _log(comparison: Comparison, trainer: Trainer) -> Iterator[Callable[[Record]
     place = comparison.out / "tensorboard" / trainer.run.name
     # Anew from the checkpoint's records: what an earlier command logged may go beyond them or be cut off.
     shutil.rmtree(place, ignore_errors=True)
-    with SummaryWriter(place) as writer:
+    with Log(place) as log:
 
         def recorded(record: Record) -> None:
             for name, value in record.items():
                 if name not in ("norm", "batch_size", "seed", "update") and value is not None:
-                    writer.add_scalar(name, value, record["update"])
+                    log.add(name, value, record["update"])
 
         for record in trainer.records:
             recorded(record)
         yield recorded
-
-
-def _command(comparison: Comparison) -> str:
-    """The command that makes this comparison where none was typed."""
-    task = tasks.find(comparison.task)
-    plain = task.presets.get(comparison.preset_name)
-    words = ["layernorm", "compare", comparison.task, "--preset", comparison.preset_name]
-    for field in dataclasses.fields(Preset):
-        value = getattr(comparison.preset, field.name)
-        if plain is None or value == getattr(plain, field.name) or field.name == "sizes":
-            continue
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        words += [f"--{field.name.replace('_', '-')}", text]
-    return shlex.join(words)
 
 
 @contextmanager

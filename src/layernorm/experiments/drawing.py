@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from layernorm.experiments.files import replacing
+from layernorm.experiments import files
 from layernorm.experiments.section import Chart, Line, Panel
 
 #: A line of so few points shows each of them.
@@ -193,7 +193,12 @@ def save(chart: Chart, folder: Path) -> None:
         OSError: the folder is missing or cannot be written to.
     """
     drawn = figure(chart)
-    with replacing(folder / f"{chart.name}.svg") as fresh:
-        fresh.write_text(_svg(drawn), "utf-8")
-    with replacing(folder / f"{chart.name}.png") as fresh:
-        drawn.savefig(fresh, format="png", dpi=120)
+    files.write(folder / f"{chart.name}.svg", _svg(drawn))
+    files.write(folder / f"{chart.name}.png", png(drawn, dpi=120))
+
+
+def png(drawn: Figure, dpi: int) -> bytes:
+    """Return a figure as a PNG file."""
+    content = io.BytesIO()
+    drawn.savefig(content, format="png", dpi=dpi)
+    return content.getvalue()

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import layernorm
-from layernorm.experiments.files import replacing
+from layernorm.experiments import tables
+from layernorm.experiments.errors import DamagedFile, ExperimentError
 from layernorm.experiments.section import Card, Chart, Line, Panel, Section, Table, Verdict
-from layernorm.experiments.task import ExperimentError, Study
+from layernorm.experiments.task import Study
 
 #: By what the orthogonal weights are multiplied, of the inputs and of the hidden states alike.
 SCALES: Final = (0.5, 1.0, 2.0)
@@ -125,8 +126,14 @@ def run(
         ExperimentError: the file is damaged.
     """
     path = folder / _RESULTS
-    tables = [_load(path)] if path.is_file() else []
-    done = {case for table in tables for case in table[_CASE].itertuples(index=False, name=None)}
+    about = f"dynamics hidden_size={hidden_size} seeds={seeds}"
+    measured = []
+    if path.exists():
+        try:
+            measured.append(_load(path, about))
+        except DamagedFile as error:
+            say(tables.again(error))
+    done = {case for table in measured for case in table[_CASE].itertuples(index=False, name=None)}
     for case in _cases(lengths):
         if case in done:
             continue
@@ -134,9 +141,8 @@ def run(
         say(f"{cell}, norm {norm}, weights × {scale:g}, {steps:,} steps")
         traces = [trace(cell, norm, scale, steps, hidden_size, seed) for seed in range(seeds)]
         rows = pd.DataFrame(_rows(traces, steps))
-        tables.append(rows.assign(cell=cell, norm=norm, scale=scale, steps=steps))
-        with replacing(path) as fresh:
-            pd.concat(tables, ignore_index=True).to_csv(fresh, index=False)
+        measured.append(rows.assign(cell=cell, norm=norm, scale=scale, steps=steps))
+        tables.write(path, pd.concat(measured, ignore_index=True), about)
 
 
 def read(folder: Path) -> Section:
@@ -172,18 +178,12 @@ def read(folder: Path) -> Section:
     )
 
 
-def _load(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path)
+def _load(path: Path, about: str | None = None) -> pd.DataFrame:
+    def parse(table: pd.DataFrame) -> pd.DataFrame:
         types = {"step": int, "hidden": float, "gradient": float}
         return table.astype({**types, "cell": str, "norm": str, "scale": float, "steps": int})
-    except FileNotFoundError as error:
-        raise ExperimentError(f"{path} is missing; the same command measures it") from error
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip("'").splitlines()[0]
-        raise ExperimentError(
-            f"{path} is damaged ({reason}); delete it, and the same command measures it again"
-        ) from error
+
+    return tables.read(path, parse, "delete it, and the same command measures it again", about)
 
 
 def _cases(lengths: Sequence[int]) -> Iterator[tuple[str, str, float, int]]:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from layernorm import LayerNormLSTM, backends
-from layernorm.experiments import digits, digits_rows, feedforward, online_section
+from layernorm.experiments import checkpoints, digits, digits_rows, feedforward, online_section, tables
 from layernorm.experiments.classification import TEST_ERROR, Classification, Data
-from layernorm.experiments.files import replacing
+from layernorm.experiments.errors import DamagedFile, ExperimentError
 from layernorm.experiments.section import Section
-from layernorm.experiments.task import ExperimentError, Preset, Study
+from layernorm.experiments.task import Preset, Study
 from layernorm.experiments.training import Run, Trainer
 
 NORMS: Final = ("none", "batch", "layer")
@@ -197,20 +197,34 @@ def run(
         ExperimentError: a file is damaged.
     """
     data = digits.load()
-    done: set[Any] = set()
-    if (folder / "training.csv").is_file():
-        done |= set(_load(folder, "training")[list(_TRAINED)].itertuples(index=False, name=None))
+    about = f"online epochs={epochs} batch_sizes={list(batch_sizes)}"
+    done = _done(folder, say, about)
     for case in itertools.product(range(seeds), ("LSTM", "feed-forward"), NORMS, sorted(train_batch_sizes)):
         if case in done:
             continue
         seed, network, norm, size = case
         say(f"{network}, norm {norm}, trained with batch size {size}, seed {seed}")
+        checkpoints.drop_damaged(_checkpoint(folder, case), say)
         trained, row = _train(folder, data, network, norm, seed, size, epochs)
         if size == max(train_batch_sizes) and trained is not None:
             rows = _measured(data, network, norm, trained, batch_sizes)
-            _add(folder, "inference", [{**measured, "seed": seed} for measured in rows])
-        _add(folder, "training", [dict(zip(_TRAINED, case, strict=True)) | row])
+            _add(folder, "inference", [{**measured, "seed": seed} for measured in rows], about)
+        _add(folder, "training", [dict(zip(_TRAINED, case, strict=True)) | row], about)
         _checkpoint(folder, case).unlink(missing_ok=True)
+
+
+def _done(folder: Path, say: Callable[[str], None], about: str) -> set[Any]:
+    """The trainings that are measured; none where one of the two files is damaged, which are then removed."""
+    try:
+        found = {name: _load(folder, name, about) for name in _FILES if (folder / f"{name}.csv").exists()}
+    except DamagedFile as error:
+        say(tables.again(error))
+        for name in _FILES:
+            (folder / f"{name}.csv").unlink(missing_ok=True)
+        return set()
+    if "training" not in found:
+        return set()
+    return set(found["training"][list(_TRAINED)].itertuples(index=False, name=None))
 
 
 def _train(
@@ -278,15 +292,14 @@ def _checkpoint(folder: Path, case: tuple[int, str, str, int]) -> Path:
     return folder / f"{network}-{norm}-batch{size}-seed{seed}.checkpoint"
 
 
-def _add(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
+def _add(folder: Path, name: str, rows: list[dict[str, Any]], about: str) -> None:
     """Adds rows to a file, in place of earlier ones of the same way that a stop has left behind."""
     path = folder / f"{name}.csv"
-    tables = [_load(folder, name)] if path.is_file() else []
-    tables.append(pd.DataFrame(rows, columns=list(_FILES[name])))
+    parts = [_load(folder, name, about)] if path.is_file() else []
+    parts.append(pd.DataFrame(rows, columns=list(_FILES[name])))
     known = list({"training": _TRAINED, "inference": _MEASURED}[name])
-    together = pd.concat([table.astype(object) for table in tables], ignore_index=True)
-    with replacing(path) as fresh:
-        together.drop_duplicates(known, keep="last").to_csv(fresh, index=False)
+    together = pd.concat([part.astype(object) for part in parts], ignore_index=True)
+    tables.write(path, together.drop_duplicates(known, keep="last"), about)
 
 
 def read(folder: Path) -> Section:
@@ -318,23 +331,16 @@ def read(folder: Path) -> Section:
     )
 
 
-def _load(folder: Path, name: str) -> pd.DataFrame:
-    path = folder / f"{name}.csv"
-    try:
-        table = pd.read_csv(path, dtype={"problem": object})
+def _load(folder: Path, name: str, about: str | None = None) -> pd.DataFrame:
+    def parse(table: pd.DataFrame) -> pd.DataFrame:
         missing = [column for column in _FILES[name] if column not in table]
         if missing:
             raise ValueError(f"no column {missing[0]!r}")
         numbers = [column for column in _NUMBERS if column in table]
         return table.astype(dict.fromkeys(numbers, float)).fillna({"problem": ""})
-    except FileNotFoundError as error:
-        raise ExperimentError(f"{path} is missing; the same command measures it") from error
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ExperimentError(
-            f"{path} is damaged ({reason}); delete training.csv and inference.csv, and the same command "
-            "measures both again"
-        ) from error
+
+    remedy = "delete training.csv and inference.csv, and the same command measures both again"
+    return tables.read(folder / f"{name}.csv", parse, remedy, about, dtype={"problem": object})
 
 
 STUDY: Final = Study(

@@ -9,7 +9,9 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
+from layernorm.arguments import plain
 from layernorm.experiments.task import Metric
 from layernorm.experiments.training import Record, Run, Trainer
 
@@ -30,9 +32,9 @@ class Display:
         self._done = 0
         self._seconds: dict[Run, float] = {}  # of one update, of the runs seen in this session
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
@@ -107,7 +109,7 @@ class Display:
 
     def _say(self, run: Run, text: str) -> None:
         count = f"[{self._done}/{len(self._updates)}]"
-        self._console.print(f"{count} {_name(run)}: {text}", highlight=False, markup=False)
+        say(self._console, f"{count} {_name(run)}: {text}")
 
     def _left(self, trainer: Trainer) -> float:
         """Seconds until all runs are done."""
@@ -124,6 +126,18 @@ class Display:
         most = max(likeness.values())
         nearest = [self._seconds[other] for other, alike in likeness.items() if alike == most]
         return sum(nearest) / len(nearest)
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    r"""Print a line as it is: no markup in it, no emoji, and of control characters their escapes.
+
+    Examples:
+        >>> from rich.console import Console
+        >>> from layernorm.experiments.progress import say
+        >>> say(Console(), "x[/b]y [red]q :cat:\a")
+        x[/b]y [red]q :cat:\x07
+    """
+    console.print(Text(plain(text), style), soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ import base64
 import itertools
 import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
@@ -21,10 +22,9 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from layernorm.experiments import drawing
-from layernorm.experiments.files import replacing
+from layernorm.experiments import drawing, files
+from layernorm.experiments.errors import ExperimentError, reason
 from layernorm.experiments.section import Chart, Panel, Picture, Section, Table, Verdict
-from layernorm.experiments.task import ExperimentError
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 #: A cell that goes into a column of numbers: one with whatever follows it, or the lack of one.
@@ -70,10 +70,9 @@ def write(path: Path, title: str, sections: Sequence[Section]) -> Path:
         scripts=[_script(get_plotlyjs()), _script(_text("report.js"))],
     )
     try:
-        with replacing(path) as fresh:
-            fresh.write_text(page, "utf-8")
+        files.write(path, page)
     except OSError as error:
-        raise ExperimentError(f"cannot write {path}: {error.strerror or error}") from error
+        raise ExperimentError(f"cannot write {path}: {reason(error)}") from error
     return path
 
 
@@ -158,10 +157,26 @@ def _picture(picture: Picture) -> str:
     try:
         content = picture.path.read_bytes()
     except OSError as error:
-        raise ExperimentError(f"cannot read the picture {picture.path}: {error.strerror or error}") from error
-    if not content.startswith(_PNG):
-        raise ExperimentError(f"the picture {picture.path} is damaged: expected a PNG file; delete it")
+        raise ExperimentError(f"cannot read the picture {picture.path}: {reason(error)}") from error
+    if not _is_whole(content):
+        raise ExperimentError(f"the picture {picture.path} is damaged: expected a whole PNG file; delete it")
     return _address("image/png", content)
+
+
+def _is_whole(content: bytes) -> bool:
+    """Whether this is a PNG file whose parts have their checksums, and nothing behind the last."""
+    at, kind = len(_PNG), b""
+    if not content.startswith(_PNG):
+        return False
+    while kind != b"IEND":
+        if at + 12 > len(content):
+            return False
+        length = int.from_bytes(content[at : at + 4], "big")
+        kind, end = content[at + 4 : at + 8], at + 8 + length
+        if zlib.crc32(content[at + 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
+            return False
+        at = end + 4
+    return at == len(content)
 
 
 def _address(kind: str, content: bytes) -> str:

@@ -7,7 +7,6 @@ command goes on where an earlier one was stopped. An experiment whose data canno
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Final
 import pandas as pd
 from rich.console import Console
 
-from layernorm.experiments import compare, folder, report, results, study
+from layernorm.experiments import compare, files, folder, report, results, study
 from layernorm.experiments import task as tasks
 from layernorm.experiments.compare import Comparison, Sweep
-from layernorm.experiments.files import replacing
-from layernorm.experiments.progress import duration
+from layernorm.experiments.errors import DamagedFile, ExperimentError, MissingData, reason
+from layernorm.experiments.progress import duration, say
 from layernorm.experiments.section import Card, Section
-from layernorm.experiments.task import ExperimentError, MissingData
 
 #: All experiments in the order of the report.
 EXPERIMENTS: Final = (*tasks.STUDIES, *tasks.TASKS)
@@ -52,46 +50,54 @@ def reproduce(
 
     Raises:
         ExperimentError: something that the user can mend; the experiments before it are kept.
+        OSError: a file cannot be written.
         Interrupted: by Ctrl-C or SIGTERM; what was reached is kept.
     """
     left_out = {}
-    for index, name in enumerate(names, 1):
-        console.rule(f"{index}/{len(names)} {name}", align="left")
-        began = time.monotonic()
+    with folder.opened(out):
         try:
-            _run(name, out / name, console, preset, device, sweep)
-        except MissingData as error:
-            left_out[name] = str(error)
-            console.print(f"left out: {error}", highlight=False, markup=False)
-        console.print(f"{name}: {duration(time.monotonic() - began)}", highlight=False, markup=False)
-    out.mkdir(parents=True, exist_ok=True)
-    before = _left_out(out)
-    kept = {name: why for name, why in before.items() if name not in names} | left_out
-    with replacing(out / _LEFT_OUT) as fresh:
-        fresh.write_text(json.dumps(kept, indent=2) + "\n")
-    path = write(out)
-    console.rule("claims", align="left")
-    study.show_cards(console, [card for section in read(out) for card in section.cards])
-    console.print(f"Report: {path}", soft_wrap=True, highlight=False)
+            before = _left_out(out)
+        except DamagedFile as error:
+            say(console, f"{str(error).partition('; ')[0]}; it is written anew")
+            before = {}
+        for index, name in enumerate(names, 1):
+            console.rule(f"{index}/{len(names)} {name}", align="left")
+            began = time.monotonic()
+            try:
+                _run(name, out / name, console, preset, device, sweep)
+            except MissingData as error:
+                left_out[name] = str(error)
+                say(console, f"left out: {error}")
+            say(console, f"{name}: {duration(time.monotonic() - began)}")
+        kept = {name: why for name, why in before.items() if name not in names} | left_out
+        files.write_json(out / _LEFT_OUT, kept)
+        path = write(out)
+        console.rule("claims", align="left")
+        study.show_cards(console, [card for section in read(out) for card in section.cards])
+    say(console, f"Report: {path}")
     return path
 
 
 def write(out: Path, path: Path | None = None) -> Path:
-    """Writes the report of a folder, of one experiment or of many; returns its path.
+    """Write the report of a folder, of one experiment or of many; return its path.
+
+    The tables that the folder itself keeps are made again where they are not what its runs say.
 
     Args:
         out: the folder.
-        path: of the page; ``report.html`` in the folder if None.
+        path: of the page; ``report.html`` in the folder if None. A page elsewhere leaves the folder as it is.
 
     Raises:
         ExperimentError: there is nothing to report, or something is damaged.
+        OSError: a table cannot be written.
     """
     sections = read(out)
     several = not (out / folder.CONFIG).is_file()
-    if several:
-        tables = [_records(place) for place in _folders(out) if "task" in folder.read(place)]
-        if tables:
-            results.write(pd.concat(tables, ignore_index=True), out)
+    if path is None:
+        places = [place for place in (_folders(out) if several else [out]) if "task" in folder.read(place)]
+        if places:
+            found = [_records(place) if several else compare.records(place) for place in places]
+            results.write(pd.concat(found, ignore_index=True), out)
     title = "Layer normalization, reproduced" if several else sections[0].title
     return report.write(path or out / "report.html", title, sections)
 
@@ -106,8 +112,9 @@ def read(out: Path) -> list[Section]:
         raise ExperimentError(f"DIR: there is no folder {out}")
     if (out / folder.CONFIG).is_file():
         return [_section(out)]
+    left_out = _left_out(out)
     sections = {place.name: _section(place) for place in _folders(out)}
-    for name, why in _left_out(out).items():
+    for name, why in left_out.items():
         sections.setdefault(name, _not_run(name, why))
     if not sections:
         raise ExperimentError(
@@ -138,7 +145,7 @@ def _section(place: Path) -> Section:
 def _records(place: Path) -> pd.DataFrame:
     """The records of a comparison with its task and preset."""
     config = folder.read(place)
-    table = results.read(place / "results.csv", tasks.find(config["task"]))
+    table = compare.records(place)
     table.insert(0, "task", config["task"])
     table.insert(1, "preset", config["preset"])
     return table
@@ -146,12 +153,15 @@ def _records(place: Path) -> pd.DataFrame:
 
 def _left_out(out: Path) -> dict[str, str]:
     path = out / _LEFT_OUT
-    if not path.is_file():
-        return {}
     try:
-        return {str(name): str(why) for name, why in json.loads(path.read_text()).items()}
-    except (ValueError, AttributeError) as error:
-        raise ExperimentError(f"{path} is damaged ({error}); delete it") from error
+        found, whole = files.read_json(path)
+        if not whole:
+            raise ValueError("its content does not have its SHA-256")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DamagedFile(f"{path} is damaged ({reason(error)}); delete it") from error
+    return {str(name): str(why) for name, why in found.items()}
 
 
 def _not_run(name: str, why: str) -> Section:

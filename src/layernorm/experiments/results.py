@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -10,50 +11,69 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
-from layernorm.experiments import judging
-from layernorm.experiments.files import replacing
+from layernorm.experiments import files, judging
+from layernorm.experiments.errors import DamagedFile, ExperimentError, reason
 from layernorm.experiments.section import Chart, Line, Panel, Picture, Section, Table
-from layernorm.experiments.task import TRAIN_LOSS, ExperimentError, Metric, Task
-from layernorm.experiments.training import COLUMNS, Run
+from layernorm.experiments.task import TRAIN_LOSS, Metric, Task
+from layernorm.experiments.training import COLUMNS
 
 #: The optional table beside ``results.csv``.
 PARQUET: Final = "results.parquet"
 
 
-def read(path: Path, task: Task) -> pd.DataFrame:
-    """The records in a CSV file.
+def read(path: Path, task: Task, about: str | None = None) -> pd.DataFrame:
+    """Return the records in a run's CSV file.
+
+    Args:
+        path: the file.
+        task: what was trained.
+        about: the run and all that it depends on; None for any.
 
     Raises:
-        ExperimentError: the file is damaged.
+        DamagedFile: the file is empty, torn or changed.
+        ExperimentError: it is of something else, or cannot be read.
     """
     columns = [*COLUMNS, *(metric.name for metric in task.metrics)]
+    heading = ",".join(columns)
     try:
-        table = pd.read_csv(path)
+        begins = path.read_bytes().strip(b"\0")[: len(heading)].decode("utf-8", "replace")
+        if not heading.startswith(begins):
+            raise files.UnknownTableError(f"its columns should be {', '.join(columns)}")
+        text = files.read_table(path, about)
+        table = pd.read_csv(io.StringIO(text))
         if list(table.columns) != columns:
             raise ValueError(f"its columns should be {', '.join(columns)}")
         if table.empty:
             raise ValueError("it has no rows")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ExperimentError(f"cannot read {path}: {reason(error)}") from error
+    except files.OtherTableError as error:
         raise ExperimentError(
-            f"{path} is damaged ({error}); delete it, and the same command trains this run again"
+            f"{path} cannot be used ({error}); choose another folder, or delete it"
+        ) from error
+    except ValueError as error:
+        kind = ExperimentError if isinstance(error, files.UnknownTableError) else DamagedFile
+        raise kind(
+            f"{path} is damaged ({reason(error)}); delete it, and the same command trains this run again"
         ) from error
     return table
 
 
-def collect(runs: Sequence[Run], folder: Path, task: Task) -> pd.DataFrame:
-    """The records of the runs that are finished."""
-    paths = [folder / f"{run.name}.csv" for run in runs]
-    tables = [read(path, task) for path in paths if path.is_file()]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
 def write(table: pd.DataFrame, folder: Path) -> None:
-    """Writes ``results.csv`` and ``results.parquet``, each whole or not at all."""
-    with replacing(folder / "results.csv") as fresh:
-        fresh.write_text(table.to_csv(index=False))
-    with replacing(folder / PARQUET) as fresh:
-        table.to_parquet(fresh, index=False)
+    """Write ``results.csv`` and ``results.parquet``, each whole, where they are not there as they should be.
+
+    Raises:
+        OSError: one cannot be written.
+    """
+    parquet = io.BytesIO()
+    table.to_parquet(parquet, index=False)
+    text = table.to_csv(index=False, lineterminator="\n").encode("utf-8")
+    for name, content in (("results.csv", text), (PARQUET, parquet.getvalue())):
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != content:
+            files.write(path, content)
 
 
 def summarize(table: pd.DataFrame, norms: Sequence[str], metric: Metric) -> pd.DataFrame:
@@ -148,10 +168,10 @@ def show(console: Console, summary: pd.DataFrame, metric: Metric) -> None:
     table = RichTable(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     columns = headings(metric)
     for name, heading in columns.items():
-        table.add_column(heading, justify="left" if name == "norm" else "right")
+        table.add_column(Text(heading), justify="left" if name == "norm" else "right")
     for row in cells(summary, metric):
-        table.add_row(*(row[name] for name in columns))
-    console.print(table)
+        table.add_row(*(Text(row[name]) for name in columns))
+    console.print(table, highlight=False)
 
 
 def section(folder: Path, task: Task, config: Mapping[str, Any], table: pd.DataFrame) -> Section:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from layernorm.experiments import drawing, folder, report, results
 from layernorm.experiments import task as tasks
+from layernorm.experiments.progress import say
 from layernorm.experiments.section import Card, Section, Table
 
 
@@ -31,22 +34,25 @@ def run(
         The path of the report.
 
     Raises:
-        ExperimentError: something that the user can mend.
+        ExperimentError: something that the user can mend, or another command in the folder.
+        OSError: a file cannot be written.
     """
     study = tasks.find_study(name)
     chosen = {**study.presets[preset], **(sizes or {})}
     settings = {"study": name, "preset": preset, "sizes": chosen}
-    folder.prepare(out, settings, ("study", "sizes"))
-    folder.write(out, settings, shlex.join(("layernorm", name, "--preset", preset)))
-    study.run(out, lambda line: console.print(line, highlight=False, markup=False), **chosen)
-    section = read(out)
-    for chart in section.charts:
-        drawing.save(chart, out)
-    path = report.write(out / "report.html", f"layernorm {name}", [section])
+    with folder.opened(out):
+        if damage := folder.check(out, settings, ("study", "sizes")):
+            say(console, f"{damage}; it is written anew")
+        folder.write(out, settings, shlex.join(("layernorm", name, "--preset", preset)))
+        study.run(out, partial(say, console), **chosen)
+        section = read(out)
+        for chart in section.charts:
+            drawing.save(chart, out)
+        path = report.write(out / "report.html", f"layernorm {name}", [section])
     for table in section.tables:
         show(console, table)
     show_cards(console, section.cards)
-    console.print(f"Report: {path}", soft_wrap=True, highlight=False)
+    say(console, f"Report: {path}")
     return path
 
 
@@ -69,15 +75,16 @@ def read(out: Path) -> Section:
 
 def show(console: Console, table: Table) -> None:
     """Prints a table."""
-    console.print(f"\n{table.caption}", highlight=False, markup=False)
+    console.print()
+    say(console, table.caption)
     shown = RichTable(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in table.columns:
-        shown.add_column(column)
+        shown.add_column(Text(column))
     for row in table.rows:
-        shown.add_row(*row)
-    console.print(shown)
+        shown.add_row(*map(Text, row))
+    console.print(shown, highlight=False)
     if table.note:
-        console.print(table.note, style="dim", highlight=False, markup=False)
+        console.print(Text(table.note, "dim"))
 
 
 def show_cards(console: Console, cards: Sequence[Card]) -> None:
@@ -87,6 +94,7 @@ def show_cards(console: Console, cards: Sequence[Card]) -> None:
         shown.add_column(heading)
     for card in cards:
         remark = f" {card.remark}" if card.remark else ""
-        shown.add_row(card.verdict, f"{card.claim} ({card.section})", f"{card.figure}{remark}")
+        texts = card.verdict, f"{card.claim} ({card.section})", f"{card.figure}{remark}"
+        shown.add_row(*map(Text, texts))
     console.print()
-    console.print(shown, highlight=False, markup=False)
+    console.print(shown, highlight=False)

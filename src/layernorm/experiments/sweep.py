@@ -6,12 +6,12 @@ import logging
 import socket
 from pathlib import Path
 
-from layernorm.experiments import compare, results
+from layernorm.experiments import compare, files, results
 from layernorm.experiments import task as tasks
 from layernorm.experiments.compare import Comparison
-from layernorm.experiments.files import replacing
+from layernorm.experiments.errors import DamagedFile, ExperimentError
 from layernorm.experiments.progress import Display
-from layernorm.experiments.task import ExperimentError
+from layernorm.experiments.task import Task
 from layernorm.experiments.training import Run
 
 #: How often a run whose worker was lost is started again.
@@ -83,16 +83,15 @@ class RaySweep:
             )
 
     @staticmethod
-    def _take(comparison: Comparison, run: Run, files: dict[str, bytes], display: Display) -> None:
+    def _take(comparison: Comparison, run: Run, written: dict[str, bytes], display: Display) -> None:
         """Writes what a run has written, where its machine does not share this one's storage."""
-        for name, content in files.items():
+        for name, content in written.items():
             path = comparison.out / name
             if path.is_file() and path.read_bytes() == content:
                 continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as fresh:
-                fresh.write_bytes(content)
-        table = results.read(comparison.path(run, ".csv"), tasks.find(comparison.task))
+            files.make_folder(path.parent)
+            files.write(path, content)
+        table = results.read(comparison.path(run, ".csv"), tasks.find(comparison.task), comparison.about(run))
         display.finish(run, [{str(k): v for k, v in row.items()} for row in table.to_dict("records")])
 
 
@@ -112,11 +111,24 @@ def _train(comparison: Comparison, run: Run, threads: int) -> dict[str, bytes]:
     import torch
 
     torch.set_num_threads(threads)
-    problem = tasks.find(comparison.task).problem(**comparison.preset.sizes)
-    comparison.path(run, "").parent.mkdir(parents=True, exist_ok=True)
-    if not comparison.path(run, ".csv").is_file():
-        compare.train(comparison, run, problem, None)
-    written: list[Path] = [comparison.path(run, ".csv"), comparison.path(run, ".pt")]
+    task = tasks.find(comparison.task)
+    table = comparison.path(run, ".csv")
+    files.make_folder(table.parent)
+    if not _is_finished(comparison, run, task):
+        compare.train(comparison, run, task.problem(**comparison.preset.sizes), None)
+    written: list[Path] = [comparison.path(run, ".pt")]
     written += (comparison.out / "samples").glob(f"{run.name}-*.png")
     written += (comparison.out / "tensorboard" / run.name).glob("*")
+    written += [files.checksum(table), table]  # the table last: it says that the run is finished
     return {str(path.relative_to(comparison.out)): path.read_bytes() for path in written if path.is_file()}
+
+
+def _is_finished(comparison: Comparison, run: Run, task: Task) -> bool:
+    """Whether a run has its table, on storage where another worker has written it."""
+    if not comparison.path(run, ".csv").exists():
+        return False
+    try:
+        results.read(comparison.path(run, ".csv"), task, comparison.about(run))
+    except DamagedFile:
+        return False
+    return True

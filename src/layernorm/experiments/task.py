@@ -18,6 +18,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from layernorm.experiments.errors import ExperimentError as ExperimentError
+from layernorm.experiments.errors import MissingData as MissingData
 from layernorm.experiments.section import Card, Section, Table
 
 #: The tasks, each a module of this package that defines ``TASK``.
@@ -39,14 +41,6 @@ STUDIES: Final[tuple[str, ...]] = ("theory", "dynamics", "online")
 
 Optimizer: TypeAlias = Literal["adam", "sgd", "rmsprop"]
 Schedule: TypeAlias = Literal["constant", "cosine", "linear"]
-
-
-class ExperimentError(Exception):
-    """Something that the person at the keyboard can mend; the message is one line that says how."""
-
-
-class MissingData(ExperimentError):
-    """A data set is not here and cannot be downloaded; the message says what, whose, where from, where to."""
 
 
 @dataclass(frozen=True)

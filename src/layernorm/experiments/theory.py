@@ -12,10 +12,10 @@ import torch
 from sklearn.datasets import load_digits
 
 from layernorm import theory
-from layernorm.experiments import feedforward, theory_cards, theory_section
-from layernorm.experiments.files import replacing
+from layernorm.experiments import feedforward, tables, theory_cards, theory_section
+from layernorm.experiments.errors import DamagedFile
 from layernorm.experiments.section import Section
-from layernorm.experiments.task import ExperimentError, Study
+from layernorm.experiments.task import Study
 from layernorm.experiments.theory_section import CHARTED
 from layernorm.theory.models import NORMS
 
@@ -67,19 +67,27 @@ def run(
         "gains": ("Metric along the gains", lambda seed: _gains(outputs, inputs, seed)),
         "growth": ("Growth of weights during training", lambda seed: _growth(updates, seed)),
     }
+    about = (
+        f"theory seeds={seeds} layers={list(layers)} outputs={outputs} inputs={inputs} widths={list(widths)} "
+        f"updates={updates}"
+    )
     for name, (title, measure) in parts.items():
         path = folder / f"{name}.csv"
-        if path.is_file():
-            say(f"{title}: measured before")
-            continue
+        if path.exists():
+            try:
+                _file(path, _FILES[name], about)
+            except DamagedFile as error:
+                say(tables.again(error))
+            else:
+                say(f"{title}: measured before")
+                continue
         rows = []
         for seed in range(seeds):
             say(f"{title}: seed {seed}")
             rows += [
                 {"seed": seed, **(row if isinstance(row, dict) else asdict(row))} for row in measure(seed)
             ]
-        with replacing(path) as fresh:
-            pd.DataFrame(rows).to_csv(fresh, index=False)
+        tables.write(path, pd.DataFrame(rows), about)
 
 
 def _blocks(outputs: int, inputs: int, seed: int) -> Iterable[dict[str, Any]]:
@@ -170,19 +178,14 @@ def read(folder: Path) -> Section:
     )
 
 
-def _file(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path)
+def _file(path: Path, columns: Sequence[str], about: str | None = None) -> pd.DataFrame:
+    def parse(table: pd.DataFrame) -> pd.DataFrame:
         missing = [column for column in ("seed", *columns) if column not in table]
         if missing:
             raise ValueError(f"no column {missing[0]!r}")
-    except FileNotFoundError as error:
-        raise ExperimentError(f"{path} is missing; the same command measures it") from error
-    except (OSError, ValueError) as error:
-        raise ExperimentError(
-            f"{path} is damaged ({error}); delete it, and the same command measures this part again"
-        ) from error
-    return table
+        return table
+
+    return tables.read(path, parse, "delete it, and the same command measures this part again", about)
 
 
 STUDY = Study(

@@ -9,22 +9,23 @@ batch, and an update is the one that a single process would have made.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from layernorm.experiments import processes
-from layernorm.experiments.files import replacing
-from layernorm.experiments.task import Batch, ExperimentError, Loss, Preset, Problem
+from layernorm.experiments import checkpoints, processes
+from layernorm.experiments.errors import ExperimentError
+from layernorm.experiments.task import Batch, Loss, Preset, Problem
 
 #: The layout of checkpoints and of a comparison's folder.
-FORMAT: Final = 2
+FORMAT: Final = 3
 EVALUATIONS_PER_EPOCH: Final = 4
 #: Seconds between checkpoints inside an epoch.
 CHECKPOINT_SECONDS: Final = 10.0
@@ -53,6 +54,18 @@ class Run:
         """As in file names."""
         return f"{self.norm}-batch{self.batch_size}-seed{self.seed}"
 
+    @classmethod
+    def named(cls, name: str) -> Self | None:
+        """The run of a name, or None.
+
+        Examples:
+            >>> from layernorm.experiments.training import Run
+            >>> Run.named("none-batch4-seed0"), Run.named("notes")
+            (Run(norm='none', batch_size=4, seed=0), None)
+        """
+        found = re.fullmatch(r"(.+)-batch([1-9]\d{0,17})-seed(0|[1-9]\d{0,17})", name, re.ASCII)
+        return cls(found[1], int(found[2]), int(found[3])) if found else None
+
 
 class _Objective(nn.Module):
     """A network's loss as a module's forward, which is what DistributedDataParallel watches."""
@@ -77,9 +90,11 @@ class Trainer:
         device: where to train.
         precision: of the forward pass: float32, or autocast to one of the others.
         identity: what else must not change between a checkpoint and its continuation.
+        guard: called before the checkpoint is written; raises where this process must not.
 
     Raises:
-        ExperimentError: the checkpoint is damaged or of another run.
+        DamagedFile: the checkpoint is empty, torn or changed.
+        ExperimentError: it is of another run or version.
     """
 
     def __init__(
@@ -91,8 +106,10 @@ class Trainer:
         device: torch.device | None = None,
         precision: Precision = "float32",
         identity: str = "",
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self.preset = run, preset
+        self._guard = guard
         self._problem, self._checkpoint = problem, checkpoint
         self._device = device or torch.device("cpu")
         self._precision = precision
@@ -197,8 +214,8 @@ class Trainer:
             "seconds": self._seconds,
             "loss": (self._loss_sum, self._loss_count),
         }
-        with replacing(self._checkpoint) as fresh:
-            torch.save(state, fresh)
+        self._guard()
+        checkpoints.write(self._checkpoint, state)
 
     def _restore(self) -> None:
         """Takes the state of the checkpoint, which only process 0 needs to see."""
@@ -208,8 +225,8 @@ class Trainer:
         content = processes.from_leader(content)
         if content is None:
             return
-        if isinstance(content, str):
-            raise ExperimentError(content)
+        if isinstance(content, ExperimentError):
+            raise content
         self.network.load_state_dict(content["network"])
         self._optimizer.load_state_dict(content["optimizer"])
         self._scaler.load_state_dict(content["scaler"])
@@ -221,10 +238,10 @@ class Trainer:
         self._seconds = content["seconds"]
         self._loss_sum, self._loss_count = content["loss"]
 
-    def _read(self) -> dict[str, Any] | str:
-        """The checkpoint's state, tried on the network; or what is wrong with it."""
+    def _read(self) -> dict[str, Any] | ExperimentError | None:
+        """The checkpoint's state, tried on the network; or what is wrong with it; None if there is none."""
         try:
-            state: dict[str, Any] = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
+            state = checkpoints.read(self._checkpoint)
             if state.get("format") != FORMAT:
                 raise ValueError("it is of another version of layernorm")
             if state["run"] != self._identity:
@@ -234,12 +251,12 @@ class Trainer:
             missing = {"scaler", "random", "random_cuda", "update", "records", "seconds", "loss"} - set(state)
             if missing:
                 raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        except Exception as error:  # whatever a damaged file makes of the reader
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            return (
-                f"the checkpoint {self._checkpoint} cannot be used ({reason}); delete it to train "
-                "this run from its start"
-            )
+        except FileNotFoundError:
+            return None
+        except ExperimentError as error:
+            return error
+        except Exception as error:  # whatever a state makes of the network
+            return checkpoints.unusable(self._checkpoint, error)
         return state
 
     @property
