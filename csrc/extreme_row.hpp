@@ -1,6 +1,6 @@
-// One row whose squares its type cannot hold, or with an infinity or a NaN, in double and element
-// by element: rare, so it may take its time. A power of two brings the row's largest element
-// near 1.
+// One row whose squares its type cannot hold, or with an infinity or a NaN, or of one element, in
+// double and element by element: rare, so it may take its time. A power of two brings the row's
+// largest element near 1.
 #pragma once
 
 #include "simd.hpp"
@@ -66,15 +66,18 @@ int64_t place(int64_t i, int64_t width) {
   return pair + (i - pair) / 2 + (i - pair) % 2 * (kPair / 2);
 }
 
-// As rows_backward() in row_norm.hpp.
-template <typename T, typename P>
+// As rows_backward() in row_norm.hpp. Where rstd left the range of its type, which takes a row of
+// denormal numbers without eps, the row is measured again.
+template <typename T, typename P, bool kCentred>
 void extreme_backward(const T* grad, const T* grad_sum, const T* input, double mean, double rstd,
                       const P* gain, T* grad_input, Accumulate<T>* block_gain,
-                      Accumulate<T>* block_bias, int64_t width, bool centred) {
+                      Accumulate<T>* block_bias, int64_t width) {
   using A = Accumulate<T>;
-  const double scale = rstd < 1 ? 0x1p-512 : 1.0;
+  const double scale = rstd < 0x1p-256 ? 0x1p-512 : 1.0;  // a difference stays in range
+  const auto stats = std::isinf(rstd) ? extreme_statistics<T, kCentred>(input, width, 0.0)
+                                      : ScaledStats{mean * scale, rstd / scale, scale};
   const auto normalized = [&](int64_t i) {
-    return (as_double(input + i) * scale - mean * scale) * (rstd / scale);
+    return (as_double(input + i) * stats.scale - stats.mean) * stats.rstd;
   };
   const auto t = [&](int64_t i) {
     return as_double(grad + i) * (gain == nullptr ? 1.0 : as_double(gain + i));
@@ -82,7 +85,7 @@ void extreme_backward(const T* grad, const T* grad_sum, const T* input, double m
   double sum_t = 0;
   double sum_tn = 0;
   for (int64_t i = 0; i < width; ++i) {
-    sum_t += t(i);
+    if (kCentred) sum_t += t(i);
     sum_tn += t(i) * normalized(i);
     if (block_gain != nullptr)
       block_gain[place<T>(i, width)] += static_cast<A>(as_double(grad + i) * normalized(i));
@@ -90,10 +93,9 @@ void extreme_backward(const T* grad, const T* grad_sum, const T* input, double m
       block_bias[place<T>(i, width)] += static_cast<A>(as_double(grad + i));
   }
   if (grad_input == nullptr) return;
-  if (!centred) sum_t = 0;
   const auto n = static_cast<double>(width);
   for (int64_t i = 0; i < width; ++i) {
-    double d = (t(i) - sum_t / n - normalized(i) * (sum_tn / n)) * rstd;
+    double d = (t(i) - sum_t / n - normalized(i) * (sum_tn / n)) * stats.rstd * stats.scale;
     if (grad_sum != nullptr) d += as_double(grad_sum + i);
     from_double(grad_input + i, d);
   }

@@ -139,30 +139,33 @@ LAYERNORM_INLINE void some_rows_backward(const Backward& f, int64_t row, Accumul
                                                        stream);
 }
 
-template <typename T, typename P>
+template <typename T, typename P, bool kCentred>
 [[gnu::noinline, gnu::cold]] void extreme_row_backward(const Backward& f, int64_t row,
                                                        Accumulate<T>* block_gain,
                                                        Accumulate<T>* block_bias) {
   using A = Accumulate<T>;
-  const bool centred = f.mean != nullptr;
-  const double mean = centred ? static_cast<double>(static_cast<const A*>(f.mean)[row]) : 0.0;
+  const double mean = kCentred ? static_cast<double>(static_cast<const A*>(f.mean)[row]) : 0.0;
   T* const grad_input =
       f.grad_input == nullptr ? nullptr : static_cast<T*>(f.grad_input) + row * f.width;
-  extreme_backward<T, P>(
+  extreme_backward<T, P, kCentred>(
       row_of<T>(f.grad, f.grad_rows, row), row_of<T>(f.grad_sum, f.grad_sum_rows, row),
       row_of<T>(f.input, f.input_rows, row), mean,
       static_cast<double>(static_cast<const A*>(f.rstd)[row]), static_cast<const P*>(f.gain),
-      grad_input, block_gain, block_bias, f.width, centred);
+      grad_input, block_gain, block_bias, f.width);
 }
 
 template <typename T, typename P, bool kCentred>
 void backward(const Backward& f, int64_t block_begin, int64_t block_end) {
   using A = Accumulate<T>;
   // Outside of these the products on the way could leave A's range although the result does not.
+  // And the terms of a row of one element cancel, which only the extreme row's order of operations
+  // does to the last bit.
   constexpr A kLeast = sizeof(A) == 4 ? A(0x1p-30) : A(0x1p-300);
   constexpr A kMost = sizeof(A) == 4 ? A(0x1p30) : A(0x1p300);
   const auto* const rstd = static_cast<const A*>(f.rstd);
-  const auto ordinary = [&](int64_t row) { return rstd[row] > kLeast && rstd[row] < kMost; };
+  const auto ordinary = [&](int64_t row) {
+    return rstd[row] > kLeast && rstd[row] < kMost && f.width > 1;
+  };
   const bool stream = f.grad_input != nullptr && streams<T>(f.grad_input, f.rows, f.width);
   for (int64_t block = block_begin; block < block_end; ++block) {
     const auto sums_of = [&](void* sums) {
@@ -184,7 +187,7 @@ void backward(const Backward& f, int64_t block_begin, int64_t block_end) {
       } else if (last > row) {
         some_rows_backward<T, P, kCentred, 1>(f, row++, block_gain, block_bias, stream);
       } else {
-        extreme_row_backward<T, P>(f, row++, block_gain, block_bias);
+        extreme_row_backward<T, P, kCentred>(f, row++, block_gain, block_bias);
       }
     }
   }

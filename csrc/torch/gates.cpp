@@ -1,12 +1,9 @@
 // The operator of an LSTM's step after its products, on CPU tensors, and its derivative.
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
-#include "forward_mode.hpp"
+#include "node.hpp"
 #include "parallel.hpp"
 #include "recurrent.hpp"
 
@@ -60,7 +57,11 @@ struct GatesLayer {
   const RecurrentKernels* kernels = nullptr;
   at::ScalarType type, computed;
 
-  explicit GatesLayer(LAYERNORM_GATES_ARGUMENTS) : type(c.scalar_type()), held_{type, {}} {
+  explicit GatesLayer(LAYERNORM_GATES_ARGUMENTS) {
+    require(input_gates, "input_gates");
+    require(hidden_gates, "hidden_gates");
+    require(c, "c");
+    held_.type = type = c.scalar_type();
     read_spec({"lstm", kind, inputs, scope, cell_norm, eps, false}, r);
     TORCH_CHECK(
         is_supported(type) && c.dim() == 2 && c.size(1) > 0,
@@ -132,6 +133,7 @@ GatesGrads lstm_gates_backward(const Tensor& grad_hidden, const OptionalTensor& 
   const auto& r = layer.r;
   const auto options = c.options().dtype(layer.computed);
   const auto given = [&](const Tensor& grad, const char* name) {
+    require(grad, name);
     TORCH_CHECK(
         grad.sizes() == c.sizes() && grad.scalar_type() == layer.type && grad.device().is_cpu(),
         "layernorm: ", name, " must be of shape ", c.sizes(), " and dtype ", layer.type, ", got ",
@@ -139,8 +141,7 @@ GatesGrads lstm_gates_backward(const Tensor& grad_hidden, const OptionalTensor& 
     return grad.to(layer.computed).contiguous();
   };
   const Tensor of_hidden = given(grad_hidden, "grad_hidden");
-  const Tensor of_c =
-      grad_c && grad_c->defined() ? given(*grad_c, "grad_c") : at::zeros(c.sizes(), options);
+  const Tensor of_c = is_given(grad_c) ? given(*grad_c, "grad_c") : at::zeros(c.sizes(), options);
   std::array<Tensor, kAll> found;
   RecurrentGradients g{};
   g.grad_hn = of_hidden.const_data_ptr();
@@ -188,7 +189,7 @@ GatesGrads lstm_gates_backward(const Tensor& grad_hidden, const OptionalTensor& 
 }
 
 // Inputs of the node: the gradients of h and c.
-struct GatesNode : torch::autograd::Node {
+struct GatesNode : Node<GatesNode> {
   std::array<SavedVariable, kAll> saved;
   std::array<bool, kAll> given{};
   std::string kind, inputs, scope, cell_norm;
@@ -196,9 +197,13 @@ struct GatesNode : torch::autograd::Node {
 
   [[nodiscard]] std::string name() const override { return "LayerNormLSTMGatesBackward"; }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& one : saved) one.reset_data();
+  void each_saved(const auto& visit) {
+    for (auto& one : saved) visit(one, false);
+  }
+  void each_constant(const auto& visit) {
+    for (auto& one : given) visit(one);
+    for (auto* word : {&kind, &inputs, &scope, &cell_norm}) visit(*word);
+    visit(eps);
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -213,8 +218,7 @@ struct GatesNode : torch::autograd::Node {
     }
     const Tensor grad_hidden = grads[0].defined() ? grads[0] : at::zeros_like(*a[kCell]);
     const OptionalTensor grad_c = grads[1].defined() ? OptionalTensor(grads[1]) : std::nullopt;
-    const auto& op =
-        at::GradMode::is_enabled() ? gates_composite_backward_op() : gates_backward_op();
+    const auto& op = wants_composite(grads) ? gates_composite_backward_op() : gates_backward_op();
     const auto found = op.call(grad_hidden, grad_c, *a[0], *a[1], *a[2], a[3], a[4], a[5], a[6],
                                a[7], a[8], a[9], kind, inputs, scope, cell_norm, eps, wanted);
     const std::array<Tensor, kAll> all =

@@ -1,6 +1,7 @@
 // The Python module `layernorm._native`: entries for plain calls of the operators, which cost what
 // calls of PyTorch's own functions cost, and the choice of the instruction set.
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/TracerMode.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -14,8 +15,9 @@ namespace layernorm {
 namespace {
 
 // A call whose arguments are plain: tensors of PyTorch's own class on the CPU, of types and shapes
-// that fit, outside of modes and transforms that see Python functions. For all others the entries
-// return NotImplemented, and src/layernorm/functional.py checks, chooses and raises.
+// that fit, outside of modes and transforms that see Python functions and of torch.jit.trace. For
+// all others the entries return NotImplemented, and src/layernorm/functional.py checks, chooses and
+// raises.
 struct PlainCall {
   Tensor input, residual;
   OptionalTensor weight, bias;
@@ -73,6 +75,7 @@ std::optional<PlainCall> parse(PyObject* const* arguments, Py_ssize_t count, boo
                                bool has_bias) {
   PlainCall call;
   if (count != 4 + has_residual + has_bias || at::impl::torch_function_mode_enabled() ||
+      at::tracer::impl::is_dispatch_enabled() ||
       c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode))
     return std::nullopt;
   PyObject* const* next = arguments;

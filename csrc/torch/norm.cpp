@@ -32,6 +32,7 @@ struct Sizes {
 };
 
 Sizes checked_sizes(const Tensor& input, at::IntArrayRef shape) {
+  require(input, "input");
   const auto tail = static_cast<int64_t>(shape.size());
   Sizes sizes;
   sizes.leading = input.dim() - tail;
@@ -50,7 +51,7 @@ Sizes checked_sizes(const Tensor& input, at::IntArrayRef shape) {
 
 Tensor checked_parameter(const OptionalTensor& tensor, const char* name, const Tensor& input,
                          at::IntArrayRef shape) {
-  if (!tensor || !tensor->defined()) return {};
+  if (!is_given(tensor)) return {};
   TORCH_CHECK(tensor->sizes() == shape && tensor->device() == input.device() &&
                   fits_beside(tensor->scalar_type(), input.scalar_type()),
               "layernorm: ", name, " must be of shape ", shape, " and the input's dtype ",
@@ -124,7 +125,7 @@ TensorTriple run_forward(const Tensor& input, const OptionalTensor& residual, at
   Tensor sum;
   Tensor stats;
   Rows other;
-  if (residual && residual->defined()) {
+  if (is_given(residual)) {
     TORCH_CHECK(residual->sizes() == input.sizes() &&
                     residual->scalar_type() == input.scalar_type() &&
                     residual->device() == input.device(),
@@ -176,12 +177,14 @@ Tensor rms_norm(const Tensor& input, at::IntArrayRef shape, const OptionalTensor
 
 TensorPair add_layer_norm(const Tensor& input, const Tensor& residual, at::IntArrayRef shape,
                           const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  require(residual, "residual");
   auto [output, sum, _] = run_forward(input, residual, shape, weight, bias, eps, true, false);
   return {output, sum};
 }
 
 TensorPair add_rms_norm(const Tensor& input, const Tensor& residual, at::IntArrayRef shape,
                         const OptionalTensor& weight, double eps) {
+  require(residual, "residual");
   auto [output, sum, _] = run_forward(input, residual, shape, weight, {}, eps, false, false);
   return {output, sum};
 }
@@ -203,19 +206,24 @@ int64_t rows_per_block(const Sizes& sizes) {
 // Gradients of input (which is the residual's too), weight and bias; those not wanted have no
 // element.
 TensorTriple norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, const Tensor& input,
-                           const Tensor& stats, at::IntArrayRef shape, const OptionalTensor& weight,
-                           const OptionalTensor& bias, bool centred, std::array<bool, 3> wanted) {
+                           const Tensor& given_stats, at::IntArrayRef shape,
+                           const OptionalTensor& weight, const OptionalTensor& bias, bool centred,
+                           std::array<bool, 3> wanted) {
   const Sizes sizes = checked_sizes(input, shape);
   const auto type = input.scalar_type();
+  require(grad, "grad");
+  require(given_stats, "stats");
   TORCH_CHECK(grad.sizes() == input.sizes() && grad.scalar_type() == type &&
                   grad.device() == input.device(),
               "layernorm: grad must be of the input's shape ", input.sizes(), " and dtype ", type,
               ", got ", grad.sizes(), " of ", grad.scalar_type());
   const int64_t kinds = centred ? 2 : 1;
   TORCH_CHECK(centred || !wanted[2], "layernorm: RMS norm has no bias");
-  TORCH_CHECK(stats.sizes() == at::IntArrayRef({kinds, sizes.rows}) && stats.is_contiguous() &&
-                  stats.scalar_type() == statistics_type(input),
+  TORCH_CHECK(given_stats.sizes() == at::IntArrayRef({kinds, sizes.rows}) &&
+                  given_stats.scalar_type() == statistics_type(input) &&
+                  given_stats.device() == input.device(),
               "layernorm: stats must be those that norm_forward returned");
+  const Tensor stats = given_stats.contiguous();
   const Tensor gain = checked_parameter(weight, "weight", input, shape);
   const Tensor offset = checked_parameter(bias, "bias", input, shape);
   const Tensor none =
@@ -237,9 +245,10 @@ TensorTriple norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, c
   const Rows grads = rows_of(grad, sizes);
   const Rows inputs = rows_of(input, sizes);
   Rows sums;
-  if (grad_sum && grad_sum->defined()) {
-    TORCH_CHECK(grad_sum->sizes() == input.sizes() && grad_sum->scalar_type() == type,
-                "layernorm: grad_sum must be of the input's shape and dtype");
+  if (is_given(grad_sum)) {
+    TORCH_CHECK(grad_sum->sizes() == input.sizes() && grad_sum->scalar_type() == type &&
+                    grad_sum->device() == input.device(),
+                "layernorm: grad_sum must be of the input's shape, dtype and device");
     sums = rows_of(*grad_sum, sizes);
   }
   const int64_t per_block = rows_per_block(sizes);
@@ -256,7 +265,7 @@ TensorTriple norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, c
                       sums.layout,
                       inputs.tensor.const_data_ptr(),
                       inputs.layout,
-                      mean,
+                      centred ? mean : nullptr,
                       mean + (kinds - 1) * sizes.rows * stats.element_size(),
                       data_or_null(factor),
                       wanted[0] ? grad_input.mutable_data_ptr() : nullptr,

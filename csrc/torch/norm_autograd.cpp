@@ -1,17 +1,33 @@
 // The derivative of the norm operators: PyTorch's own kind of node, so that recording and running
 // it costs what it costs for PyTorch's norm.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/frexp.h>
 #include <ATen/ops/layer_norm.h>
+#include <ATen/ops/ldexp.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/rms_norm.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
+#include <ATen/ops/where.h>
 #include <torch/library.h>
 
+#include <cmath>
+
+#include "node.hpp"
 #include "operators.hpp"
 
 namespace layernorm {
 namespace {
+
+// For each row a power of two that brings the greater of its largest element and √eps near 1, so
+// that squares stay in the range of the type; as far as the type holds such a power and its
+// inverse.
+Tensor row_scale(const Tensor& rows, at::IntArrayRef dims, double eps) {
+  const int most = rows.scalar_type() == at::kDouble ? 1022 : 126;
+  const Tensor size = rows.detach().abs().amax(dims, true).clamp_min(std::sqrt(std::fabs(eps)));
+  const Tensor known = size.isfinite().logical_and(size > 0);
+  const Tensor exponent = std::get<1>(at::frexp(at::where(known, size, at::ones_like(size))));
+  return at::ldexp(at::ones_like(size), exponent.neg().clamp(-most, most));
+}
 
 // The gradients as PyTorch operators, which can be differentiated again, to any order: mean and
 // rstd are functions of the input here.
@@ -26,8 +42,12 @@ TensorTriple composite_backward(const Tensor& grad, const Tensor& input, size_t 
   const auto mean = [&](const Tensor& a) { return a.mean(last, true); };
   const auto over_rows = [&](const Tensor& a) { return leading.empty() ? a : a.sum(leading); };
   Tensor a = input.to(type);
+  const Tensor scale = input.numel() > 0 ? row_scale(a, last, eps) : at::ones({}, a.options());
+  a = a * scale;
   if (centred) a = a - mean(a);
-  const Tensor rstd = (mean(a * a) + eps).rsqrt();
+  // eps or scale² alone could leave the range.
+  const Tensor added = (std::sqrt(std::fabs(eps)) * scale).square();
+  const Tensor rstd = (mean(a * a) + (eps < 0 ? -added : added)).rsqrt();
   const Tensor normalized = a * rstd;
   const Tensor g = grad.to(type);
   const Tensor t = weight.defined() ? g * weight.to(type) : g;
@@ -37,12 +57,13 @@ TensorTriple composite_backward(const Tensor& grad, const Tensor& input, size_t 
   Tensor grad_bias;
   if (weight.defined()) grad_weight = over_rows(g * normalized).to(weight.scalar_type());
   if (bias.defined()) grad_bias = over_rows(g).to(bias.scalar_type());
-  return {(rstd * (t - along)).to(input.scalar_type()), grad_weight, grad_bias};
+  const Tensor grad_input = rstd * (t - along) * scale;
+  return {grad_input.to(input.scalar_type()), grad_weight, grad_bias};
 }
 
 // Keeps of forward what was normalized, mean and rstd, and the parameters. Inputs of the node are
 // the gradients of the output and, where there was a residual, of the sum.
-struct NormNode : torch::autograd::Node {
+struct NormNode : Node<NormNode> {
   torch::autograd::SavedVariable input, stats, weight, bias;
   std::vector<c10::SymInt> shape;
   double eps = 0;
@@ -52,9 +73,12 @@ struct NormNode : torch::autograd::Node {
 
   [[nodiscard]] std::string name() const override { return kind; }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto* saved : {&input, &stats, &weight, &bias}) saved->reset_data();
+  void each_saved(const auto& visit) {
+    visit(input, has_residual);
+    for (auto* saved : {&stats, &weight, &bias}) visit(*saved, false);
+  }
+  void each_constant(const auto& visit) {
+    visit(shape), visit(eps), visit(centred), visit(has_residual), visit(kind);
   }
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {

@@ -16,6 +16,12 @@ using OptionalTensor = std::optional<Tensor>;
 using TensorPair = std::tuple<Tensor, Tensor>;
 using TensorTriple = std::tuple<Tensor, Tensor, Tensor>;
 
+// PyTorch hands None on as a tensor that is not defined, where the schema has a Tensor too.
+inline bool is_given(const OptionalTensor& tensor) { return tensor && tensor->defined(); }
+inline void require(const Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.defined(), "layernorm: ", name, " must be a Tensor, got None");
+}
+
 inline bool is_half(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
 
 inline bool is_supported(at::ScalarType type) {

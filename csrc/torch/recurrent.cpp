@@ -232,51 +232,47 @@ RecurrentGrads recurrent_backward(LAYERNORM_RECURRENT_ARGUMENTS, const OptionalT
                              cell_norm, eps, reverse);
   RecurrentLayer layer(all);
   auto& r = layer.r;
-  const auto contiguous = [&](const OptionalTensor& grad, at::IntArrayRef shape, const char* name) {
-    if (!grad || !grad->defined()) return Tensor();
-    TORCH_CHECK(grad->sizes() == shape && grad->scalar_type() == input.scalar_type() &&
-                    grad->device().is_cpu(),
-                "layernorm: ", name, " must be of shape ", shape, " and dtype ",
-                input.scalar_type(), ", got ", grad->sizes(), " of ", grad->scalar_type());
-    return grad->contiguous();
-  };
-  const Tensor from_output = contiguous(grad_output, layer.output_shape(), "grad_output");
-  const Tensor from_h = contiguous(grad_h, {r.batch, r.output_size}, "grad_h");
-  Tensor from_c;
-  if (r.cell == CellKind::kLstm) from_c = contiguous(grad_c, {r.batch, r.hidden_size}, "grad_c");
-  // What forward returned, or nothing.
-  const int64_t width = r.gates * r.hidden_size;
-  const bool recompute = saved_x.numel() == 0;
-  const int64_t kept_h = recompute ? 0 : layer.rows * saved_h_width(r);
-  const int64_t kept_stats =
-      recompute ? 0 : layer.rows * statistics_of(r) * (r.inputs == Inputs::kSeparate ? 2 : 1);
-  const auto is_kept = [&](const Tensor& tensor, int64_t count, at::ScalarType type) {
-    return tensor.numel() == count && tensor.scalar_type() == type && tensor.is_contiguous();
-  };
   const auto type = input.scalar_type();
-  TORCH_CHECK(
-      is_kept(output, layer.rows * r.output_size, type) &&
-          (recompute || is_kept(saved_x, layer.rows * width, type)) &&
-          is_kept(saved_h, kept_h, type) &&
-          is_kept(saved_c, r.cell == CellKind::kLstm ? layer.rows * r.hidden_size : 0, type) &&
-          is_kept(saved_stats, kept_stats, layer.computed),
-      "layernorm: output and the saved tensors must be those that recurrent_forward "
-      "returned");
-  layer.use({saved_x, saved_h, saved_c, saved_stats});
-  r.output = output.data_ptr();
+  const auto contiguous = [&](const OptionalTensor& tensor, at::IntArrayRef shape,
+                              at::ScalarType expected, const char* name) {
+    if (!is_given(tensor)) return Tensor();
+    TORCH_CHECK(
+        tensor->sizes() == shape && tensor->scalar_type() == expected && tensor->device().is_cpu(),
+        "layernorm: ", name, " must be of shape ", shape, " and dtype ", expected, ", got ",
+        tensor->sizes(), " of ", tensor->scalar_type());
+    return tensor->contiguous();
+  };
+  const Tensor from_output = contiguous(grad_output, layer.output_shape(), type, "grad_output");
+  const Tensor from_h = contiguous(grad_h, {r.batch, r.output_size}, type, "grad_h");
+  Tensor from_c;
+  if (r.cell == CellKind::kLstm)
+    from_c = contiguous(grad_c, {r.batch, r.hidden_size}, type, "grad_c");
+  // What forward returned, in whatever layout it comes back, or nothing.
+  require(output, "output");
+  require(saved_x, "saved_x");
+  require(saved_h, "saved_h");
+  require(saved_c, "saved_c");
+  require(saved_stats, "saved_stats");
+  const Tensor given = contiguous(output, layer.output_shape(), type, "output");
+  const SavedShapes shapes = layer.saved_shapes(saved_x.dim() == 1);
+  layer.use({contiguous(saved_x, shapes.x, type, "saved_x"),
+             contiguous(saved_h, shapes.h, type, "saved_h"),
+             contiguous(saved_c, shapes.c, type, "saved_c"),
+             contiguous(saved_stats, shapes.stats, layer.computed, "saved_stats")});
+  r.output = given.data_ptr();
   RecurrentGradients g{};
   g.grad_output = data_of(OptionalTensor(from_output));
   g.grad_hn = data_of(OptionalTensor(from_h));
   g.grad_cn = data_of(OptionalTensor(from_c));
   const Found found = allocate_gradients(layer, all, wanted, g);
   if (layer.rows > 0) run_backward(layer, g);
-  const auto given = [&](const Tensor& grad) {
-    return grad.defined() ? grad.to(input.scalar_type()) : at::empty({0}, input.options());
+  const auto result = [&](const Tensor& grad) {
+    return grad.defined() ? grad.to(type) : at::empty({0}, input.options());
   };
   std::vector<Tensor> grads;
   grads.reserve(kWeights);
-  for (const auto& grad : found.weights) grads.push_back(given(grad));
-  return {given(found.grad_input), given(found.grad_h), given(found.grad_c), grads};
+  for (const auto& grad : found.weights) grads.push_back(result(grad));
+  return {result(found.grad_input), result(found.grad_h), result(found.grad_c), grads};
 }
 
 TORCH_LIBRARY_IMPL(layernorm, CPU, library) {

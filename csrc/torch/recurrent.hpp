@@ -58,6 +58,10 @@ struct Saved {
   Tensor x, h, c, stats;
 };
 
+struct SavedShapes {
+  std::vector<int64_t> x, h, c, stats;  // {0} where nothing is kept
+};
+
 // What kernels read: tensors checked, and where they had to be copied the copies.
 struct Held {
   at::ScalarType type;  // of all of them
@@ -83,7 +87,8 @@ class RecurrentLayer {
   Tensor allocate(at::IntArrayRef sizes) const { return at::empty(sizes, options); }
   Tensor allocate_computed(at::IntArrayRef sizes) const;
 
-  // Allocates what is kept for backward: c, and unless it is to be computed again all else.
+  // What is kept for backward: c, and unless it is to be computed again all else.
+  [[nodiscard]] SavedShapes saved_shapes(bool recompute) const;
   Saved keep(bool recompute);
   void use(const Saved& saved);
   // Runs forward into these tensors.

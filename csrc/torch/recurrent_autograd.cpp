@@ -1,10 +1,7 @@
 // The derivative of the recurrent operator: a node of PyTorch's own kind.
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
-#include "forward_mode.hpp"
+#include "node.hpp"
 #include "recurrent.hpp"
 
 namespace layernorm {
@@ -15,7 +12,7 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 // Edges: input, h, c, weights. Inputs of the node: the gradients of output, h and c.
-struct RecurrentNode : torch::autograd::Node {
+struct RecurrentNode : Node<RecurrentNode> {
   static constexpr size_t kEdges = 3 + kWeights;
 
   SavedVariable input, h, c, output, resets;
@@ -28,15 +25,33 @@ struct RecurrentNode : torch::autograd::Node {
   std::string cell, kind, inputs, scope, cell_norm;
   double eps = 0;
   bool reverse = false;
+  c10::VariableVersion output_version;
+  uint32_t saved_version = 0;
 
   [[nodiscard]] std::string name() const override { return "LayerNormRecurrentBackward"; }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto* saved :
-         {&input, &h, &c, &output, &resets, &saved_x, &saved_h, &saved_c, &saved_stats})
-      saved->reset_data();
-    for (auto& weight : weights) weight.reset_data();
+  void each_saved(const auto& visit) {
+    forget_changed_output();
+    visit(output, true);
+    for (auto* saved : {&input, &h, &c, &resets, &saved_x, &saved_h, &saved_c, &saved_stats})
+      visit(*saved, false);
+    for (auto& weight : weights) visit(weight, false);
+  }
+  void each_constant(const auto& visit) {
+    for (auto& one : has_weight) visit(one);
+    visit(has_c), visit(has_resets), visit(batch_sizes), visit(eps), visit(reverse);
+    for (auto* word : {&cell, &kind, &inputs, &scope, &cell_norm}) visit(*word);
+  }
+
+  void save_output(const Tensor& tensor) {
+    output = SavedVariable(tensor, true);
+    output_version = torch::autograd::impl::version_counter(tensor);
+    saved_version = output_version.current_version();
+  }
+  // An output that was changed in place since, as by nn.ReLU(inplace=True), is computed again.
+  void forget_changed_output() {
+    if (output_version.enabled() && output_version.current_version() != saved_version)
+      output = SavedVariable();
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -63,15 +78,22 @@ struct RecurrentNode : torch::autograd::Node {
     const OptionalTensor mask = has_resets ? OptionalTensor(resets.unpack()) : std::nullopt;
     const at::OptionalIntArrayRef sizes =
         batch_sizes ? at::OptionalIntArrayRef(*batch_sizes) : at::OptionalIntArrayRef();
+    const auto given_output = [&] {
+      forget_changed_output();
+      Tensor given = output.unpack(getptr());
+      if (given.defined()) return given;
+      return std::get<0>(recurrent_op().call(x, h0, c0, all, mask, sizes, cell, kind, inputs, scope,
+                                             cell_norm, eps, reverse, false));
+    };
     const auto found =
-        at::GradMode::is_enabled()
+        wants_composite(grads)
             ? recurrent_composite_backward_op().call(x, h0, c0, all, mask, sizes, cell, kind,
                                                      inputs, scope, cell_norm, eps, reverse,
                                                      from_output, from_h, from_c, wanted)
-            : recurrent_backward_op().call(
-                  x, h0, c0, all, mask, sizes, cell, kind, inputs, scope, cell_norm, eps, reverse,
-                  from_output, from_h, from_c, output.unpack(getptr()), saved_x.unpack(),
-                  saved_h.unpack(), saved_c.unpack(), saved_stats.unpack(), wanted);
+            : recurrent_backward_op().call(x, h0, c0, all, mask, sizes, cell, kind, inputs, scope,
+                                           cell_norm, eps, reverse, from_output, from_h, from_c,
+                                           given_output(), saved_x.unpack(), saved_h.unpack(),
+                                           saved_c.unpack(), saved_stats.unpack(), wanted);
     const auto& [grad_input, grad_h, grad_c, grad_weights] = found;
     if (wanted[0]) result[0] = grad_input;
     if (wanted[1]) result[1] = grad_h;
@@ -107,7 +129,7 @@ RecurrentOutputs recurrent_autograd(LAYERNORM_RECURRENT_ARGUMENTS, bool recomput
   node->input = SavedVariable(input, false);
   node->h = SavedVariable(h, false);
   node->c = SavedVariable(edges[2], false);
-  node->output = SavedVariable(output, true);
+  node->save_output(output);
   node->has_resets = resets.has_value();
   node->resets = SavedVariable(resets.value_or(Tensor()), false);
   node->saved_x = SavedVariable(saved_x, false);

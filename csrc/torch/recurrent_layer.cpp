@@ -36,7 +36,8 @@ ElementType element_type(at::ScalarType type) {
 
 // Working memory that calls leave to those after them: fresh memory has to be cleared by the system
 // first, and for the packed weights of a few rows that would take longer than the packing. Never
-// destroyed, since tensors may outlive it.
+// destroyed, since tensors may outlive it. Nobody waits for the mutex: where another thread holds
+// it, memory comes from the system, as it does in the child of a fork() that came meanwhile.
 class Blocks {
  public:
   static Blocks& all() {
@@ -46,7 +47,8 @@ class Blocks {
 
   // Of at least so many bytes, and of no more than twice as many.
   void* take(size_t bytes, size_t& found) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return nullptr;
     const auto fit = kept_.lower_bound(bytes);
     if (fit == kept_.end() || fit->first / 2 > bytes) return nullptr;
     found = fit->first;
@@ -55,10 +57,10 @@ class Blocks {
     kept_.erase(fit);
     return data;
   }
-  // False if there is enough already.
+  // False if it is not kept.
   bool give_back(void* data, size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (total_ + bytes > kMost) return false;
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock || total_ + bytes > kMost) return false;
     kept_.emplace(bytes, data);
     total_ += bytes;
     return true;
@@ -127,7 +129,7 @@ Tensor RecurrentLayer::allocate_computed(at::IntArrayRef sizes) const {
 }
 
 const void* Held::hold(const OptionalTensor& tensor, const char* name, at::IntArrayRef shape) {
-  if (!tensor || !tensor->defined()) return nullptr;
+  if (!is_given(tensor)) return nullptr;
   TORCH_CHECK(tensor->sizes() == shape, "layernorm: ", name, " must be of shape ", shape, ", got ",
               tensor->sizes());
   TORCH_CHECK(tensor->scalar_type() == type && tensor->device().is_cpu() &&
@@ -143,6 +145,8 @@ RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
   read_spec({inputs.cell, inputs.kind, inputs.inputs, inputs.scope, inputs.cell_norm, inputs.eps,
              inputs.reverse},
             r);
+  require(inputs.input, "input");
+  require(inputs.h, "h");
   const Tensor& input = inputs.input;
   const bool packed = inputs.batch_sizes.has_value();
   TORCH_CHECK(is_supported(input.scalar_type()) && input.device().is_cpu() &&
@@ -158,15 +162,15 @@ RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
               static_cast<int>(kWeights), ", got ", inputs.weights.size());
   const auto& weight_ih = inputs.weights[kWeightIh];
   const auto& weight_hh = inputs.weights[kWeightHh];
-  TORCH_CHECK(weight_ih && weight_hh && weight_ih->dim() == 2 && weight_hh->dim() == 2 &&
-                  weight_hh->size(0) > 0 && weight_hh->size(0) % r.gates == 0 &&
-                  weight_hh->size(1) > 0,
+  TORCH_CHECK(is_given(weight_ih) && is_given(weight_hh) && weight_ih->dim() == 2 &&
+                  weight_hh->dim() == 2 && weight_hh->size(0) > 0 &&
+                  weight_hh->size(0) % r.gates == 0 && weight_hh->size(1) > 0,
               "layernorm: weight_ih and weight_hh must be matrices of ", r.gates,
               " times hidden_size rows");
   r.input_size = input.size(-1);
   r.hidden_size = weight_hh->size(0) / r.gates;
   r.output_size = weight_hh->size(1);
-  r.projected = inputs.weights[kWeightHr].has_value();
+  r.projected = is_given(inputs.weights[kWeightHr]);
   TORCH_CHECK(r.projected ? r.cell == CellKind::kLstm && r.output_size <= r.hidden_size
                           : r.output_size == r.hidden_size,
               "layernorm: weight_hh must have hidden_size=", r.hidden_size,
@@ -227,10 +231,10 @@ RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
 
   r.h0 = held_.hold(inputs.h, "h", {r.batch, r.output_size});
   if (r.cell == CellKind::kLstm) {
-    TORCH_CHECK(inputs.c && inputs.c->defined(), "layernorm: an LSTM's state has a cell, c");
+    TORCH_CHECK(is_given(inputs.c), "layernorm: an LSTM's state has a cell, c");
     r.c0 = held_.hold(*inputs.c, "c", {r.batch, r.hidden_size});
   }
-  if (inputs.resets && inputs.resets->defined()) {
+  if (is_given(inputs.resets)) {
     const Tensor& resets = *inputs.resets;
     TORCH_CHECK(resets.scalar_type() == at::kBool && resets.device().is_cpu() &&
                     resets.sizes() == input.sizes().slice(0, input.dim() - 1),
@@ -245,15 +249,21 @@ std::vector<int64_t> RecurrentLayer::output_shape() const {
   return {r.steps, r.batch, r.output_size};
 }
 
+SavedShapes RecurrentLayer::saved_shapes(bool recompute) const {
+  const std::vector<int64_t> none{0};
+  const int64_t products = r.inputs == Inputs::kSeparate ? 2 : 1;
+  SavedShapes shapes;
+  shapes.c = r.cell == CellKind::kLstm ? std::vector{rows, r.hidden_size} : none;
+  shapes.x = recompute ? none : std::vector{rows, r.gates * r.hidden_size};
+  shapes.h = recompute || saved_h_width(r) == 0 ? none : std::vector{rows, saved_h_width(r)};
+  shapes.stats = recompute ? none : std::vector{rows, statistics_of(r) * products};
+  return shapes;
+}
+
 Saved RecurrentLayer::keep(bool recompute) {
-  Saved saved;
-  const auto none = [&] { return at::empty({0}, options); };  // no two results are one tensor
-  const bool separate = r.inputs == Inputs::kSeparate;
-  saved.c = r.cell == CellKind::kLstm ? allocate({rows, r.hidden_size}) : none();
-  saved.x = recompute ? none() : allocate({rows, r.gates * r.hidden_size});
-  saved.h = recompute || saved_h_width(r) == 0 ? none() : allocate({rows, saved_h_width(r)});
-  saved.stats = recompute ? at::empty({0}, options.dtype(computed))
-                          : allocate_computed({rows, statistics_of(r) * (separate ? 2 : 1)});
+  const SavedShapes shapes = saved_shapes(recompute);
+  const Saved saved{allocate(shapes.x), allocate(shapes.h), allocate(shapes.c),
+                    allocate_computed(shapes.stats)};  // no two results are one tensor
   for (const auto& tensor : {saved.x, saved.h, saved.c})
     if (tensor.numel() > 0) want_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
   use(saved);

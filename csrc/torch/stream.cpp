@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "parallel.hpp"
 
@@ -80,10 +81,14 @@ bool Stream::reads(const Tensor& input) const { return fits(input, input_size_);
 
 bool Stream::writes(const Tensor& output) const {
   if (!fits(output, output_size_)) return false;
-  const auto strides = output.strides();
-  const auto sizes = output.sizes();
-  for (size_t i = 0; i < strides.size(); ++i)
-    if (strides[i] == 0 && sizes[i] > 1) return false;  // elements that share memory
+  // Elements share memory where the nearest two of equal offset, feature_stride/common rows and
+  // row_stride/common features apart, are both there.
+  const StridedRows rows = rows_of(output);
+  const int64_t common = std::gcd(rows.row_stride, rows.feature_stride);
+  if (common == 0
+          ? batch_ * output_size_ > 1
+          : rows.feature_stride / common < batch_ && rows.row_stride / common < output_size_)
+    return false;
   return !(output.requires_grad() && at::GradMode::is_enabled());
 }
 

@@ -18,6 +18,7 @@ are in ``csrc/torch``; this is what they are for:
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from layernorm import reference
+from layernorm import flops, reference
 from layernorm.variants import CellNorm, Inputs, Kind, Scope, Variant
 
 #: The variable that chooses the instruction set of the compiled kernels.
@@ -93,9 +94,7 @@ def _norm_forward_fake(
     eps: float,
     centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = 1
-    for size in input.shape[: input.dim() - len(normalized_shape)]:
-        rows *= size
+    rows = math.prod(input.shape[: input.dim() - len(normalized_shape)])
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     total = input.new_empty(0) if residual is None else residual.new_empty(input.shape)
     return input.new_empty(input.shape), total, input.new_empty((2 if centred else 1, rows), dtype=dtype)
@@ -213,8 +212,8 @@ def _gates(cell: str) -> int:
 
 def _recurrent_outputs(input: Tensor, h: Tensor, c: Tensor | None, cell: str) -> tuple[Tensor, ...]:
     output = input.new_empty((*input.shape[:-1], h.size(-1)))
-    cn = torch.empty_like(c) if c is not None and cell == "lstm" else input.new_empty(0)
-    return output, torch.empty_like(h), cn
+    cn = input.new_empty(c.shape) if c is not None and cell == "lstm" else input.new_empty(0)
+    return output, input.new_empty(h.shape), cn
 
 
 @torch.library.register_fake("layernorm::recurrent")
@@ -252,7 +251,7 @@ def _recurrent_forward_fake(
     weight = weights[1]
     assert weight is not None  # noqa: S101 - what the schema cannot say
     hidden = weight.size(0) // gates
-    rows = input.numel() // input.size(-1)
+    rows = math.prod(input.shape[:-1])
     two = cell == "gru" if kind == "none" else inputs == "separate"
     late = cell == "gru" and not two and scope != "all"
     groups = 0 if kind == "none" else gates if scope == "gate" else 1 + (cell == "gru" and scope == "matrix")
@@ -358,9 +357,10 @@ def _gradients(
     ]
 
 
-torch.library.impl("layernorm::recurrent_composite_backward", "CompositeImplicitAutograd")(
-    _recurrent_composite_backward
-)
+# The second key is that of batched gradients: is_grads_batched, jacobian(vectorize=True).
+_COMPOSITE: Final = ("CompositeImplicitAutograd", "Batched")
+for _key in _COMPOSITE:
+    torch.library.impl("layernorm::recurrent_composite_backward", _key)(_recurrent_composite_backward)
 
 
 #: The parameters of ``lstm_gates`` in their order among its arguments; ``gain`` as in ``WEIGHTS``.
@@ -414,9 +414,38 @@ def _lstm_gates_composite_backward(
     return tuple(_gradients(outputs, leaves, grads, wanted))
 
 
-torch.library.impl("layernorm::lstm_gates_composite_backward", "CompositeImplicitAutograd")(
-    _lstm_gates_composite_backward
-)
+for _key in _COMPOSITE:
+    torch.library.impl("layernorm::lstm_gates_composite_backward", _key)(_lstm_gates_composite_backward)
+
+
+def _register_vmap(name: str) -> None:
+    """Let ``torch.vmap`` run an operator case by case."""
+    operator = getattr(torch.ops.layernorm, name)
+
+    @torch.library.register_vmap(f"layernorm::{name}")
+    def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, int]:
+        def case(argument: Any, dim: Any, index: int) -> Any:
+            if isinstance(dim, list | tuple):
+                return [case(one, at, index) for one, at in zip(argument, dim, strict=True)]
+            return argument if dim is None else argument.select(dim, index)
+
+        def together(results: Sequence[Any]) -> Any:
+            if isinstance(results[0], Tensor):
+                return torch.stack(list(results))
+            return type(results[0])(together(parts) for parts in zip(*results, strict=True))
+
+        cases = [
+            operator(*(case(argument, dim, i) for argument, dim in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        return together(cases), 0
+
+
+for _name in (*_NORM, *_RECURRENT_NAMES, "recurrent_composite_backward"):
+    _register_vmap(_name)
+for _name in ("lstm_gates", "lstm_gates_backward", "lstm_gates_composite_backward"):
+    _register_vmap(_name)
+flops.register()
 
 
 def _load() -> ModuleType | str:

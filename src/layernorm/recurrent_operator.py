@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from layernorm import ops
+from layernorm import flops, ops
 from layernorm.variants import Variant
 
 Weights = Mapping[str, Tensor]
@@ -98,6 +98,8 @@ def _recurrent(
     resets: Tensor | None,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:
+        flops.register()
     tensors: list[Tensor | None] = [input, state[0], state[1] if len(state) > 1 else None]
     tensors += listed(weights, variant)
     tensors = _autocast(tensors, input.device)

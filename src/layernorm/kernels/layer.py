@@ -287,7 +287,7 @@ class Layer(Spec):
         tensors = (output, saved.c, saved.x, saved.h, saved.stats)
         for tensor, width in zip(tensors, widths, strict=True):
             dtype = torch.float32 if tensor is saved.stats else self.dtype
-            if tensor.numel() != self.rows * width or tensor.dtype != dtype or not tensor.is_contiguous():
+            if tensor.numel() != self.rows * width or tensor.dtype != dtype:
                 raise RuntimeError(
                     "layernorm: output and the saved tensors must be those that recurrent_forward returned"
                 )

@@ -136,8 +136,9 @@ def norm_backward(
     if wanted[2] and not centred:
         raise RuntimeError("layernorm: RMS norm has no bias")
     kinds = 2 if centred else 1
-    if tuple(stats.shape) != (kinds, rows) or not stats.is_contiguous() or stats.dtype != torch.float32:
+    if tuple(stats.shape) != (kinds, rows) or stats.dtype != torch.float32:
         raise RuntimeError("layernorm: stats must be those that norm_forward returned")
+    stats = stats.contiguous()
     gain = _parameter("weight", weight, input, normalized_shape)
     offset = _parameter("bias", bias, input, normalized_shape)
 

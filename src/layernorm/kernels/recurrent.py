@@ -62,7 +62,8 @@ def recurrent_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Te
     """
     *of_layer, grad_output, grad_h, grad_c, output, x, h, c, stats, wanted = arguments
     layer = Layer.of(*of_layer)
-    saved = Saved(x, h, c, stats)
+    # Hooks on saved tensors may give them back in another layout.
+    output, saved = output.contiguous(), Saved(*(t.contiguous() for t in (x, h, c, stats)))
     layer.check_saved(output, saved)
     gradients = Gradients(layer, grad_output, grad_h, grad_c, wanted)
     if layer.rows > 0:

@@ -1,0 +1,79 @@
+"""The formulas by which ``torch.utils.flop_counter.FlopCounterMode`` counts this package's operators.
+
+As PyTorch's own: two for each multiplication and addition of a matrix product, nothing for norms and gates.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch.utils import _python_dispatch
+
+
+def register() -> None:
+    """Give the formulas to PyTorch's counter if that has been imported, and to those that count now.
+
+    It is not imported here, since that takes longer than importing all of this package.
+    """
+    if (counter := sys.modules.get("torch.utils.flop_counter")) is None:
+        return
+    known = counter.flop_registry
+    for name, formula in _FORMULAS.items():
+        if (operator := getattr(torch.ops.layernorm, name)) not in known:
+            counter.register_flop_formula(operator)(formula)
+    # Each counter has copied what was registered when it was made.
+    for mode in _python_dispatch._get_current_dispatch_mode_stack():
+        if isinstance(mode, counter._FlopCounterMode):
+            mode.counter.flop_registry = {**known, **mode.counter.flop_registry}
+
+
+def _products(input: Sequence[int], weights: Sequence[Sequence[int] | None]) -> tuple[int, int, int]:
+    """Return the operations of the products of the input, of the state, and of the projection."""
+    rows = math.prod(input[:-1])
+    return tuple(2 * rows * (math.prod(shape) if shape else 0) for shape in weights[:3])  # type: ignore[return-value]
+
+
+def _forward(
+    input: Sequence[int], h: Sequence[int], c: Any, weights: Sequence[Any], *_: Any, **__: Any
+) -> int:
+    return sum(_products(input, weights))
+
+
+def _backward(
+    input: Sequence[int], h: Sequence[int], c: Any, weights: Sequence[Any], *rest: Any, **named: Any
+) -> int:
+    """Count the gradients of the products that are wanted, and with ``recompute`` forward again."""
+    *_, saved_x, _, _, _, wanted = rest
+    of_input, of_state, of_projection = _products(input, weights)
+    total = of_input * wanted[0] + of_state + of_projection  # the state's gradient comes with every other
+    for operations, weight in zip((of_input, of_state, of_projection), wanted[3:6], strict=True):
+        total += operations * weight
+    return total + (of_input + of_state + of_projection if len(saved_x) == 1 else 0)
+
+
+def _nothing(*_: Any, **__: Any) -> int:
+    return 0
+
+
+_FORMULAS: Final = {
+    "recurrent": _forward,
+    "recurrent_forward": _forward,
+    "recurrent_backward": _backward,
+    **dict.fromkeys(
+        (
+            "layer_norm",
+            "rms_norm",
+            "add_layer_norm",
+            "add_rms_norm",
+            "norm_forward",
+            "norm_backward",
+            "lstm_gates",
+            "lstm_gates_backward",
+        ),
+        _nothing,
+    ),
+}
