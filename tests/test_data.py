@@ -577,7 +577,9 @@ def test_the_registry_is_whole():
         assert set(source.used_by) <= {*task.TASKS, *task.STUDIES}, source.title
         for file in source.files:
             assert len(bytes.fromhex(file.sha256)) == 32
-            assert all(address.startswith("http") for origin in file.origins for address in origin.addresses)
+            assert all(
+                address.startswith("https://") for origin in file.origins for address in origin.addresses
+            )
 
 
 def test_the_page_has_what_the_registry_has():

@@ -53,5 +53,5 @@ def _books() -> list[list[str]]:
     for folder in finding.folders(BOOKS):
         files = sorted(folder.glob("*.txt")) if folder.name == BOOKS.folder else []
         if files:
-            return [finding.lines(file.read_bytes()) for file in files]
+            return [finding.text_lines(file) for file in files]
     raise finding.missing(BOOKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -64,19 +65,34 @@ def coco_features(part: str) -> tuple[Tensor, list[tuple[str, ...]]]:
     rows = finding.find(sources.COCO_FEATURES, f"images/10crop/{name}.npy")
     if texts is None or rows is None:
         raise finding.missing(sources.COCO_FEATURES)
-    captions = finding.lines(texts.read_bytes())
-    try:
-        features = np.load(rows, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
-        raise finding.damaged(rows, error) from error
-    if features.ndim != 2 or len(captions) != _CAPTIONS_PER_IMAGE * len(features):
-        raise finding.damaged(
-            rows,
-            f"expected a matrix with one row for every {_CAPTIONS_PER_IMAGE} lines of {texts}, which has "
-            f"{len(captions)}, got the shape {features.shape}",
-        )
+    captions = finding.text_lines(texts)
+    with finding.reading(rows):
+        features = _matrix(rows)
+        if features.ndim != 2 or len(captions) != _CAPTIONS_PER_IMAGE * len(features):
+            raise ValueError(
+                f"expected a matrix with one row for every {_CAPTIONS_PER_IMAGE} lines of {texts}, which has "
+                f"{len(captions)}, got the shape {features.shape}"
+            )
+        features = np.array(features, dtype=np.float32, order="C")
+        if not np.isfinite(features).all():
+            raise ValueError("expected finite numbers")
     grouped = [
         tuple(captions[start : start + _CAPTIONS_PER_IMAGE])
         for start in range(0, len(captions), _CAPTIONS_PER_IMAGE)
     ]
-    return torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)), grouped
+    return torch.from_numpy(features), grouped
+
+
+def _matrix(path: Path) -> np.ndarray:
+    """The numbers in a .npy file, whose header must say no more and no less than the file has."""
+    try:
+        features = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        if "Python objects" in str(error):
+            raise ValueError("Object arrays cannot be loaded, expected numbers") from error
+        raise
+    if not isinstance(features, np.memmap) or features.dtype.str not in ("<f2", "<f4", "<f8"):
+        raise ValueError(f"expected little-endian floating-point numbers, got {features.dtype}")
+    if features.offset + features.nbytes != path.stat().st_size:
+        raise ValueError(f"its size is not that of {features.shape} numbers of type {features.dtype}")
+    return features

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from layernorm.experiments.data import finding, sources
+from layernorm.experiments.data import finding, matlab, sources
 
 
 def mnist(part: str) -> tuple[Tensor, Tensor]:
@@ -64,10 +62,12 @@ def _idx(content: bytes) -> Tensor:
 def _pixels(content: bytes) -> bytes:
     """The pixels as bytes 0 and 1, out of text or out of a MATLAB file with a matrix X."""
     if content.startswith(b"MATLAB"):
-        # Imported here: it takes a while, and most copies are text.
-        from scipy.io import loadmat  # type: ignore[import-untyped]
-
-        return np.ascontiguousarray(loadmat(io.BytesIO(content))["X"], dtype=np.uint8).tobytes()
+        matrix = matlab.matrix(content, "X", finding.LIMIT)
+        with np.errstate(invalid="ignore"):
+            pixels = np.ascontiguousarray(matrix, dtype=np.uint8)
+        if matrix.shape[1:] != (784,) or not np.array_equal(pixels, matrix) or pixels.max(initial=0) > 1:
+            raise ValueError("expected a matrix X with rows of 784 numbers 0 or 1")
+        return pixels.tobytes()
     characters = np.frombuffer(content, dtype=np.uint8)
     values = characters[characters > ord(" ")] - ord("0")
     if not values.size or values.max() > 1 or values.size % 784:

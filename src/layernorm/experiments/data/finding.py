@@ -1,37 +1,39 @@
-"""Finds data: a folder that the user names, else a cache folder, else a download; verifies checksums."""
+"""Finds data: a folder that the user names, else a cache folder, else a download; verifies checksums.
+
+Whatever is in a file, the worst that it can do is to be named in an error: archives are never unpacked onto
+the disk, nothing unpacks to more than ``LIMIT``, and any exception of a reader becomes that error.
+"""
 
 from __future__ import annotations
 
-import gzip
+import errno
 import hashlib
-import io
 import os
-import tarfile
-import zipfile
-import zlib
+import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import pooch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from layernorm.experiments import files
+from layernorm.experiments.data import archives
+from layernorm.experiments.data.archives import LIMIT as LIMIT
 from layernorm.experiments.data.sources import File, Origin, Source
-from layernorm.experiments.task import ExperimentError, MissingData
+from layernorm.experiments.errors import ExperimentError, MissingData, reason
 
 #: The environment variable that names the user's folder of data.
 VARIABLE: Final = "LAYERNORM_DATA"
 
-# What readers of gzip, zip, tar, text and numbers raise on a file that is cut off or is something else.
-_DAMAGE: Final = (
-    OSError,
-    EOFError,
-    LookupError,
-    ValueError,
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+# The folders of downloads that are not yet verified, and when one is nobody's any more.
+_FRESH: Final = ".download-"
+_STALE_SECONDS: Final = 86_400.0
+# What a folder that cannot be written to says, as against a network.
+_UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def content(source: Source, name: str, normal: Callable[[bytes], bytes]) -> bytes:
@@ -76,28 +78,51 @@ def find(source: Source, *names: str) -> Path | None:
     return None
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever the readers of a file raise within the block into the error that names it.
+
+    Raises:
+        ExperimentError: the file is damaged.
+    """
+    try:
+        yield
+    except ExperimentError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of a reader
+        raise damaged(path, reason(error)) from error
+
+
+def text_lines(path: Path) -> list[str]:
+    """Return the lines of a text file, as ``lines`` does.
+
+    Raises:
+        ExperimentError: it is no text.
+    """
+    with reading(path):
+        return lines(archives.plain(path))
+
+
 def entries(path: Path, suffix: str) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """The paths and contents of all files with a suffix in a folder or in a tar archive.
+    """Yield the paths and contents of all files with a suffix in a folder or in a tar archive.
 
     Raises:
         ExperimentError: the archive is damaged.
     """
-    # "._*": macOS adds such files to archives.
     if path.is_dir():
         for file in sorted(path.rglob(f"*{suffix}")):
-            if not file.name.startswith("._"):
-                yield PurePosixPath(file.relative_to(path).as_posix()), file.read_bytes()
+            if not file.name.startswith("._") and file.is_file():  # "._*": macOS adds such files
+                with reading(file):
+                    content = archives.plain(file)
+                yield PurePosixPath(file.relative_to(path).as_posix()), content
         return
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                name = PurePosixPath(member.name)
-                wanted = name.suffix == suffix and not name.name.startswith("._")
-                opened = archive.extractfile(member) if wanted else None
-                if opened is not None:
-                    yield name, opened.read()
-    except _DAMAGE as error:
-        raise damaged(path, error) from error
+    members = archives.members(path, suffix)
+    while True:
+        with reading(path):
+            entry = next(members, None)
+        if entry is None:
+            return
+        yield entry
 
 
 def missing(source: Source, tried: Sequence[str] = ()) -> MissingData:
@@ -166,10 +191,8 @@ def _places(folder: Path, file: File) -> Iterator[tuple[Path, str]]:
 
 
 def _verified(path: Path, member: str, file: File, normal: Callable[[bytes], bytes]) -> bytes:
-    try:
-        found = normal(_read(path, member))
-    except _DAMAGE as error:
-        raise damaged(path, error) from error
+    with reading(path):
+        found = normal(archives.content(path, member))
     if hashlib.sha256(found).hexdigest() != file.sha256:
         raise ExperimentError(
             f"{path} is not the {file.name} expected: the SHA-256 of its content should begin with "
@@ -178,45 +201,30 @@ def _verified(path: Path, member: str, file: File, normal: Callable[[bytes], byt
     return found
 
 
-def _read(path: Path, member: str) -> bytes:
-    """A file's content, or that of a member of an archive, looked up by its path or else by its name."""
-    raw = path.read_bytes()
-    if not member:
-        return gzip.decompress(raw) if path.suffix == ".gz" else raw
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            return archive.read(_choose(archive.namelist(), member))
-    with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
-        opened = archive.extractfile(_choose(archive.getnames(), member))
-        if opened is None:
-            raise ValueError(f"{member} in it is no file")
-        return opened.read()
-
-
-def _choose(names: Sequence[str], member: str) -> str:
-    if member in names:
-        return member
-    for name in map(PurePosixPath, names):
-        if name.name == PurePosixPath(member).name:
-            return str(name)
-    raise ValueError(f"it has no {member}")
-
-
 def _downloaded(source: Source, file: File, normal: Callable[[bytes], bytes]) -> bytes:
-    """Fetches a file into the cache, whole or not at all; what is not what it should be is not kept."""
+    """Fetch a file, and put it into the cache when it is whole and what it should be."""
     tried = []
+    cache = _cache(source)
+    for left in cache.glob(f"{_FRESH}*"):  # of a process that was killed
+        if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
     for origin in file.origins:
         for address in origin.addresses:
+            name = _stored(file, origin, address)
             try:
-                path = _fetch(address, _stored(file, origin, address), _cache(source))
-            except (OSError, ValueError) as error:
-                tried.append(f"{address} ({type(error).__name__})")
-                continue
-            try:
-                return _verified(path, origin.member, file, normal)
+                files.make_folder(cache)
+                with tempfile.TemporaryDirectory(prefix=_FRESH, dir=cache) as fresh:
+                    path = _fetch(address, name, Path(fresh))
+                    found = _verified(path, origin.member, file, normal)
+                    files.move(path, cache / name)
             except ExperimentError:
-                path.unlink()
                 tried.append(f"{address} (not the {file.name} expected)")
+            except Exception as error:  # whatever a network and its libraries raise
+                if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+                    raise ExperimentError(f"cannot write into {cache}: {reason(error)}") from error
+                tried.append(f"{address} ({type(error).__name__})")
+            else:
+                return found
     raise missing(source, tried)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
@@ -12,7 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from layernorm.experiments.data import finding, sources
+from layernorm.experiments.data import archives, finding, sources
 
 _ARCHIVE: Final = "strokes_background_small1.zip"
 # IAM-OnDB's lists of the task IAM-OnDB-t1: a training set, two validation sets, a test set.
@@ -94,9 +92,12 @@ def iam_ondb(part: str = "all") -> list[WrittenLine]:
     strokes = _official("lineStrokes", "lineStrokes-all.tar.gz")
     ascii_texts = _official("ascii", "ascii-all.tar.gz")
     original = finding.find(sources.IAM_ONDB, "original", "original-xml-all.tar.gz")
-    texts = {name.stem: _transcription(text) for name, text in finding.entries(ascii_texts, ".txt")}
+    texts = {}
+    for name, content in finding.entries(ascii_texts, ".txt"):
+        with finding.reading(ascii_texts / name):
+            texts[name.stem] = _transcription(content)
     writers = dict(_writers(original)) if original else {}
-    chosen = None if part == "all" else set(finding.lines(_official(_LISTS[part]).read_bytes()))
+    chosen = None if part == "all" else set(finding.text_lines(_official(_LISTS[part])))
     found = {}
     for name, content in finding.entries(strokes, ".xml"):
         form, _, number = name.stem.rpartition("-")
@@ -111,16 +112,10 @@ def iam_ondb(part: str = "all") -> list[WrittenLine]:
 
 def _drawings(content: bytes) -> bytes:
     """The normal form of the archive: each drawing's path and its file, with an empty line between."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = {
-            PurePosixPath(name).parts[-3:]: name
-            for name in archive.namelist()
-            if name.endswith(".txt") and not name.startswith("__MACOSX")
-        }
-        drawings = [
-            "\n".join(["/".join(parts), *archive.read(members[parts]).decode().split()])
-            for parts in sorted(members)
-        ]
+    members = {
+        PurePosixPath(name).parts[-3:]: text for name, text in archives.zipped(content, ".txt").items()
+    }
+    drawings = ["\n".join(["/".join(parts), *members[parts].decode().split()]) for parts in sorted(members)]
     return "\n\n".join(drawings).encode()
 
 
@@ -153,14 +148,14 @@ def _transcription(content: bytes) -> list[str]:
 
 
 def _pen_strokes(path: Path, name: PurePosixPath, content: bytes) -> tuple[np.ndarray, ...]:
-    try:
+    with finding.reading(path / name):
         strokes = [
             [[float(point.attrib[key]) for key in ("x", "y", "time")] for point in stroke.iter("Point")]
-            for stroke in ElementTree.fromstring(content).iter("Stroke")  # noqa: S314 - of the user's own data
+            for stroke in ElementTree.fromstring(content).iter("Stroke")  # noqa: S314 - expat bounds entities
         ]
-    except (ElementTree.ParseError, KeyError, ValueError) as error:
-        raise finding.damaged(path / name, error) from error
-    arrays = [np.array(stroke) for stroke in strokes if stroke]
+        arrays = [np.array(stroke) for stroke in strokes if stroke]
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise ValueError("a point is not finite")
     # Times count from another day's midnight; float32 would keep a hundredth of a second of them.
     start = np.array([0, 0, arrays[0][0, 2]]) if arrays else 0
     return tuple((array - start).astype(np.float32) for array in arrays)
@@ -172,4 +167,6 @@ def _writers(original: Path) -> Iterator[tuple[str, str]]:
         form = re.search(rb"<Form\b[^>]*>", content)
         fields = dict(re.findall(rb'(\w+)="([^"]*)"', form[0])) if form else {}
         if fields.get(b"id") and fields.get(b"writerID"):
-            yield fields[b"id"].decode(), fields[b"writerID"].decode()
+            with finding.reading(original):
+                names = fields[b"id"].decode(), fields[b"writerID"].decode()
+            yield names

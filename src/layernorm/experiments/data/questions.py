@@ -51,7 +51,8 @@ def cnn_questions(part: str) -> list[Question]:
     found = {}
     for name, content in finding.entries(path, ".question"):
         if path.is_dir() or name.parent.name == _FOLDERS[part]:
-            blocks = finding.decoded(content).replace("\r\n", "\n").strip().split("\n\n")
+            with finding.reading(path / name):
+                blocks = finding.decoded(content).replace("\r\n", "\n").strip().split("\n\n")
             if len(blocks) != 5:
                 raise finding.damaged(path / name, f"expected 5 blocks of text, got {len(blocks)}")
             _, passage, query, answer, names = blocks

@@ -105,7 +105,7 @@ MNIST: Final = Source(
 
 def _binarized(part: str, sha256: str) -> File:
     name = f"binarized_mnist_{part}.amat"
-    address = f"http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/{name}"
+    address = f"https://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/{name}"
     return File(name, sha256, (Origin((address,)),))
 
 
@@ -117,7 +117,7 @@ BINARIZED_MNIST: Final = Source(
     licence="that of MNIST",
     size="110 MB as text",
     used_by=("draw",),
-    page="http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/",
+    page="https://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/",
     layout="`binarized_mnist_{train,valid,test}.amat`, as text or as MATLAB files",
     files=(
         _binarized("train", "43490d4d6ac9002727af4426d8748609fdb7e4094fa65ad8d681ea60082a7a5a"),
@@ -194,7 +194,7 @@ TINY_SHAKESPEARE: Final = Source(
 
 _FLICKR8K_ARCHIVES: Final = (
     "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/Flickr8k_text.zip",
-    "http://nlp.cs.illinois.edu/HockenmaierGroup/Framing_Image_Description/Flickr8k_text.zip",
+    "https://nlp.cs.illinois.edu/HockenmaierGroup/Framing_Image_Description/Flickr8k_text.zip",
 )
 
 
@@ -318,7 +318,7 @@ SENTENCE_SETS: Final = Source(
 
 def _sick(part: str, sha256: str) -> File:
     name = f"SICK_{part}.txt"
-    address = f"http://alt.qcri.org/semeval2014/task1/data/uploads/sick_{part}.zip"
+    address = f"https://alt.qcri.org/semeval2014/task1/data/uploads/sick_{part}.zip"
     return File(name, sha256, (Origin((address,), name),))
 
 
