@@ -249,8 +249,9 @@ def recurrent_kernel_for(operator: str, input: Tensor, others: Sequence[Tensor])
     tensors = (input, *others)
     if any(type(t) not in _TRACED or t.layout != torch.strided for t in tensors) and _asked_for() is None:
         return "reference"
-    autocast = torch.is_autocast_enabled(input.device.type)
-    alike = all(t.device == input.device and (autocast or t.dtype == input.dtype) for t in others)
+    device, dtype = input.device, input.dtype  # a microsecond in all if each tensor asked for them again
+    autocast = torch.is_autocast_enabled(device.type)
+    alike = all(t.device == device and (autocast or t.dtype == dtype) for t in others)
     return kernel if alike else "reference"
 
 

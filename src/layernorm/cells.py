@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from layernorm import checks, functional
+from layernorm import checks, functional, recurrent_checks
 from layernorm.variants import Cell, Variant, parameter_shapes, resolve
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -27,6 +27,7 @@ class Parametrized(torch.nn.Module):
     hidden_size: int
     variant: Variant
     recompute: bool = False  # of the sequences
+    _names: tuple[str, ...]  # of a layer's parameters, without suffix
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool, variant: str | Variant) -> None:
         super().__init__()
@@ -48,6 +49,7 @@ class Parametrized(torch.nn.Module):
         for name, shape in shapes.items():
             parameter = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.register_parameter(name + suffix, parameter)
+        self._names = tuple(shapes)
 
     def reset_parameters(self) -> None:
         """Weights uniform in ±1/√hidden_size, gains 1, biases 0; without a norm PyTorch's own."""
@@ -62,28 +64,24 @@ class Parametrized(torch.nn.Module):
                 torch.nn.init.zeros_(parameter)
 
     def _weights(self, suffix: str = "") -> dict[str, Tensor]:
-        """The parameters with this suffix, by their names without it, as attributes give them now."""
-        names = parameter_shapes(
-            self._cell,
-            self.variant,
-            1,
-            self.hidden_size,
-            proj_size=getattr(self, "proj_size", 0),
-            bias=self._has_bias,
-        )
-        return {name: getattr(self, name + suffix) for name in names}
+        """The weights with this suffix, by their names without it.
+
+        Read as attributes, whatever they are: parameters, buffers, the plain tensors of a replica. A call
+        reads each once, for a parametrized one is computed anew each time, which may have side effects.
+        """
+        return {name: getattr(self, name + suffix) for name in self._names}
 
     def _sequence(
         self,
         input: Tensor,
         state: tuple[Tensor, ...],
         suffix: str,
+        weights: dict[str, Tensor],
         reverse: bool = False,
         batch_sizes: Sequence[int] | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One layer and direction over time-major input; the state as a tuple."""
-        weights = self._weights(suffix)
         options: dict[str, Any] = {
             "variant": self.variant,
             "reverse": reverse,
@@ -102,8 +100,7 @@ class Parametrized(torch.nn.Module):
             )
         return output, (h,)
 
-    def _check_dtype(self, input: Tensor) -> None:
-        weight = next(self.parameters()).dtype
+    def _check_dtype(self, input: Tensor, weight: torch.dtype) -> None:
         if input.dtype != weight and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight}). "
@@ -166,14 +163,15 @@ class _SingleStep(Parametrized):
             state = (rows.new_zeros(rows.size(0), self.hidden_size),) * count
         elif not batched:
             state = tuple(s.unsqueeze(0) for s in state)
+        weights = self._weights()
+        self._check_dtype(rows, weights["weight_ih"].dtype)
         self._check_step(rows, state)
         if resets is not None:
-            resets = checks.reset_mask(name, resets, input).reshape(1, -1)  # (T, N) of one step
-        _, state = self._sequence(rows.unsqueeze(0), state, "", resets=resets)
+            resets = recurrent_checks.reset_mask(name, resets, input).reshape(1, -1)  # (T, N) of one step
+        _, state = self._sequence(rows.unsqueeze(0), state, "", weights, resets=resets)
         return self._as_state(state if batched else tuple(s.squeeze(0) for s in state))
 
     def _check_step(self, rows: Tensor, state: tuple[Tensor, ...]) -> None:
-        self._check_dtype(rows)
         if rows.size(1) != self.input_size:
             raise RuntimeError(
                 f"input has inconsistent input_size: got {rows.size(1)} expected {self.input_size}"

@@ -5,7 +5,10 @@ The exception types are PyTorch's, and so is the wording where code in the wild 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Sequence
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +20,14 @@ _HALF = (torch.float16, torch.bfloat16)
 def norm_arguments(
     operator: str,
     input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
 ) -> None:
-    """Raises what PyTorch would for arguments that do not fit together."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{operator}: input must be a Tensor, got {type(input).__name__}")
-    if not isinstance(normalized_shape, Sequence):
-        raise TypeError(
-            f"{operator}: normalized_shape must be a sequence of ints such as ({normalized_shape},), "
-            f"got {type(normalized_shape).__name__}"
-        )
-    shape = list(normalized_shape)
+    """Raises what PyTorch would for arguments that do not fit together; ``shape`` is ``normalized_shape``."""
+    tensor(operator, "input", input)
+    _eps(operator, eps)
     if not shape:
         raise RuntimeError(
             f"{operator}: Expected normalized_shape to be at least 1-dimensional, i.e., containing at "
@@ -41,264 +39,119 @@ def norm_arguments(
             f"{operator}: Given normalized_shape={shape}, expected input with shape [{expected}], but "
             f"got input of size{list(input.shape)}"
         )
-    if not input.is_floating_point():
-        raise RuntimeError(
-            f"{operator}: input must be of a floating-point dtype, got {input.dtype}; convert it, for "
-            "example with input.float()"
-        )
+    # PyTorch's RMS norm takes complex numbers, with gains of any dtype; its layer norm does not.
+    is_complex = input.is_complex() and operator.endswith("rms_norm")
+    if not is_complex:
+        floating_point(operator, "input", input)
     if weight is not None:
-        _affine(operator, "weight", weight, input, shape)
+        _affine(operator, "weight", weight, input, shape, is_complex)
     if bias is not None:
-        _affine(operator, "bias", bias, input, shape)
+        _affine(operator, "bias", bias, input, shape, is_complex)
 
 
-def _affine(operator: str, name: str, tensor: Tensor, input: Tensor, shape: list[int]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{operator}: {name} must be a Tensor or None, got {type(tensor).__name__}")
-    if list(tensor.shape) != shape:
+def _affine(
+    operator: str, name: str, given: Tensor, input: Tensor, shape: list[int], any_dtype: bool
+) -> None:
+    tensor(operator, name, given, " or None")
+    if list(given.shape) != shape:
         raise RuntimeError(
             f"{operator}: Expected {name} to be of same shape as normalized_shape, but got {name} of "
-            f"shape {list(tensor.shape)} and normalized_shape = {shape}"
+            f"shape {list(given.shape)} and normalized_shape = {shape}"
         )
-    if tensor.device != input.device:
-        raise RuntimeError(
-            f"{operator}: Expected all tensors to be on the same device, but input is on "
-            f"{input.device} and {name} on {tensor.device}"
-        )
-    if tensor.dtype != input.dtype and not (tensor.dtype == torch.float32 and input.dtype in _HALF):
+    same_device(operator, "input", input, name, given)
+    is_float_of_half = given.dtype == torch.float32 and input.dtype in _HALF
+    if given.dtype != input.dtype and not is_float_of_half and not any_dtype:
         raise RuntimeError(
             f"{operator}: expected {name} of the input's dtype {input.dtype}, or float32 beside a half "
-            f"input, but got {tensor.dtype}; convert one, for example with {name}.to(input.dtype)"
+            f"input, but got {given.dtype}; convert one, for example with {name}.to(input.dtype)"
+        )
+
+
+def _eps(operator: str, eps: Any) -> None:
+    """Raises unless PyTorch would take it as a float."""
+    if eps is None and operator.endswith("rms_norm"):
+        return
+    if isinstance(eps, numbers.Real | torch.SymFloat | torch.SymInt):
+        return
+    if isinstance(eps, Tensor) and eps.dim() == 0 and not eps.is_complex() and not eps.requires_grad:
+        return
+    raise TypeError(
+        f"{operator}: eps must be a float{' or None' if operator.endswith('rms_norm') else ''}, got "
+        f"{type(eps).__name__}; give a number such as 1e-5"
+    )
+
+
+def tensor(operator: str, name: str, given: object, otherwise: str = "") -> Tensor:
+    """Return the argument if it is a tensor; ``otherwise`` says what else it may be."""
+    if isinstance(given, Tensor):
+        return given
+    fix = ""
+    if isinstance(given, PackedSequence):
+        fix = "; give its data, and its batch_sizes where there is such an argument"
+    elif isinstance(given, int | float | list | tuple) or hasattr(given, "__array__"):
+        fix = "; convert it, for example with torch.as_tensor"
+    raise TypeError(f"{operator}: {name} must be a Tensor{otherwise}, got {type(given).__name__}{fix}")
+
+
+def sizes(operator: str, name: str, given: Any) -> list[int]:
+    """Return a sequence of ints as a list."""
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        example = f"({given},)" if isinstance(given, int) else "(64,)"
+        raise TypeError(
+            f"{operator}: {name} must be a sequence of ints such as {example}, got {type(given).__name__}"
+        )
+    return [_size(operator, name, at, size) for at, size in enumerate(given)]
+
+
+def _size(operator: str, name: str, at: int, size: Any) -> Any:
+    if type(size) is int or isinstance(size, torch.SymInt):
+        return size
+    if isinstance(size, Tensor) and torch._C._get_tracing_state() is not None:
+        return size  # what stands for a size of a traced tensor
+    try:
+        if not isinstance(size, bool):
+            return index(size)
+    except TypeError:
+        pass
+    raise TypeError(f"{operator}: {name} must be a sequence of ints, but {name}[{at}] is {size!r}")
+
+
+def floating_point(operator: str, name: str, given: Tensor) -> None:
+    """Raises unless a tensor is of a real floating-point dtype."""
+    if given.is_floating_point():
+        return
+    fix = "give real and imaginary parts, for example torch.view_as_real({0})"
+    fix = fix if given.is_complex() else "convert it, for example with {0}.float()"
+    raise RuntimeError(
+        f"{operator}: {name} must be of a floating-point dtype, got {given.dtype}; {fix.format(name)}"
+    )
+
+
+def same_device(operator: str, first: str, like: Tensor, name: str, given: Tensor) -> None:
+    """Raises unless two tensors are on one device."""
+    if given.device != like.device:
+        raise RuntimeError(
+            f"{operator}: Expected all tensors to be on the same device, but {first} is on {like.device} "
+            f"and {name} on {given.device}; move one, for example with {name}.to({first}.device)"
         )
 
 
 def residual_argument(operator: str, residual: Tensor | None, input: Tensor) -> None:
     """Raises unless ``residual`` is like ``input``, or float32 beside a half one."""
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"{operator}: residual must be a Tensor, got {type(residual).__name__}")
+    tensor(operator, "residual", residual)
     for what in ("shape", "dtype", "device"):
         got, expected = getattr(residual, what), getattr(input, what)
         if got == expected or (what == "dtype" and got == torch.float32 and expected in _HALF):
             continue
         beside = ", or float32 beside a half input," if what == "dtype" else ","
         raise RuntimeError(
-            f"{operator}: Expected residual to be of the input's {what} {_plain(expected)}{beside} but "
-            f"got {_plain(got)}"
+            f"{operator}: Expected residual to be of the input's {what} {plain(expected)}{beside} but "
+            f"got {plain(got)}"
         )
 
 
-def sequence_arguments(
-    operator: str,
-    input: Tensor,
-    state: Sequence[Tensor],
-    weights: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    batch_sizes: Sequence[int] | None,
-    resets: Tensor | None = None,
-) -> None:
-    """Checks one layer's call; ``shapes`` are the parameters' as the variant wants them."""
-    _parameters(operator, weights, shapes)
-    dims = 3 if batch_sizes is None else 2
-    if input.dim() != dims:
-        raise RuntimeError(f"{operator}: input must have {dims} dimensions, got {input.dim()}")
-    if batch_sizes is not None:
-        sizes = list(batch_sizes)
-        if sizes != sorted(sizes, reverse=True) or sum(sizes) != input.size(0) or not all(sizes):
-            raise ValueError(
-                f"{operator}: batch_sizes must be positive, not increasing, and sum to the rows of "
-                f"input, {input.size(0)}; got {sizes}"
-            )
-    steps = input.size(0) if batch_sizes is None else len(batch_sizes)
-    if steps == 0:
-        raise RuntimeError(f"{operator}: Expected sequence length to be larger than 0 in RNN")
-    features = shapes["weight_ih"][1]
-    if input.size(-1) != features:
-        raise RuntimeError(
-            f"{operator}: input.size(-1) must be equal to input_size. Expected {features}, got "
-            f"{input.size(-1)}"
-        )
-    rows = input.size(1) if batch_sizes is None else batch_sizes[0]
-    sizes_of_state = [shapes["weight_hh"][1], shapes["weight_hh"][0] // 4][: len(state)]
-    for name, tensor, size in zip(("h", "c"), state, sizes_of_state, strict=False):
-        if tuple(tensor.shape) != (rows, size):
-            raise RuntimeError(
-                f"{operator}: Expected {name} of the state to have size [{rows}, {size}], got "
-                f"{_plain(tensor.shape)}"
-            )
-    if resets is not None:
-        reset_mask(operator, resets, input)
-
-
-def _parameters(operator: str, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    missing = [n for n in shapes if n not in weights and not n.startswith("bias")]
-    unknown = [n for n in weights if n not in shapes]
-    if missing or unknown:
-        raise ValueError(
-            f"{operator}: weights of this variant are {', '.join(shapes)}"
-            + (f"; missing: {', '.join(missing)}" if missing else "")
-            + (f"; unknown: {', '.join(unknown)}" if unknown else "")
-        )
-    for name, tensor in weights.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise RuntimeError(
-                f"{operator}: Expected {name} of shape {_plain(shapes[name])}, but got {_plain(tensor.shape)}"
-            )
-
-
-def gates_arguments(
-    operator: str,
-    input_gates: Tensor,
-    hidden_gates: Tensor,
-    c: Tensor,
-    weights: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> None:
-    """Checks one step's call; ``shapes`` are those of gains and biases as the variant wants them."""
-    if c.dim() != 2:
-        raise RuntimeError(f"{operator}: c must have 2 dimensions, got {c.dim()}")
-    expected = (c.size(0), 4 * c.size(1))
-    for name, tensor in (("input_gates", input_gates), ("hidden_gates", hidden_gates)):
-        if tuple(tensor.shape) != expected:
-            raise RuntimeError(
-                f"{operator}: Expected {name} of shape {_plain(expected)} beside c of {_plain(c.shape)}, but "
-                f"got {_plain(tensor.shape)}"
-            )
-    _parameters(operator, weights, shapes)
-
-
-def reset_mask(operator: str, resets: object, input: Tensor) -> Tensor:
-    """Returns ``resets`` if it is a mask over the rows of ``input``, in whichever layout that is."""
-    if not isinstance(resets, Tensor):
-        raise TypeError(
-            f"{operator}: resets must be a bool Tensor or None, got {type(resets).__name__}; make it one, "
-            "for example with torch.as_tensor(resets)"
-        )
-    if resets.dtype != torch.bool:
-        raise ValueError(
-            f"{operator}: resets must be of dtype torch.bool, got {resets.dtype}; convert it, for example "
-            "with resets.bool()"
-        )
-    if resets.shape != input.shape[:-1]:
-        raise RuntimeError(
-            f"{operator}: Expected resets of shape {_plain(input.shape[:-1])}, the input's without its "
-            f"features, but got {_plain(resets.shape)}; give each row of each step its entry, in the input's "
-            "order of batch and time"
-        )
-    if resets.device != input.device:
-        raise RuntimeError(
-            f"{operator}: Expected all tensors to be on the same device, but input is on {input.device} "
-            f"and resets on {resets.device}; move it, for example with resets.to(input.device)"
-        )
-    return resets
-
-
-def packed_reset_mask(operator: str, resets: object, input: PackedSequence) -> Tensor:
-    """Returns the data of ``resets`` if it is a mask packed like ``input``."""
-    if not isinstance(resets, PackedSequence):
-        raise TypeError(
-            f"{operator}: resets must be a PackedSequence like the input, or None, got "
-            f"{type(resets).__name__}; pack it, for example with pack_padded_sequence and the input's lengths"
-        )
-    mask = reset_mask(operator, resets.data, input.data)
-    for field in ("batch_sizes", "sorted_indices"):
-        got, expected = getattr(resets, field), getattr(input, field)
-        if (got is None) != (expected is None) or (got is not None and not torch.equal(got, expected)):
-            raise RuntimeError(
-                f"{operator}: Expected resets packed like the input, with {field} {_listed(expected)}, but "
-                f"got {_listed(got)}; pack both with the same lengths and enforce_sorted"
-            )
-    return mask
-
-
-def step_argument(
-    operator: str, name: str, tensor: object, batch_size: int, size: int, like: Tensor
-) -> Tensor:
-    """Returns what a step reads or writes, if it is (batch_size, size), or (size) of a single row."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{operator}: {name} must be a Tensor, got {type(tensor).__name__}")
-    if tensor.dim() not in (1, 2):
-        raise ValueError(f"{operator}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
-    shapes = [(batch_size, size), *([(size,)] if batch_size == 1 else [])]
-    if tuple(tensor.shape) not in shapes:
-        expected = " or ".join(str(_plain(shape)) for shape in shapes)
-        raise RuntimeError(
-            f"{operator}: Expected {name} of shape {expected}, one row for each of the "
-            f"batch_size={batch_size} sequences, but got {_plain(tuple(tensor.shape))}"
-        )
-    _dtype_and_device(operator, name, tensor, like)
-    return tensor
-
-
-def out_argument(operator: str, out: Tensor, input: Tensor) -> None:
-    """Raises unless a step of ``input`` can be written to ``out``, whose size is right."""
-    if out.dim() != input.dim():
-        raise RuntimeError(f"{operator}: out must have {input.dim()} dimensions like x_t, got {out.dim()}")
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-        raise RuntimeError(
-            f"{operator}: out must not have elements that share memory, got strides {out.stride()}; give a "
-            "tensor that is not expanded"
-        )
-    if out.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{operator}: out must not require grad: no derivative is recorded; give out.detach(), or call "
-            "it under torch.no_grad()"
-        )
-
-
-def stream_state(operator: str, name: str, tensor: Tensor, held: Tensor) -> Tensor:
-    """Returns a part of the state if it can take the place of that held."""
-    if tensor.shape != held.shape:
-        raise RuntimeError(
-            f"{operator}: Expected {name} of the state to have size {_plain(tuple(held.shape))}, "
-            f"(num_layers, batch_size, features), got {_plain(tuple(tensor.shape))}"
-        )
-    _dtype_and_device(operator, f"{name} of the state", tensor, held)
-    return tensor
-
-
-def stream_mask(operator: str, mask: object, state: Tensor) -> Tensor:
-    """Returns ``mask`` if it says of each sequence of a batch whether it begins anew."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(
-            f"{operator}: mask must be a bool Tensor or None, got {type(mask).__name__}; make it one, for "
-            "example with torch.as_tensor(mask)"
-        )
-    if mask.dtype != torch.bool:
-        raise ValueError(
-            f"{operator}: mask must be of dtype torch.bool, got {mask.dtype}; convert it, for example with "
-            "mask.bool()"
-        )
-    if mask.shape != state.shape[1:2]:
-        raise RuntimeError(
-            f"{operator}: Expected mask of shape {_plain(tuple(state.shape[1:2]))}, (batch_size), but got "
-            f"{_plain(tuple(mask.shape))}"
-        )
-    if mask.device != state.device:
-        raise RuntimeError(
-            f"{operator}: Expected all tensors to be on the same device, but the state is on {state.device} "
-            f"and mask on {mask.device}; move it, for example with mask.to(state.device)"
-        )
-    return mask
-
-
-def _dtype_and_device(operator: str, name: str, tensor: Tensor, like: Tensor) -> None:
-    if tensor.dtype != like.dtype:
-        raise ValueError(
-            f"{operator}: {name} must be of the parameters' dtype {like.dtype}, got {tensor.dtype}; convert "
-            f"it, for example with {name.split()[0]}.to({like.dtype})"
-        )
-    if tensor.device != like.device:
-        raise RuntimeError(
-            f"{operator}: Expected all tensors to be on the same device, but the parameters are on "
-            f"{like.device} and {name} on {tensor.device}"
-        )
-
-
-def _listed(indices: Tensor | None) -> object:
-    return None if indices is None else indices.tolist()
-
-
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """Return a shape as a list, as PyTorch's messages show it."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -346,6 +199,8 @@ def flag(name: str, value: bool) -> bool:
 
 def nonlinearity(name: str) -> str:
     """Returns the name if it is one an RNN knows."""
+    if not isinstance(name, str):
+        raise TypeError(f"nonlinearity must be 'tanh' or 'relu', got {type(name).__name__}")
     if name not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{name}'. Select from 'tanh' or 'relu'.")
     return name

@@ -43,7 +43,7 @@ def norm(
     operator: str,
     input: DTensor,
     residual: Tensor | None,
-    normalized_shape: Sequence[int],
+    normalized_shape: list[int],
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float | None,
@@ -67,7 +67,7 @@ def norm(
         RuntimeError: shapes, dtypes or devices do not fit together; another tensor is no DTensor, or on
             another mesh; a second derivative is asked for where rows are cut.
     """
-    checks.norm_arguments(operator, input, normalized_shape, weight, bias)
+    checks.norm_arguments(operator, input, normalized_shape, weight, bias, eps)
     if operator.startswith("add_"):
         checks.residual_argument(operator, residual, input)
     layout = _layout(input, len(normalized_shape))
@@ -83,6 +83,7 @@ def norm(
     x, other = (_local(t, layout.rows, layout.rows) for t in (input, residual))
     gain, offset = (_local(t, layout.affine, layout.affine_grads) for t in (weight, bias))
     if layout.cut:
+        checks.floating_point(operator, "input", input)  # complex rows are normalized whole
         total = x if other is None else x + other
         count = math.prod(normalized_shape)
         groups = tuple(input.device_mesh.get_group(dim) for dim in layout.cut)

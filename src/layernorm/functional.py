@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from layernorm import backends, checks, recurrent_operator, reference
+from layernorm import backends, checks, recurrent_checks, recurrent_operator, reference
 from layernorm.variants import GATES, Cell, Variant, parameter_shapes, resolve
 
 
@@ -58,19 +58,20 @@ def layer_norm(
         output = compiled.layer_norm(input, normalized_shape, weight, bias, eps)
         if output is not NotImplemented:
             return output
+    shape = checks.sizes("layer_norm", "normalized_shape", normalized_shape)
     if (distributed := backends.distributed(input)) is not None:
-        output = distributed.norm("layer_norm", input, None, normalized_shape, weight, bias, eps)
+        output = distributed.norm("layer_norm", input, None, shape, weight, bias, eps)
         return output
     if backends.foreign(input):
-        return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
-    checks.norm_arguments("layer_norm", input, normalized_shape, weight, bias)
+        return F.layer_norm(input, shape, weight, bias, eps)
+    checks.norm_arguments("layer_norm", input, shape, weight, bias, eps)
     kernel = backends.kernel_for("layer_norm", input)
     if kernel in backends.OPERATORS:
-        output = torch.ops.layernorm.layer_norm(input, normalized_shape, weight, bias, eps)
+        output = torch.ops.layernorm.layer_norm(input, shape, weight, bias, eps)
         return output
     if kernel == "torch":
-        return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
-    return reference.layer_norm(input, normalized_shape, weight, bias, eps)
+        return F.layer_norm(input, shape, weight, bias, eps)
+    return reference.layer_norm(input, shape, weight, bias, eps)
 
 
 def rms_norm(
@@ -84,7 +85,8 @@ def rms_norm(
     output = a·rstd·weight with rstd = 1/√(Σa²/H + eps), over the last dimensions.
 
     Args:
-        input: (*, *normalized_shape), of a floating-point dtype.
+        input: (*, *normalized_shape), of a floating-point dtype, or complex, where a² is not |a|²: PyTorch's
+            operator is called then.
         normalized_shape: the sizes of the last dimensions; H is their product.
         weight: the gain, of shape normalized_shape; None for 1.
         eps: added to the mean square; None for the machine epsilon of the dtype computed in.
@@ -107,17 +109,18 @@ def rms_norm(
         output = compiled.rms_norm(input, normalized_shape, weight, eps)
         if output is not NotImplemented:
             return output
+    shape = checks.sizes("rms_norm", "normalized_shape", normalized_shape)
     if (distributed := backends.distributed(input)) is not None:
-        output = distributed.norm("rms_norm", input, None, normalized_shape, weight, None, eps)
+        output = distributed.norm("rms_norm", input, None, shape, weight, None, eps)
         return output
     if backends.foreign(input):
-        return F.rms_norm(input, list(normalized_shape), weight, eps)
-    checks.norm_arguments("rms_norm", input, normalized_shape, weight)
+        return F.rms_norm(input, shape, weight, eps)
+    checks.norm_arguments("rms_norm", input, shape, weight, None, eps)
     kernel = backends.kernel_for("rms_norm", input)
     if kernel in backends.OPERATORS:
-        output = torch.ops.layernorm.rms_norm(input, normalized_shape, weight, _eps(eps, input))
+        output = torch.ops.layernorm.rms_norm(input, shape, weight, _eps(eps, input))
         return output
-    return _rms_norm(kernel, input, normalized_shape, weight, eps)
+    return _rms_norm(kernel, input, shape, weight, eps)
 
 
 def add_layer_norm(
@@ -158,22 +161,23 @@ def add_layer_norm(
         outputs = compiled.add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
         if outputs is not NotImplemented:
             return outputs
+    shape = checks.sizes("add_layer_norm", "normalized_shape", normalized_shape)
     if (distributed := backends.distributed(input)) is not None:
-        outputs = distributed.norm("add_layer_norm", input, residual, normalized_shape, weight, bias, eps)
+        outputs = distributed.norm("add_layer_norm", input, residual, shape, weight, bias, eps)
         return outputs
     if backends.foreign(input):
         total = input + residual
-        return F.layer_norm(total, list(normalized_shape), weight, bias, eps), total
-    checks.norm_arguments("add_layer_norm", input, normalized_shape, weight, bias)
+        return F.layer_norm(total, shape, weight, bias, eps), total
+    checks.norm_arguments("add_layer_norm", input, shape, weight, bias, eps)
     checks.residual_argument("add_layer_norm", residual, input)
     kernel = _kernel_for_sum("add_layer_norm", input, residual)
     if kernel in backends.OPERATORS:
-        outputs = torch.ops.layernorm.add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
+        outputs = torch.ops.layernorm.add_layer_norm(input, residual, shape, weight, bias, eps)
         return outputs
     if kernel == "torch":
         total = input + residual
-        return F.layer_norm(total, list(normalized_shape), weight, bias, eps), total
-    return reference.add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
+        return F.layer_norm(total, shape, weight, bias, eps), total
+    return reference.add_layer_norm(input, residual, shape, weight, bias, eps)
 
 
 def add_rms_norm(
@@ -198,24 +202,23 @@ def add_rms_norm(
         outputs = compiled.add_rms_norm(input, residual, normalized_shape, weight, eps)
         if outputs is not NotImplemented:
             return outputs
+    shape = checks.sizes("add_rms_norm", "normalized_shape", normalized_shape)
     if (distributed := backends.distributed(input)) is not None:
-        outputs = distributed.norm("add_rms_norm", input, residual, normalized_shape, weight, None, eps)
+        outputs = distributed.norm("add_rms_norm", input, residual, shape, weight, None, eps)
         return outputs
     if backends.foreign(input):
         total = input + residual
-        return F.rms_norm(total, list(normalized_shape), weight, eps), total
-    checks.norm_arguments("add_rms_norm", input, normalized_shape, weight)
+        return F.rms_norm(total, shape, weight, eps), total
+    checks.norm_arguments("add_rms_norm", input, shape, weight, None, eps)
     checks.residual_argument("add_rms_norm", residual, input)
     kernel = _kernel_for_sum("add_rms_norm", input, residual)
     if kernel in backends.OPERATORS:
-        outputs = torch.ops.layernorm.add_rms_norm(
-            input, residual, normalized_shape, weight, _eps(eps, input)
-        )
+        outputs = torch.ops.layernorm.add_rms_norm(input, residual, shape, weight, _eps(eps, input))
         return outputs
     if kernel == "torch":
         total = input + residual
-        return _rms_norm(kernel, total, normalized_shape, weight, eps), total
-    return reference.add_rms_norm(input, residual, normalized_shape, weight, eps)
+        return _rms_norm(kernel, total, shape, weight, eps), total
+    return reference.add_rms_norm(input, residual, shape, weight, eps)
 
 
 def _kernel_for_sum(operator: str, input: Tensor, residual: Tensor) -> str:
@@ -232,12 +235,12 @@ def _eps(eps: float | None, input: Tensor) -> float:
 
 
 def _rms_norm(
-    kernel: str, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None
+    kernel: str, input: Tensor, shape: list[int], weight: Tensor | None, eps: float | None
 ) -> Tensor:
     # PyTorch's operator promotes a half input to the dtype of a float32 gain, and warns.
-    if kernel == "torch" and (weight is None or weight.dtype == input.dtype):
-        return F.rms_norm(input, list(normalized_shape), weight, eps)
-    return reference.rms_norm(input, normalized_shape, weight, eps)
+    if kernel == "torch" and (weight is None or weight.dtype == input.dtype or input.is_complex()):
+        return F.rms_norm(input, shape, weight, eps)
+    return reference.rms_norm(input, shape, weight, eps)
 
 
 def lstm(
@@ -288,16 +291,18 @@ def lstm(
         >>> output.shape
         torch.Size([7, 2, 5])
     """
-    kernels, spec = _sequence("lstm", input, tuple(state), weights, variant, batch_sizes, resets)
+    checks.flag("reverse", reverse)
+    checks.flag("recompute", recompute)
+    kernels, state, spec, sizes = _sequence("lstm", input, state, weights, variant, batch_sizes, resets)
     result: tuple[Tensor, tuple[Tensor, Tensor]] = kernels.lstm(
         input,
         state,
         weights,
         spec,
         reverse=reverse,
-        batch_sizes=batch_sizes,
+        batch_sizes=sizes,
         resets=resets,
-        recompute=checks.flag("recompute", recompute),
+        recompute=recompute,
     )
     return result
 
@@ -326,16 +331,18 @@ def gru(
         >>> weights = {name: torch.randn(shape) for name, shape in shapes.items()}
         >>> output, h = LF.gru(torch.randn(7, 2, 3), torch.zeros(2, 5), weights)
     """
-    kernels, spec = _sequence("gru", input, (state,), weights, variant, batch_sizes, resets)
+    checks.flag("reverse", reverse)
+    checks.flag("recompute", recompute)
+    kernels, _, spec, sizes = _sequence("gru", input, state, weights, variant, batch_sizes, resets)
     result: tuple[Tensor, Tensor] = kernels.gru(
         input,
         state,
         weights,
         spec,
         reverse=reverse,
-        batch_sizes=batch_sizes,
+        batch_sizes=sizes,
         resets=resets,
-        recompute=checks.flag("recompute", recompute),
+        recompute=recompute,
     )
     return result
 
@@ -365,7 +372,9 @@ def rnn(
         >>> weights = {name: torch.randn(shape) for name, shape in shapes.items()}
         >>> output, h = LF.rnn(torch.randn(7, 2, 3), torch.zeros(2, 5), weights)
     """
-    kernels, spec = _sequence("rnn", input, (state,), weights, variant, batch_sizes, resets)
+    checks.flag("reverse", reverse)
+    checks.flag("recompute", recompute)
+    kernels, _, spec, sizes = _sequence("rnn", input, state, weights, variant, batch_sizes, resets)
     result: tuple[Tensor, Tensor] = kernels.rnn(
         input,
         state,
@@ -373,9 +382,9 @@ def rnn(
         spec,
         nonlinearity=checks.nonlinearity(nonlinearity),
         reverse=reverse,
-        batch_sizes=batch_sizes,
+        batch_sizes=sizes,
         resets=resets,
-        recompute=checks.flag("recompute", recompute),
+        recompute=recompute,
     )
     return result
 
@@ -419,31 +428,41 @@ def lstm_gates(
         >>> h.shape
         torch.Size([2, 5])
     """
+    recurrent_checks.gates_tensors("lstm_gates", input_gates, hidden_gates, c, weights)
     spec = resolve(variant, "lstm")
     shapes = parameter_shapes("lstm", spec, 1, c.size(-1))
     shapes = {name: shape for name, shape in shapes.items() if not name.startswith("weight")}
-    checks.gates_arguments("lstm_gates", input_gates, hidden_gates, c, weights, shapes)
+    recurrent_checks.gates_arguments("lstm_gates", input_gates, hidden_gates, c, weights, shapes)
     kernel = backends.recurrent_kernel_for(backends.GATES, c, (input_gates, hidden_gates, *weights.values()))
-    kernels = recurrent_operator if kernel in backends.OPERATORS else reference
-    h, c = kernels.lstm_gates(input_gates, hidden_gates, c, weights, spec)
+    if kernel in backends.OPERATORS:
+        return recurrent_operator.lstm_gates(input_gates, hidden_gates, c, weights, spec)
+    named = {"c": c, "input_gates": input_gates, "hidden_gates": hidden_gates, **weights}
+    recurrent_checks.numbers_of_one_kind("lstm_gates", spec, named, one_dtype=False)
+    h, c = reference.lstm_gates(input_gates, hidden_gates, c, weights, spec)
     return h, c
 
 
 def _sequence(
     cell: Cell,
     input: Tensor,
-    state: tuple[Tensor, ...],
+    state: Any,
     weights: Mapping[str, Tensor],
     variant: str | Variant,
     batch_sizes: Sequence[int] | None,
     resets: Tensor | None,
-) -> tuple[ModuleType, Variant]:
-    """Checks a sequence call; returns the module whose function serves it, and the spec."""
+) -> tuple[ModuleType, Any, Variant, list[int] | None]:
+    """Checks a sequence call; returns the module whose function serves it, state, spec and batch sizes."""
+    given = recurrent_checks.sequence_tensors(cell, input, state, weights)
+    sizes = recurrent_checks.sizes_of_steps(cell, batch_sizes)
     spec = resolve(variant, cell)
     shapes = _shapes(cell, weights, spec)
-    checks.sequence_arguments(cell, input, state, weights, shapes, batch_sizes, resets)
-    kernel = backends.recurrent_kernel_for(cell, input, (*state, *weights.values()))
-    return (recurrent_operator if kernel in backends.OPERATORS else reference), spec
+    recurrent_checks.sequence_arguments(cell, input, given, weights, shapes, sizes, resets)
+    kernel = backends.recurrent_kernel_for(cell, input, (*given, *weights.values()))
+    if kernel in backends.OPERATORS:
+        return recurrent_operator, given, spec, sizes
+    named = {"input": input, **dict(zip(("h", "c"), given, strict=False)), **weights}
+    recurrent_checks.numbers_of_one_kind(cell, spec, named, one_dtype=True)
+    return reference, given, spec, sizes
 
 
 def _shapes(cell: Cell, weights: Mapping[str, Any], spec: Variant) -> dict[str, tuple[int, ...]]:

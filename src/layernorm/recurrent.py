@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from layernorm import checks
+from layernorm import checks, recurrent_checks
 from layernorm.cells import Parametrized, State
 from layernorm.streaming import Stream
 from layernorm.variants import Variant
@@ -73,8 +73,12 @@ class _Sequence(Parametrized):
     @property
     def all_weights(self) -> list[list[Tensor]]:
         """The parameters of each layer and direction, in the order of their registration."""
+        return [list(weights.values()) for weights in self._weights_of_layers()]
+
+    def _weights_of_layers(self) -> list[dict[str, Tensor]]:
+        """Those of each layer and direction."""
         return [
-            list(self._weights(f"_l{layer}{direction}").values())
+            self._weights(f"_l{layer}{direction}")
             for layer in range(self.num_layers)
             for direction in self._directions
         ]
@@ -111,12 +115,13 @@ class _Sequence(Parametrized):
             if not batched:
                 state = tuple(s.unsqueeze(1) for s in state)
         data = self._time_major(input, batched)
-        self._check_input(data)
+        weights = self._weights_of_layers()
+        self._check_input(data, weights[0]["weight_ih"].dtype)
         state = self._checked_state(state, data, data.size(1))
         mask = None
         if resets is not None:
-            mask = self._time_major(checks.reset_mask(self._cell.upper(), resets, input), batched)
-        data, state = self._layers(data, state, None, mask)
+            mask = self._time_major(recurrent_checks.reset_mask(self._cell.upper(), resets, input), batched)
+        data, state = self._layers(data, state, weights, None, mask)
         if not batched:
             return data.squeeze(1), self._as_state(tuple(s.squeeze(1) for s in state))
         return data.transpose(0, 1) if self.batch_first else data, self._as_state(state)
@@ -135,12 +140,13 @@ class _Sequence(Parametrized):
         if state is not None and sorted_indices is not None:
             state = tuple(s.index_select(1, sorted_indices) for s in state)
         sizes = batch_sizes.tolist()
-        self._check_input(data)
+        weights = self._weights_of_layers()
+        self._check_input(data, weights[0]["weight_ih"].dtype)
         state = self._checked_state(state, data, sizes[0])
         mask = None
         if resets is not None:
-            mask = checks.packed_reset_mask(self._cell.upper(), resets, input)
-        data, state = self._layers(data, state, sizes, mask)
+            mask = recurrent_checks.packed_reset_mask(self._cell.upper(), resets, input)
+        data, state = self._layers(data, state, weights, sizes, mask)
         if unsorted_indices is not None:
             state = tuple(s.index_select(1, unsorted_indices) for s in state)
         packed = PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
@@ -150,6 +156,7 @@ class _Sequence(Parametrized):
         self,
         data: Tensor,
         state: tuple[Tensor, ...],
+        weights: Sequence[dict[str, Tensor]],
         batch_sizes: Sequence[int] | None,
         resets: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -158,10 +165,13 @@ class _Sequence(Parametrized):
         for layer in range(self.num_layers):
             outputs = []
             for direction in self._directions:
-                initial = tuple(s[len(finals)] for s in state)
+                at = len(finals)
+                initial = tuple(s[at] for s in state)
                 suffix = f"_l{layer}{direction}"
                 reverse = direction == "_reverse"
-                output, final = self._sequence(data, initial, suffix, reverse, batch_sizes, resets)
+                output, final = self._sequence(
+                    data, initial, suffix, weights[at], reverse, batch_sizes, resets
+                )
                 outputs.append(output)
                 finals.append(final)
             data = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
@@ -192,8 +202,8 @@ class _Sequence(Parametrized):
         """
         return Stream(self, batch_size, state)
 
-    def _check_input(self, data: Tensor) -> None:
-        self._check_dtype(data)
+    def _check_input(self, data: Tensor, weight: torch.dtype) -> None:
+        self._check_dtype(data, weight)
         if data.size(-1) != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {data.size(-1)}"

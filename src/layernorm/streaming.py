@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from layernorm import backends, checks, ops, recurrent_operator, reference
+from layernorm import backends, ops, recurrent_operator, reference, stream_checks
 from layernorm.cells import State
 
 if TYPE_CHECKING:
@@ -196,11 +196,11 @@ class Stream:
 
     def _check_step(self, x_t: Tensor, out: Tensor | None) -> None:
         h = self._state[0]
-        checks.step_argument(self._name, "x_t", x_t, self.batch_size, self._module.input_size, h)
+        stream_checks.step_argument(self._name, "x_t", x_t, self.batch_size, self._module.input_size, h)
         if out is None:
             return
-        checks.step_argument(self._name, "out", out, self.batch_size, self._output_size, h)
-        checks.out_argument(self._name, out, x_t)
+        stream_checks.step_argument(self._name, "out", out, self.batch_size, self._output_size, h)
+        stream_checks.out_argument(self._name, out, x_t)
 
     @property
     def state(self) -> State:
@@ -228,7 +228,7 @@ class Stream:
             for s in self._module._as_tuple(state)
         ]
         for name, tensor, held in zip(("h", "c"), given, self._state, strict=False):
-            checks.stream_state(self._name, name, tensor, held)
+            stream_checks.state(self._name, name, tensor, held)
         with torch.no_grad():
             for tensor, held in zip(given, self._state, strict=True):
                 held.copy_(tensor)
@@ -256,7 +256,7 @@ class Stream:
             for s in self._state:
                 s.zero_()
             return
-        checks.stream_mask(self._name, mask, self._state[0])
+        stream_checks.mask(self._name, mask, self._state[0])
         for s in self._state:
             s.masked_fill_(mask.unsqueeze(-1), 0)
 

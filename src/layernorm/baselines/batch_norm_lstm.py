@@ -148,11 +148,11 @@ class BatchNormLSTM(_Sequence):
         input: Tensor,
         state: tuple[Tensor, ...],
         suffix: str,
+        weights: Mapping[str, Tensor],
         reverse: bool = False,
         batch_sizes: Sequence[int] | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        weights = self._weights(suffix)
         sizes = list(batch_sizes) if batch_sizes is not None else [input.size(1)] * input.size(0)
         dtype = weights["weight_ih"].dtype
         _check_statistics_dtype(dtype)

@@ -1,0 +1,208 @@
+"""Errors in the arguments of the recurrent functions, modules and cells; see ``layernorm.checks``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import ParameterDict
+from torch.nn.utils.rnn import PackedSequence
+
+from layernorm import checks
+from layernorm.checks import plain
+from layernorm.variants import Variant
+
+
+def sequence_tensors(operator: str, input: object, state: object, weights: object) -> tuple[Tensor, ...]:
+    """Return the state as a tuple, if it, the input and the weights are made of tensors."""
+    checks.tensor(operator, "input", input)
+    _weights(operator, weights)
+    if operator != "lstm":
+        return (checks.tensor(operator, "state", state),)
+    if not isinstance(state, tuple | list) or len(state) != 2:
+        got = f"{type(state).__name__} of {len(state)}" if isinstance(state, tuple | list) else None
+        raise TypeError(
+            f"{operator}: state must be a tuple (h, c) of two Tensors, got {got or type(state).__name__}"
+        )
+    h, c = state
+    return checks.tensor(operator, "state[0]", h), checks.tensor(operator, "state[1]", c)
+
+
+def _weights(operator: str, weights: object) -> None:
+    if not isinstance(weights, Mapping | ParameterDict):
+        raise TypeError(
+            f"{operator}: weights must be a mapping from names to Tensors, got {type(weights).__name__}; "
+            "layernorm.variants.parameter_shapes has the names"
+        )
+    for name, given in weights.items():
+        if isinstance(given, Tensor):
+            continue
+        if given is None:
+            raise TypeError(
+                f"{operator}: weights[{name!r}] must be a Tensor, got NoneType; to leave a bias "
+                "out, leave its name out"
+            )
+        checks.tensor(operator, f"weights[{name!r}]", given)
+
+
+def sizes_of_steps(operator: str, batch_sizes: object) -> list[int] | None:
+    """Return ``batch_sizes`` as a list, if it is a sequence of ints, a tensor of them, or None."""
+    if batch_sizes is None:
+        return None
+    if isinstance(batch_sizes, Tensor) and batch_sizes.dim() == 1:
+        batch_sizes = batch_sizes.tolist()  # as PackedSequence has it
+    return checks.sizes(operator, "batch_sizes", batch_sizes)
+
+
+def numbers_of_one_kind(
+    operator: str, variant: Variant, tensors: Mapping[str, Tensor], *, one_dtype: bool
+) -> None:
+    """Raises unless tensors are of floating-point numbers, on one device and, where asked, of one dtype.
+
+    The first is what the others are compared to. Without layer norm they may be complex, as ``torch.nn``'s
+    layers and its RMS norm take such numbers; autocast takes several dtypes.
+    """
+    first, like = next(iter(tensors.items()))
+    for name, given in tensors.items():
+        if not given.is_complex() or variant.kind == "layer":
+            checks.floating_point(operator, name, given)
+        checks.same_device(operator, first, like, name, given)
+        if one_dtype and given.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+            raise RuntimeError(
+                f"{operator}: expected {name} of the {first}'s dtype {like.dtype}, got {given.dtype}; "
+                f"convert one, for example with {name}.to({like.dtype}), or run under torch.autocast"
+            )
+
+
+def sequence_arguments(
+    operator: str,
+    input: Tensor,
+    state: Sequence[Tensor],
+    weights: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    sizes: Sequence[int] | None,
+    resets: Tensor | None = None,
+) -> None:
+    """Checks one layer's call; ``shapes`` are the parameters' as the variant wants them."""
+    _parameters(operator, weights, shapes)
+    dims = 3 if sizes is None else 2
+    if input.dim() != dims:
+        raise RuntimeError(f"{operator}: input must have {dims} dimensions, got {input.dim()}")
+    if sizes is not None and (
+        sizes != sorted(sizes, reverse=True) or sum(sizes) != input.size(0) or min(sizes, default=1) < 1
+    ):
+        raise ValueError(
+            f"{operator}: batch_sizes must be positive, not increasing, and sum to the rows of "
+            f"input, {input.size(0)}; got {sizes}"
+        )
+    steps = input.size(0) if sizes is None else len(sizes)
+    if steps == 0:
+        raise RuntimeError(f"{operator}: Expected sequence length to be larger than 0 in RNN")
+    features = shapes["weight_ih"][1]
+    if input.size(-1) != features:
+        raise RuntimeError(
+            f"{operator}: input.size(-1) must be equal to input_size. Expected {features}, got "
+            f"{input.size(-1)}"
+        )
+    rows = input.size(1) if sizes is None else sizes[0]
+    sizes_of_state = [shapes["weight_hh"][1], shapes["weight_hh"][0] // 4][: len(state)]
+    for name, given, size in zip(("h", "c"), state, sizes_of_state, strict=False):
+        if given.shape != (rows, size):
+            raise RuntimeError(
+                f"{operator}: Expected {name} of the state to have size [{rows}, {size}], got "
+                f"{plain(given.shape)}"
+            )
+    if resets is not None:
+        reset_mask(operator, resets, input)
+
+
+def _parameters(operator: str, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    missing = [n for n in shapes if n not in weights and not n.startswith("bias")]
+    unknown = [n for n in weights if n not in shapes]
+    if missing or unknown:
+        raise ValueError(
+            f"{operator}: weights of this variant are {', '.join(shapes)}"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; unknown: {', '.join(map(str, unknown))}" if unknown else "")
+        )
+    for name, given in weights.items():
+        if given.shape != shapes[name]:
+            raise RuntimeError(
+                f"{operator}: Expected {name} of shape {plain(shapes[name])}, but got {plain(given.shape)}"
+            )
+
+
+def gates_tensors(
+    operator: str, input_gates: object, hidden_gates: object, c: object, weights: object
+) -> None:
+    """Raises unless the arguments of one step are tensors, and c is a matrix."""
+    for name, given in (("input_gates", input_gates), ("hidden_gates", hidden_gates)):
+        checks.tensor(operator, name, given)
+    dims = checks.tensor(operator, "c", c).dim()
+    _weights(operator, weights)
+    if dims != 2:
+        raise RuntimeError(f"{operator}: c must have 2 dimensions, got {dims}")
+
+
+def gates_arguments(
+    operator: str,
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    c: Tensor,
+    weights: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Checks one step's call; ``shapes`` are those of gains and biases as the variant wants them."""
+    expected = (c.size(0), 4 * c.size(1))
+    for name, given in (("input_gates", input_gates), ("hidden_gates", hidden_gates)):
+        if given.shape != expected:
+            raise RuntimeError(
+                f"{operator}: Expected {name} of shape {plain(expected)} beside c of {plain(c.shape)}, but "
+                f"got {plain(given.shape)}"
+            )
+    _parameters(operator, weights, shapes)
+
+
+def reset_mask(operator: str, resets: object, input: Tensor) -> Tensor:
+    """Returns ``resets`` if it is a mask over the rows of ``input``, in whichever layout that is."""
+    if not isinstance(resets, Tensor):
+        raise TypeError(
+            f"{operator}: resets must be a bool Tensor or None, got {type(resets).__name__}; make it one, "
+            "for example with torch.as_tensor(resets)"
+        )
+    if resets.dtype != torch.bool:
+        raise ValueError(
+            f"{operator}: resets must be of dtype torch.bool, got {resets.dtype}; convert it, for example "
+            "with resets.bool()"
+        )
+    if resets.shape != input.shape[:-1]:
+        raise RuntimeError(
+            f"{operator}: Expected resets of shape {plain(input.shape[:-1])}, the input's without its "
+            f"features, but got {plain(resets.shape)}; give each row of each step its entry, in the input's "
+            "order of batch and time"
+        )
+    checks.same_device(operator, "input", input, "resets", resets)
+    return resets
+
+
+def packed_reset_mask(operator: str, resets: object, input: PackedSequence) -> Tensor:
+    """Returns the data of ``resets`` if it is a mask packed like ``input``."""
+    if not isinstance(resets, PackedSequence):
+        raise TypeError(
+            f"{operator}: resets must be a PackedSequence like the input, or None, got "
+            f"{type(resets).__name__}; pack it, for example with pack_padded_sequence and the input's lengths"
+        )
+    mask = reset_mask(operator, resets.data, input.data)
+    for field in ("batch_sizes", "sorted_indices"):
+        got, expected = getattr(resets, field), getattr(input, field)
+        if (got is None) != (expected is None) or (got is not None and not torch.equal(got, expected)):
+            raise RuntimeError(
+                f"{operator}: Expected resets packed like the input, with {field} {_listed(expected)}, but "
+                f"got {_listed(got)}; pack both with the same lengths and enforce_sorted"
+            )
+    return mask
+
+
+def _listed(indices: Tensor | None) -> object:
+    return None if indices is None else indices.tolist()

@@ -1,0 +1,108 @@
+"""Errors in the arguments of streams; see ``layernorm.checks``."""
+
+from __future__ import annotations
+
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from layernorm.checks import plain
+
+
+def step_argument(
+    operator: str, name: str, tensor: object, batch_size: int, size: int, like: Tensor
+) -> Tensor:
+    """Returns what a step reads or writes, if it is (batch_size, size), or (size) of a single row."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{operator}: {name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dim() not in (1, 2):
+        raise ValueError(f"{operator}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
+    shapes = [(batch_size, size), *([(size,)] if batch_size == 1 else [])]
+    if tuple(tensor.shape) not in shapes:
+        expected = " or ".join(str(plain(shape)) for shape in shapes)
+        raise RuntimeError(
+            f"{operator}: Expected {name} of shape {expected}, one row for each of the "
+            f"batch_size={batch_size} sequences, but got {plain(tuple(tensor.shape))}"
+        )
+    _dtype_and_device(operator, name, tensor, like)
+    return tensor
+
+
+def out_argument(operator: str, out: Tensor, input: Tensor) -> None:
+    """Raises unless a step of ``input`` can be written to ``out``, whose size is right."""
+    if out.dim() != input.dim():
+        raise RuntimeError(f"{operator}: out must have {input.dim()} dimensions like x_t, got {out.dim()}")
+    if _has_elements_that_share_memory(out):
+        raise RuntimeError(
+            f"{operator}: out must not have elements that share memory, got size {list(out.shape)} with "
+            f"strides {out.stride()}; give a tensor that is not expanded, such as out.contiguous()"
+        )
+    if out.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{operator}: out must not require grad: no derivative is recorded; give out.detach(), or call "
+            "it under torch.no_grad()"
+        )
+
+
+def _has_elements_that_share_memory(matrix: Tensor) -> bool:
+    """Whether a tensor of one or two dimensions has two elements at one place.
+
+    Elements of a matrix meet where i rows are as far apart as j columns; the nearest such are the row stride
+    divided out of the column stride, and the other way round, by what they have in common.
+    """
+    rows, columns = (1, *matrix.shape)[-2:]
+    of_row, of_column = (0, *matrix.stride())[-2:]
+    common: int = gcd(of_row, of_column)
+    if common == 0:
+        return bool(rows * columns > 1)
+    return bool(of_column // common < rows and of_row // common < columns)
+
+
+def state(operator: str, name: str, tensor: Tensor, held: Tensor) -> Tensor:
+    """Returns a part of the state if it can take the place of that held."""
+    if tensor.shape != held.shape:
+        raise RuntimeError(
+            f"{operator}: Expected {name} of the state to have size {plain(tuple(held.shape))}, "
+            f"(num_layers, batch_size, features), got {plain(tuple(tensor.shape))}"
+        )
+    _dtype_and_device(operator, f"{name} of the state", tensor, held)
+    return tensor
+
+
+def mask(operator: str, mask: object, state: Tensor) -> Tensor:
+    """Returns ``mask`` if it says of each sequence of a batch whether it begins anew."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(
+            f"{operator}: mask must be a bool Tensor or None, got {type(mask).__name__}; make it one, for "
+            "example with torch.as_tensor(mask)"
+        )
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"{operator}: mask must be of dtype torch.bool, got {mask.dtype}; convert it, for example with "
+            "mask.bool()"
+        )
+    if mask.shape != state.shape[1:2]:
+        raise RuntimeError(
+            f"{operator}: Expected mask of shape {plain(tuple(state.shape[1:2]))}, (batch_size), but got "
+            f"{plain(tuple(mask.shape))}"
+        )
+    if mask.device != state.device:
+        raise RuntimeError(
+            f"{operator}: Expected all tensors to be on the same device, but the state is on {state.device} "
+            f"and mask on {mask.device}; move it, for example with mask.to(state.device)"
+        )
+    return mask
+
+
+def _dtype_and_device(operator: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.dtype != like.dtype:
+        raise ValueError(
+            f"{operator}: {name} must be of the parameters' dtype {like.dtype}, got {tensor.dtype}; convert "
+            f"it, for example with {name.split()[0]}.to({like.dtype})"
+        )
+    if tensor.device != like.device:
+        raise RuntimeError(
+            f"{operator}: Expected all tensors to be on the same device, but the parameters are on "
+            f"{like.device} and {name} on {tensor.device}"
+        )
