@@ -192,7 +192,8 @@ class _Sequence(Parametrized):
         Raises:
             ValueError: the module is bidirectional, or batch_size not positive.
             TypeError: batch_size is not an int, or state not of the module's kind.
-            RuntimeError: the state has the wrong shape or device.
+            RuntimeError: the state has the wrong shape or device, a forward pre-hook may compute a weight, or
+                a weight is sharded.
 
         Examples:
             >>> import torch, layernorm

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from layernorm import backends, ops, recurrent_operator, reference, stream_checks
 from layernorm.cells import State
+from layernorm.current_weights import current_weights
 
 if TYPE_CHECKING:
     from layernorm.recurrent import _Sequence
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
 class Stream:
     """The steps of one module over a batch of sequences that go on; ``module.stream()`` makes it.
 
-    It keeps the state between steps, and a copy of the parameters as they were when it was made, packed for
-    the compiled kernel: parameters that change later are not seen until ``refresh()``. Dropout is not
-    applied, as in evaluation, autocast has no effect, and no derivative is recorded.
+    It keeps the state between steps, and a copy of the weights that the module would have used when it was
+    made, packed for the compiled kernel: what changes later is not seen until ``refresh()``. Weights that
+    PyTorch's pruning, weight norm or spectral norm compute, by hooks or parametrizations, are computed for
+    it. Steps run no hooks. Dropout is not applied, as in evaluation, autocast has no effect, and no
+    derivative is recorded.
 
     The kernel that serves the module serves the stream: compiled for the CPU, or Triton's on a GPU, for
     which the first step captures a CUDA graph. A step then allocates nothing but its result, and has the bits
@@ -49,7 +53,8 @@ class Stream:
     Raises:
         ValueError: the module is bidirectional, or batch_size not positive.
         TypeError: batch_size is not an int, or state not of the module's kind.
-        RuntimeError: the state has the wrong shape, dtype or device.
+        RuntimeError: the state has the wrong shape, dtype or device; the module has a forward pre-hook that
+            may compute a weight; a weight is sharded between processes.
 
     Examples:
         >>> import torch, layernorm
@@ -78,35 +83,47 @@ class Stream:
         self._output_size = module.proj_size or module.hidden_size
         sizes = [self._output_size, *([module.hidden_size] if module._cell == "lstm" else [])]
         self._shapes = [(module.num_layers, batch_size, size) for size in sizes]
-        weight = next(module.parameters())
+        layers = self._current_weights()
+        weight = layers[0]["weight_ih"]
         with torch.inference_mode(False):  # the steps write to them in whichever mode
             options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
             self._state = tuple(torch.zeros(shape, **options) for shape in self._shapes)
-        self.refresh()
+        self._pack(layers)
         if state is not None:
             self.state = state
 
     def refresh(self) -> None:
-        """Takes the module's parameters as they are now; the state stays.
+        """Takes the module's weights as they are now; the state stays.
 
         Raises:
-            RuntimeError: the module has moved to another dtype or device.
+            RuntimeError: the module has moved to another dtype or device, a forward pre-hook may compute a
+                weight, or a weight is sharded.
         """
-        module, h = self._module, self._state[0]
-        weight = next(module.parameters())
+        h, layers = self._state[0], self._current_weights()
+        weight = layers[0]["weight_ih"]
         if weight.dtype != h.dtype or weight.device != h.device:
             raise RuntimeError(
                 f"{self._name}: the module was {h.dtype} on {h.device} when this stream was made and is now "
                 f"{weight.dtype} on {weight.device}; make another with stream()"
             )
+        self._pack(layers)
+
+    def _current_weights(self) -> list[dict[str, Tensor]]:
+        module = self._module
+        attributes = (value for value in vars(module).values() if isinstance(value, Tensor))  # of a replica
+        any_weight = next(chain(module.parameters(), module.buffers(), attributes))
+        with _no_autocast(any_weight.device):
+            return current_weights(module, self._name)
+
+    def _pack(self, layers: list[dict[str, Tensor]]) -> None:
+        h = self._state[0]
         with torch.inference_mode(False), torch.no_grad(), _no_autocast(h.device):
-            layers = [module._weights(f"_l{layer}") for layer in range(module.num_layers)]
             weights = [w for layer in layers for w in layer.values()]
-            self.kernel = backends.recurrent_kernel_for(module._cell, h, weights)
+            self.kernel = backends.recurrent_kernel_for(self._module._cell, h, weights)
             if self.kernel == "native":
                 self._take = self._compiled(layers)
             else:
-                self._layers = [{name: w.detach().clone() for name, w in layer.items()} for layer in layers]
+                self._layers = [{name: w.clone() for name, w in layer.items()} for layer in layers]
                 self._kernels = reference if self.kernel == "reference" else recurrent_operator
                 self._captured: Captured | None = None
                 self._take = self._by_sequences
