@@ -1,4 +1,4 @@
-"""The norms of DTensors, by two processes on the CPU."""
+"""The norms of DTensors, and sharded recurrent layers, by two processes on the CPU."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import sys
 import pytest, torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 import layernorm
@@ -132,6 +133,48 @@ y = LF.layer_norm(x.requires_grad_(), (16,)).to_local().square().sum()
 (grad,) = torch.autograd.grad(y, x, create_graph=True)
 with pytest.raises(RuntimeError, match="once_differentiable"):
     grad.to_local().sum().backward()
+complex_rows = distribute_tensor(torch.ones(4, 16, dtype=torch.complex64), mesh, [Shard(0)])
+assert LF.rms_norm(complex_rows, (16,)).dtype == torch.complex64
+with pytest.raises(RuntimeError, match="input must be of a floating-point dtype, got torch.complex64"):
+    LF.rms_norm(complex_rows.redistribute(placements=[Shard(1)]), (16,))
+
+# A sharded recurrent layer runs, and has a stream only where its weights are gathered.
+x = torch.randn(4, 1, 3)
+
+
+def refuses(module, message):
+    with pytest.raises(RuntimeError, match=message):
+        module.stream()
+
+
+def steps_are(module, expected):
+    stream = module.stream()
+    torch.testing.assert_close(torch.stack([stream.step(x_t) for x_t in x]), expected, rtol=1e-5, atol=1e-6)
+    return stream
+
+
+torch.manual_seed(0)
+module = layernorm.LayerNormGRU(3, 8, 2)
+expected = module(x)[0].detach()
+fully_shard(module, mesh=mesh)
+refuses(module, "weight_ih_l0 is a DTensor over DeviceMesh.*call the module's unshard.. first")
+module.unshard()
+stream = steps_are(module, expected)
+module.reshard()
+with pytest.raises(RuntimeError, match="weight_ih_l0 is a DTensor"):
+    stream.refresh()
+torch.testing.assert_close(module(x)[0], expected)
+for use_orig_params, got in ((False, "memory that was freed"), (True, "shape")):
+    torch.manual_seed(0)
+    module = layernorm.LayerNormGRU(3, 8, 2)
+    options = {"device_id": torch.device("cpu"), "use_orig_params": use_orig_params}
+    whole = FullyShardedDataParallel(module, **options)
+    refuses(module, f"must have shape .*, got {got}.*, as of parameters that are sharded")
+    output = whole(x)[0]
+    torch.testing.assert_close(output, expected)
+    output.sum().backward()
+    with FullyShardedDataParallel.summon_full_params(whole):
+        steps_are(module, expected)
 dist.destroy_process_group()
 """
 
