@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib.util
 import os
 import signal
@@ -511,3 +512,37 @@ def test_the_published_page_is_what_its_table_says():
     assert outputs.page.read_text("utf-8") == report.page(outputs)
     with pytest.raises(TableError):
         read(outputs.page, norms.COLUMNS)
+
+
+def test_a_table_is_whole_whenever_its_writer_dies(tmp_path, monkeypatch):
+    path = tmp_path / "norms.csv"
+    fixed(path, point(10.0, 2.0) + point(20.0, 3.0, operator="rms_norm"))
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(TableError, match=f"cannot write {path}: No space left on device"):
+            Table(path, norms.COLUMNS, keep=lambda row: False)
+    assert path.read_bytes() == before
+    with Table(path, norms.COLUMNS, keep=lambda row: True) as table:
+        table.add(point(30.0, 4.0, operator="add_rms_norm"))
+        assert path.read_bytes().startswith(before)
+        with pytest.raises(TableError, match=r"is in use by process \d+ on"):
+            Table(path, norms.COLUMNS, keep=lambda row: True)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_row_cut_off_is_named(tmp_path, capsys):
+    path = tmp_path / "norms.csv"
+    fixed(path, point(10.0, 2.0))
+    whole = path.read_text()
+    path.write_text(whole[: whole.rindex(",")])
+    for option in ("--report-only", "--resume"):
+        assert main(["bench", "norms", option, "--out", str(tmp_path)]) == 2
+        message = capsys.readouterr().err
+        assert "norms.csv is damaged: row " in message
+        assert message.count("\n") == 1
+    assert path.read_text() == whole[: whole.rindex(",")]

@@ -318,7 +318,8 @@ def test_features_are_what_their_header_says(folder):
     whole = npy(numbers)
     refused = [
         npy(numbers.astype(">f4")), npy(numbers.astype(np.complex64)), npy(numbers.astype(int)),
-        npy(numbers[:2]), npy(numbers * np.nan), npy(numbers)[:-4], npy(numbers) + b"more", b"", zipped("a.npy", content=whole),
+        npy(numbers[:2]), npy(numbers * np.nan), npy(numbers)[:-4], npy(numbers) + b"more", b"",
+        zipped("a.npy", content=whole),
         npy(np.zeros(3, [("a", "f4")])), npy(numbers.reshape(3, 64, 64)),
     ]  # fmt: skip
     header = whole[:128]

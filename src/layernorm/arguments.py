@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,6 +28,20 @@ def plain(text: str) -> str:
         'a\\nb\\x1b[31m'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(console: Console, text: str) -> None:
+    r"""Print a line as it is: no markup in it, no emoji, and of what cannot be printed the escapes.
+
+    Examples:
+        >>> from rich.console import Console
+        >>> from layernorm.arguments import say
+        >>> say(Console(), "x[/b]y [red]q :cat:\a")
+        x[/b]y [red]q :cat:\x07
+    """
+    from rich.text import Text
+
+    console.print(Text(plain(text)), soft_wrap=True)
 
 
 def names(text: str) -> tuple[str, ...]:

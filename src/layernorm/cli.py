@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ import torch
 
 import layernorm
 from layernorm import backends, ops
-from layernorm.arguments import Parser
+from layernorm.arguments import Parser, plain
 from layernorm.bench import command as bench
 from layernorm.experiments import command as experiments
 from layernorm.variants import resolve
@@ -31,7 +33,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         layernorm ...
         0
     """
-    options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that is not text must not end the command
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code = 0
+    try:
+        code = _run(_parser().parse_args(arguments))
+        sys.stdout.flush()
+    except OSError as error:
+        # What is left in its buffer goes nowhere, and must not raise again at the interpreter's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):  # as by ``layernorm info | head -1``
+            return code or 1
+        return code or _fail(f"cannot print: {error.strerror or error}", code=2)
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         backends.choose("lstm", torch.device("cpu"), torch.float32)
     except ValueError as error:  # LAYERNORM_BACKEND names no kernel
@@ -110,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"layernorm: {message}\n")
+    sys.stderr.write(f"layernorm: {plain(message)}\n")
     return code
 
 

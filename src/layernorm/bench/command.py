@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from layernorm import machine
-from layernorm.arguments import some_of
+from layernorm.arguments import plain, say, some_of
 from layernorm.bench import workers
 from layernorm.bench.benchmark import OURS, Benchmark, Outputs, Work, in_folder, plural
 from layernorm.bench.gpu import GPU
@@ -112,14 +112,14 @@ def run(options: argparse.Namespace, outputs: Outputs | None, program: str) -> i
                 if not options.report_only:
                     _measure(table, options, path, console)
                 for line in report.write(table.name, outputs):
-                    console.print(line, soft_wrap=True, highlight=False, markup=False)
+                    say(console, line)
     except TableError as error:
         return _fail(program, str(error), code=2)
     except workers.WorkerError as error:
         return _fail(program, f"{error}; what was measured before is in {path}", code=1)
     except KeyboardInterrupt:
         return _fail(program, f"interrupted; what was measured is in {path}; go on with --resume", code=130)
-    console.print(f"Page: {outputs.page}", soft_wrap=True, highlight=False)
+    say(console, f"Page: {outputs.page}")
     return 0
 
 
@@ -136,10 +136,9 @@ def _warn_if_busy(console: Console) -> None:
     """Threads that wait for one that something else keeps from its CPU take milliseconds for microseconds."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5:
-        console.print(
+        say(
+            console,
             f"Other work is running here (load {load:.1f}). Times will be off, most of all with all threads.",
-            highlight=False,
-            soft_wrap=True,
         )
 
 
@@ -267,5 +266,5 @@ def _stoppable() -> Iterator[None]:
 
 
 def _fail(program: str, message: str, code: int) -> int:
-    sys.stderr.write(f"{program}: {message}\n")
+    sys.stderr.write(f"{program}: {plain(message)}\n")
     return code

@@ -8,6 +8,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from layernorm.arguments import say
+
 
 class Display:
     """One line that changes; where there is no terminal, one line for each point.
@@ -20,10 +22,10 @@ class Display:
     def __init__(self, console: Console, points: int) -> None:
         self._console, self._points, self._done = console, points, 0
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             console=console,
             disable=not console.is_terminal,
             # Drawing takes time from what is measured.
@@ -55,4 +57,4 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self._console, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from types import ModuleType
 from typing import Final
 
@@ -17,7 +18,7 @@ from layernorm.bench import (
 )
 from layernorm.bench.benchmark import Outputs
 from layernorm.bench.table import TableError
-from layernorm.experiments.files import replacing
+from layernorm.experiments import files
 
 #: By the benchmark's name, in the order of the page. Each has ``load``, ``pictures``, ``options``,
 #: ``section`` and ``summary``.
@@ -63,10 +64,10 @@ def write(name: str, outputs: Outputs) -> list[str]:
         for path in (outputs.images, outputs.page.parent):
             path.mkdir(parents=True, exist_ok=True)
         for path, picture in REPORTS[name].pictures(data, outputs):
-            with replacing(path) as fresh:
-                picture.savefig(fresh, format="png", dpi=130, metadata={"Software": None})
-        with replacing(outputs.page) as fresh:
-            fresh.write_text(page(outputs), "utf-8")
+            content = io.BytesIO()
+            picture.savefig(content, format="png", dpi=130, metadata={"Software": None})
+            files.write(path, content.getvalue())
+        files.write(outputs.page, page(outputs))
     except OSError as error:
         raise TableError(f"cannot write into {outputs.page.parent}: {error.strerror or error}") from error
     lines: list[str] = REPORTS[name].summary(data)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 from layernorm.bench.timing import Samples, quartiles, ratios
+from layernorm.experiments import files, locks
+from layernorm.experiments.errors import ExperimentError
 
 #: The columns of ``measures``, which every table of benchmarks has.
 MEASURES: Final = (
@@ -28,7 +32,9 @@ class TableError(ValueError):
 
 
 class Table:
-    """Writes a table, each row as it comes.
+    """Write a table, whole each time that rows come: whatever ends the run, no earlier row is lost.
+
+    Until the end of its ``with`` block no other command can write into its folder.
 
     Args:
         path: the file, which is replaced.
@@ -36,51 +42,70 @@ class Table:
         keep: chooses the rows of an earlier file that stay.
 
     Raises:
-        TableError: the file cannot be written, or has other columns.
+        TableError: the file cannot be written, is damaged, or has other columns, or another command writes
+            into its folder.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], keep: Callable[[dict[str, str]], bool]) -> None:
-        kept = [row for row in read(path, columns) if keep(row)] if path.is_file() else []
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8", newline="")
-        except OSError as error:
-            raise TableError(f"cannot write {path}: {error.strerror or error}") from error
-        self._writer = csv.DictWriter(self._file, columns, restval="", lineterminator="\n")
+        self._path = path
+        self._text = io.StringIO(newline="")
+        self._writer = csv.DictWriter(self._text, columns, restval="", lineterminator="\n")
         self._writer.writeheader()
-        self.add(kept)
+        with ExitStack() as stack:
+            try:
+                files.make_folder(path.parent)
+                stack.enter_context(locks.held(path.parent))
+            except ExperimentError as error:
+                raise TableError(str(error)) from error
+            except OSError as error:
+                raise TableError(f"cannot write {path}: {error.strerror or error}") from error
+            self.add([row for row in read(path, columns) if keep(row)] if path.is_file() else [])
+            self._lock = stack.pop_all()
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds rows, which are on disk when this returns."""
+        """Add rows, which are on the disk when this returns.
+
+        Raises:
+            TableError: the file cannot be written.
+        """
         self._writer.writerows(rows)
-        self._file.flush()
+        try:
+            files.write(self._path, self._text.getvalue())
+        except OSError as error:
+            raise TableError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def __enter__(self) -> Self:
-        """Nothing; the file is open already."""
+        """Nothing; the folder is locked already."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Let others write into the folder."""
+        self._lock.close()
 
 
 def read(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a table.
+    """Return the rows of a table.
 
     Raises:
-        TableError: there is no such file, or it has other columns.
+        TableError: there is no such file, it has other columns, or a row has not one cell for each.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, strict=True)
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise TableError(f"cannot read {path}: {reason}") from error
     if tuple(reader.fieldnames or ()) != tuple(columns):
         raise TableError(f"{path} has other columns than this benchmark's; move it away")
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise TableError(
+                f"{path} is damaged: row {number} has not the {len(columns)} cells of the columns; "
+                "delete that row, and --resume measures it again"
+            )
     return rows
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from layernorm.arguments import names, number, plain, positive, positives
+from layernorm.arguments import names, number, plain, positive, positives, say
 
 #: The commands that this module serves.
 STUDIES: Final = {
@@ -243,7 +243,6 @@ def _reproduce(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from layernorm.experiments import reproduce
-    from layernorm.experiments.progress import say
 
     path = reproduce.write(options.folder, options.out)
     say(_console(), f"Report: {path}")

@@ -22,12 +22,13 @@ import pandas as pd
 import torch
 from rich.console import Console
 
+from layernorm.arguments import say
 from layernorm.experiments import checkpoints, drawing, files, folder, processes, report, results
 from layernorm.experiments import task as tasks
 from layernorm.experiments.comparison import FIXED, Comparison, command, finished, together
 from layernorm.experiments.errors import ExperimentError
 from layernorm.experiments.locks import claimed
-from layernorm.experiments.progress import Display, say
+from layernorm.experiments.progress import Display
 from layernorm.experiments.section import Section
 from layernorm.experiments.task import Problem, Task
 from layernorm.experiments.training import Interrupted, Record, Run, Trainer

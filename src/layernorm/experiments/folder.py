@@ -20,8 +20,6 @@ from layernorm.experiments.errors import DamagedFile, ExperimentError, reason
 from layernorm.experiments.training import FORMAT
 
 CONFIG: Final = "config.json"
-# What every ``config.json`` has beside the settings.
-_FACTS: Final = ("command", "versions", "machine", "date")
 _CHANGED: Final = "its content does not have its SHA-256"
 
 
@@ -87,13 +85,14 @@ def read(folder: Path, option: str = "") -> dict[str, Any]:
         DamagedFile: it is damaged.
         ExperimentError: it is not there, or of another version.
     """
-    config, whole = _parsed(folder, option)
-    lacking = [name for name in _FACTS if name not in config]
-    if not whole or lacking:
+    try:
+        config, whole = _parsed(folder, option)
+        if not whole:
+            raise DamagedFile(f"{option}{folder / CONFIG} is damaged: {_CHANGED}")
+    except DamagedFile as error:
         raise DamagedFile(
-            f"{option}{folder / CONFIG} is damaged: {_CHANGED}; give the command that made this folder "
-            "again, which writes it anew"
-        )
+            f"{error}; give the command that made this folder again, which writes it anew"
+        ) from error
     return config
 
 

@@ -9,9 +9,8 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.text import Text
 
-from layernorm.arguments import plain
+from layernorm.arguments import say
 from layernorm.experiments.task import Metric
 from layernorm.experiments.training import Record, Run, Trainer
 
@@ -126,18 +125,6 @@ class Display:
         most = max(likeness.values())
         nearest = [self._seconds[other] for other, alike in likeness.items() if alike == most]
         return sum(nearest) / len(nearest)
-
-
-def say(console: Console, text: str, style: str = "") -> None:
-    r"""Print a line as it is: no markup in it, no emoji, and of control characters their escapes.
-
-    Examples:
-        >>> from rich.console import Console
-        >>> from layernorm.experiments.progress import say
-        >>> say(Console(), "x[/b]y [red]q :cat:\a")
-        x[/b]y [red]q :cat:\x07
-    """
-    console.print(Text(plain(text), style), soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -15,11 +15,12 @@ from typing import Final
 import pandas as pd
 from rich.console import Console
 
+from layernorm.arguments import say
 from layernorm.experiments import compare, files, folder, report, results, study
 from layernorm.experiments import task as tasks
 from layernorm.experiments.compare import Comparison, Sweep
 from layernorm.experiments.errors import DamagedFile, ExperimentError, MissingData, reason
-from layernorm.experiments.progress import duration, say
+from layernorm.experiments.progress import duration
 from layernorm.experiments.section import Card, Section
 
 #: All experiments in the order of the report.

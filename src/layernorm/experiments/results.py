@@ -106,6 +106,7 @@ def summarize(table: pd.DataFrame, norms: Sequence[str], metric: Metric) -> pd.D
             {
                 "batch_size": batch_size,
                 "norm": norm,
+                "goal": goal,
                 "best": judging.best(run, metric),
                 "epochs_to_baseline": np.nan if first is None else first.epoch,
                 "seconds_to_baseline": np.nan if first is None else first.seconds,
@@ -151,7 +152,7 @@ def cells(summary: pd.DataFrame, metric: Metric) -> list[dict[str, str]]:
             mean, spread = row[name], row[f"{name}_std"]
             to_baseline = name.endswith("to_baseline")
             if pd.isna(mean):
-                texts[name] = "not reached" if to_baseline else "–"
+                texts[name] = "not reached" if to_baseline and not pd.isna(row["goal"]) else "–"
                 continue
             text = form.format(mean)
             if row["seeds"] > 1:

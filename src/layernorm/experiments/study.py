@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from layernorm.arguments import say
 from layernorm.experiments import drawing, folder, report, results
 from layernorm.experiments import task as tasks
-from layernorm.experiments.progress import say
 from layernorm.experiments.section import Card, Section, Table
 
 
