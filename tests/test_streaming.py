@@ -503,6 +503,28 @@ def test_bad_steps(kernel, arguments, error, text):
     assert_same_bits(stream.state, state)  # nothing half done
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_an_out_is_refused_exactly_where_its_elements_share_memory(kernel, batch_size):
+    module = layernorm.LayerNormGRU(2, 5)
+    stream, x_t = module.stream(batch_size), torch.randn(batch_size, 2)
+    refused = 0
+    for strides in itertools.product(range(8), range(8)):
+        out = torch.zeros(100).as_strided((batch_size, 5), strides)
+        places = {row * strides[0] + column * strides[1] for row in range(batch_size) for column in range(5)}
+        stream.reset()
+        if len(places) == batch_size * 5:
+            expected = module.stream(batch_size).step(x_t)
+            torch.testing.assert_close(stream.step(x_t, out), expected, rtol=0, atol=0)
+            continue
+        refused += 1
+        with pytest.raises(RuntimeError, match=r"out must not have elements that share memory.*strides \("):
+            stream.step(x_t, out)
+    assert refused >= 8  # those of stride 0 between columns
+    if batch_size == 1:
+        with pytest.raises(RuntimeError, match="out must not have elements that share memory"):
+            stream.step(x_t[0], torch.zeros(1).expand(5))
+
+
 def test_an_out_of_other_dimensions(kernel):
     with pytest.raises(RuntimeError, match="out must have 1 dimensions like x_t, got 2"):
         made("gru").stream().step(torch.zeros(7), torch.zeros(1, 13))

@@ -114,7 +114,7 @@ class Parametrized(torch.nn.Module):
                 raise TypeError(f"hx must be a Tensor h_0, got {type(hx).__name__}")
             return (hx,)
         if not isinstance(hx, tuple | list) or len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
-            got = f"{type(hx).__name__} of {len(hx)}" if hasattr(hx, "__len__") else type(hx).__name__
+            got = type(hx).__name__ + (f" of {len(hx)}" if isinstance(hx, tuple | list) else "")
             raise TypeError(f"hx must be a tuple (h_0, c_0) of two Tensors, got {got}")
         return tuple(hx)
 
