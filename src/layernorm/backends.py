@@ -241,7 +241,7 @@ def kernel_for(operator: str, input: Tensor) -> str:
 def recurrent_kernel_for(operator: str, input: Tensor, others: Sequence[Tensor]) -> str:
     """As ``kernel_for``, with the tensors beside the input.
 
-    Where these differ in dtype or device the reference serves, and raises or promotes as PyTorch does.
+    Where these differ in dtype or device it is the reference, for whose calls those are checked.
     """
     kernel = kernel_for(operator, input)
     if kernel not in OPERATORS:

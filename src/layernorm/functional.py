@@ -264,7 +264,7 @@ def lstm(
             be left out.
         variant: a preset's name or a ``layernorm.Variant``.
         reverse: run from the last step to the first; the outputs stay in the input's order.
-        batch_sizes: the rows of each step, not increasing.
+        batch_sizes: the rows of each step, not increasing: ints, or a tensor as ``PackedSequence`` has it.
         resets: bool (T, N), or (ΣN_t,) with ``batch_sizes``. Where it is true nothing passes between
             this step and the one before, neither state nor gradient: forward the step starts from a
             state of zeros, whatever came, NaN included; in reverse the step before starts from it.
@@ -277,8 +277,9 @@ def lstm(
     Raises:
         ValueError: an unknown variant, weights that are not the variant's, bad ``batch_sizes``,
             ``resets`` of another dtype than bool.
-        TypeError: ``resets`` is not a Tensor, or ``recompute`` not a bool.
-        RuntimeError: a tensor of the wrong shape, or ``resets`` on another device than the input.
+        TypeError: an argument is of the wrong type.
+        RuntimeError: a tensor of the wrong shape, of another device or, outside of autocast, dtype than the
+            input, or not of a floating-point dtype; complex ones are taken by variants without layer norm.
 
     Examples:
         >>> import torch
@@ -416,7 +417,8 @@ def lstm_gates(
 
     Raises:
         ValueError: an unknown variant, or weights that are not the variant's.
-        RuntimeError: a tensor of the wrong shape.
+        TypeError: an argument is of the wrong type.
+        RuntimeError: a tensor of the wrong shape, device or dtype.
 
     Examples:
         >>> import torch, layernorm
