@@ -113,83 +113,121 @@ void forward(const Forward& f, int64_t row_begin, int64_t row_end) {
   for (; row < row_end; ++row) some_rows_forward<T, P, kCentred, false, 1>(f, row);
 }
 
+// The sums of a block of rows for gain and bias; null where they are not wanted.
+template <typename A>
+struct BlockSums {
+  A* gain;
+  A* bias;
+  void clear(int64_t width) const {
+    for (A* sums : {gain, bias})
+      if (sums != nullptr) std::memset(sums, 0, static_cast<size_t>(width) * sizeof(A));
+  }
+};
+
+// As rows_backward() in row_norm.hpp; `write` says whether to grad_input too.
 template <typename T, typename P, bool kCentred, int kRows>
-LAYERNORM_INLINE void some_rows_backward(const Backward& f, int64_t row, Accumulate<T>* block_gain,
-                                         Accumulate<T>* block_bias, bool stream) {
+LAYERNORM_INLINE bool some_rows_backward(const Backward& f, int64_t row,
+                                         const BlockSums<Accumulate<T>>& sums, bool write,
+                                         bool stream) {
   using A = Accumulate<T>;
   RowGradients<T, kRows> rows;
   for (int r = 0; r < kRows; ++r) {
     rows.grad[r] = row_of<T>(f.grad, f.grad_rows, row + r);
     rows.grad_sum[r] = row_of<T>(f.grad_sum, f.grad_sum_rows, row + r);
     rows.input[r] = row_of<T>(f.input, f.input_rows, row + r);
-    rows.grad_input[r] =
-        f.grad_input == nullptr ? nullptr : static_cast<T*>(f.grad_input) + (row + r) * f.width;
+    rows.grad_input[r] = !write || f.grad_input == nullptr
+                             ? nullptr
+                             : static_cast<T*>(f.grad_input) + (row + r) * f.width;
     rows.mean[r] = kCentred ? static_cast<const A*>(f.mean)[row + r] : A{0};
     rows.rstd[r] = static_cast<const A*>(f.rstd)[row + r];
   }
   const auto* const gain = static_cast<const P*>(f.gain);
-  if (block_gain != nullptr)
-    rows_backward<T, P, kCentred, true, true, kRows>(rows, gain, block_gain, block_bias, f.width,
-                                                     stream);
-  else if (gain != nullptr)
-    rows_backward<T, P, kCentred, true, false, kRows>(rows, gain, nullptr, nullptr, f.width,
-                                                      stream);
-  else
-    rows_backward<T, P, kCentred, false, false, kRows>(rows, gain, nullptr, nullptr, f.width,
-                                                       stream);
+  if (sums.gain != nullptr)
+    return rows_backward<T, P, kCentred, true, true, kRows>(rows, gain, sums.gain, sums.bias,
+                                                            f.width, stream);
+  if (gain != nullptr)
+    return rows_backward<T, P, kCentred, true, false, kRows>(rows, gain, nullptr, nullptr, f.width,
+                                                             stream);
+  return rows_backward<T, P, kCentred, false, false, kRows>(rows, gain, nullptr, nullptr, f.width,
+                                                            stream);
+}
+
+template <typename T, typename P, bool kCentred>
+[[gnu::noinline]] bool row_backward(const Backward& f, int64_t row,
+                                    const BlockSums<Accumulate<T>>& sums, bool write, bool stream) {
+  return some_rows_backward<T, P, kCentred, 1>(f, row, sums, write, stream);
 }
 
 template <typename T, typename P, bool kCentred>
 [[gnu::noinline, gnu::cold]] void extreme_row_backward(const Backward& f, int64_t row,
-                                                       Accumulate<T>* block_gain,
-                                                       Accumulate<T>* block_bias) {
+                                                       const BlockSums<Accumulate<T>>& sums,
+                                                       bool write) {
   using A = Accumulate<T>;
   const double mean = kCentred ? static_cast<double>(static_cast<const A*>(f.mean)[row]) : 0.0;
   T* const grad_input =
-      f.grad_input == nullptr ? nullptr : static_cast<T*>(f.grad_input) + row * f.width;
+      !write || f.grad_input == nullptr ? nullptr : static_cast<T*>(f.grad_input) + row * f.width;
   extreme_backward<T, P, kCentred>(
       row_of<T>(f.grad, f.grad_rows, row), row_of<T>(f.grad_sum, f.grad_sum_rows, row),
       row_of<T>(f.input, f.input_rows, row), mean,
       static_cast<double>(static_cast<const A*>(f.rstd)[row]), static_cast<const P*>(f.gain),
-      grad_input, block_gain, block_bias, f.width);
+      grad_input, sums.gain, sums.bias, f.width);
+}
+
+// Whether a row can go by some_rows_backward() as far as its statistics say: outside of these
+// bounds the products on the way could leave A's range although the result does not. And the terms
+// of a row of one element cancel, which only the extreme row's order of operations does to the last
+// bit.
+template <typename T>
+bool is_ordinary(const Backward& f, int64_t row) {
+  using A = Accumulate<T>;
+  constexpr A kLeast = sizeof(A) == 4 ? A(0x1p-30) : A(0x1p-300);
+  constexpr A kMost = sizeof(A) == 4 ? A(0x1p30) : A(0x1p300);
+  const A rstd = static_cast<const A*>(f.rstd)[row];
+  return rstd > kLeast && rstd < kMost && f.width > 1;
+}
+
+// A row by itself, where one of those beside it or it itself does not keep in range.
+template <typename T, typename P, bool kCentred>
+[[gnu::noinline, gnu::cold]] void careful_row_backward(const Backward& f, int64_t row,
+                                                       const BlockSums<Accumulate<T>>& sums,
+                                                       bool write) {
+  if (!is_ordinary<T>(f, row) || !row_backward<T, P, kCentred>(f, row, {}, write, false))
+    extreme_row_backward<T, P, kCentred>(f, row, sums, write);
+  else if (sums.gain != nullptr)
+    row_backward<T, P, kCentred>(f, row, sums, false, false);
 }
 
 template <typename T, typename P, bool kCentred>
 void backward(const Backward& f, int64_t block_begin, int64_t block_end) {
   using A = Accumulate<T>;
-  // Outside of these the products on the way could leave A's range although the result does not.
-  // And the terms of a row of one element cancel, which only the extreme row's order of operations
-  // does to the last bit.
-  constexpr A kLeast = sizeof(A) == 4 ? A(0x1p-30) : A(0x1p-300);
-  constexpr A kMost = sizeof(A) == 4 ? A(0x1p30) : A(0x1p300);
-  const auto* const rstd = static_cast<const A*>(f.rstd);
-  const auto ordinary = [&](int64_t row) {
-    return rstd[row] > kLeast && rstd[row] < kMost && f.width > 1;
-  };
   const bool stream = f.grad_input != nullptr && streams<T>(f.grad_input, f.rows, f.width);
   for (int64_t block = block_begin; block < block_end; ++block) {
     const auto sums_of = [&](void* sums) {
-      if (sums == nullptr) return static_cast<A*>(nullptr);
-      A* const mine = static_cast<A*>(sums) + block * f.width;
-      std::memset(mine, 0, static_cast<size_t>(f.width) * sizeof(A));
-      return mine;
+      return sums == nullptr ? nullptr : static_cast<A*>(sums) + block * f.width;
     };
-    A* const block_gain = sums_of(f.block_gain);
-    A* const block_bias = sums_of(f.block_bias);
+    const BlockSums<A> sums{sums_of(f.block_gain), sums_of(f.block_bias)};
+    sums.clear(f.width);
     const int64_t begin = block * f.rows_per_block;
     const int64_t end = begin + f.rows_per_block < f.rows ? begin + f.rows_per_block : f.rows;
+    bool lost = false;
     for (int64_t row = begin; row < end;) {
       int64_t last = row;
-      while (last < end && last < row + kTogether && ordinary(last)) ++last;
-      if (last == row + kTogether) {
-        some_rows_backward<T, P, kCentred, kTogether>(f, row, block_gain, block_bias, stream);
-        row = last;
-      } else if (last > row) {
-        some_rows_backward<T, P, kCentred, 1>(f, row++, block_gain, block_bias, stream);
-      } else {
-        extreme_row_backward<T, P, kCentred>(f, row++, block_gain, block_bias);
+      while (last < end && last < row + kTogether && is_ordinary<T>(f, last)) ++last;
+      if (last == row) {
+        extreme_row_backward<T, P, kCentred>(f, row++, sums, true);
+        continue;
       }
+      if (last < row + kTogether) last = row + 1;
+      const bool kept = last == row + 1 ? row_backward<T, P, kCentred>(f, row, sums, true, stream)
+                                        : some_rows_backward<T, P, kCentred, kTogether>(
+                                              f, row, sums, true, stream);
+      for (lost = lost || !kept; row < last; ++row)
+        if (__builtin_expect(!kept, 0)) careful_row_backward<T, P, kCentred>(f, row, {}, true);
     }
+    if (!lost || sums.gain == nullptr) continue;
+    sums.clear(f.width);
+    for (int64_t row = begin; row < end; ++row)
+      careful_row_backward<T, P, kCentred>(f, row, sums, false);
   }
   if (stream) end_stream();
 }

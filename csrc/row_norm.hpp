@@ -235,13 +235,42 @@ struct RowGradients {
   Accumulate<T> rstd[kRows];
 };
 
+// Whether a row has a gradient t = grad·gain that is not 0. The factor keeps squares from becoming
+// 0.
+template <typename T, typename P, bool kGain>
+[[gnu::noinline, gnu::cold]] bool has_gradient(const T* grad, const P* gain, int64_t width) {
+  using A = Accumulate<T>;
+  constexpr A kFactor = sizeof(A) == 4 ? A(0x1p100) : A(0x1p900);
+  Sums<A> squares;
+  each_part<A>(0, width, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    auto t = load(grad + i, part);
+    if constexpr (kGain) t = t * load_beside<T>(gain + i, part);
+    squares.add_square(t * kFactor, part);
+  });
+  return squares.total() != 0;
+}
+
+// Whether no product of a row's gradient with a - mean left A's range on the way to the sum, and
+// what the sum becomes does not either. False for NaN too.
+template <typename A>
+bool in_range(double sum_t, double sum_tn, A rstd, double inverse, const auto& has_gradient) {
+  constexpr double kLeast = sizeof(A) == 4 ? 0x1p-100 : 0x1p-900;
+  const double size = std::fabs(sum_tn);
+  if (!(size + std::fabs(sum_t) <= std::numeric_limits<A>::max())) return false;
+  const double along_n = size * inverse * static_cast<double>(rstd) * rstd * rstd;
+  if (size > kLeast && along_n > kLeast) return true;
+  return size == 0 && (rstd <= 1 || !has_gradient());
+}
+
 // With the normalized n = (a - mean)·rstd and t = grad·gain:
 //   grad_input = rstd·(t - Σt/H - n·Σ(t·n)/H) + grad_sum, without Σt/H where not centred;
 //   block_gain += grad·n, block_bias += grad, both in the order of the row's parts.
 // Each row's sums are formed in the same order whatever kRows is, and the rows are added to the
-// block's one after another. rstd stands outside of the row's sums, which spares a product.
+// block's one after another. rstd stands outside of the row's sums, which spares a product; so with
+// very large or small gradients a sum can leave A's range although the result does not. Then this
+// is false, nothing is written to grad_input, and the block's sums are lost.
 template <typename T, typename P, bool kCentred, bool kGain, bool kParameters, int kRows>
-LAYERNORM_INLINE void rows_backward(const RowGradients<T, kRows>& rows, const P* gain,
+LAYERNORM_INLINE bool rows_backward(const RowGradients<T, kRows>& rows, const P* gain,
                                     Accumulate<T>* block_gain, Accumulate<T>* block_bias,
                                     int64_t width, bool stream) {
   using A = Accumulate<T>;
@@ -296,8 +325,14 @@ LAYERNORM_INLINE void rows_backward(const RowGradients<T, kRows>& rows, const P*
       sum_tn[r] += static_cast<double>(add_lanes(tn_sums[r]));
     }
   }
-  if (rows.grad_input[0] == nullptr) return;
   const double inverse = 1.0 / static_cast<double>(width);
+  bool ordinary = true;
+  for (int r = 0; r < kRows; ++r)
+    ordinary = ordinary && in_range(sum_t[r], sum_tn[r], rows.rstd[r], inverse, [&] {
+                 return has_gradient<T, P, kGain>(rows.grad[r], gain, width);
+               });
+  if (__builtin_expect(!ordinary, 0)) return false;
+  if (rows.grad_input[0] == nullptr) return true;
   A along_one[kRows];
   A along_n[kRows];
   for (int r = 0; r < kRows; ++r) {
@@ -328,6 +363,7 @@ LAYERNORM_INLINE void rows_backward(const RowGradients<T, kRows>& rows, const P*
     write(std::false_type{}, std::true_type{});
   else
     write(std::false_type{}, std::false_type{});
+  return true;
 }
 
 }  // namespace layernorm::LAYERNORM_ISA

@@ -101,9 +101,28 @@ def test_vmap_over_the_operators():
     )
 
 
+# ---- derivatives of higher order ----
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_arguments_that_depend_on_one_another_count_once(kind):
+    # An initial state made from the input, and one tensor as two weights.
+    module = getattr(layernorm, f"LayerNorm{kind}")(H, H).double()
+    module.weight_hh_l0 = module.weight_ih_l0
+    x = torch.randn(3, 2, H, dtype=torch.float64, requires_grad=True)
+    h = x.mean(0, keepdim=True).sin()
+    output = module(x, (h, h.cos()) if kind == "LSTM" else h)[0]
+    grad, leaves = torch.randn_like(output), [x, *module.parameters()]
+    plain = torch.autograd.grad(output, leaves, grad, retain_graph=True)
+    assert_close(torch.autograd.grad(output, leaves, grad, create_graph=True), plain)
+
+
 # ---- compiled autograd ----
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # torch's own
 @pytest.mark.parametrize("changed", [False, True], ids=["kept", "changed in place"])
 @pytest.mark.parametrize(
     "name", ["LayerNormLSTM-paper", "LayerNormGRU-paper", "lstm_gates", "add_layer_norm"]

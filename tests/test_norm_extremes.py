@@ -48,7 +48,7 @@ def call(name, x, gain, bias, eps):
     """Return the output of a norm of ``x``, which the add forms get as a sum with 0."""
     arguments = [torch.zeros_like(x)] if name.startswith("add") else []
     biases = [] if bias is None else [bias]
-    found = getattr(LF, name)(x, *arguments, x.shape[-1:], gain, *biases, eps)
+    found = getattr(LF, name)(x, *arguments, x.shape[-1:], gain, *biases, eps=eps)
     return found[0] if name.startswith("add") else found
 
 
@@ -151,6 +151,60 @@ def test_second_derivatives_are_those_of_float64(name, dtype):
                     width,
                     eps,
                 )
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize(
+    ("dtype", "magnitude", "gradient"),
+    [
+        (torch.float32, 1e9, 1e-26),
+        (torch.float32, 0.9e9, 1e30),
+        (torch.float32, 1e-9, 1e-36),
+        (torch.float32, 1.0, 1e-36),
+        (torch.bfloat16, 1e8, 1e33),
+        (torch.float64, 1e90, 1e-145),
+        (torch.float64, 1e80, 1e235),
+    ],
+)
+def test_gradients_may_be_of_any_size(name, dtype, magnitude, gradient):
+    # Their products with an ordinary row leave the range of float32, which the result does not. Among them
+    # rows without gradient and with ordinary numbers.
+    rows, width = 70, 40
+    x = torch.randn(rows, width, dtype=torch.float64) * magnitude
+    grad = torch.randn(rows, width, dtype=torch.float64) * gradient
+    grad[3], grad[4:6] = 0, torch.randn(2, width)
+    x, grad = x.to(dtype).requires_grad_(), grad.to(dtype)
+    gain = torch.randn(width).to(dtype).requires_grad_()
+    found = torch.autograd.grad(call(name, x, gain, None, 0.0), (x, gain), grad)
+    wide = [t.detach().double().requires_grad_() for t in (x, gain)]
+    wanted = torch.autograd.grad(exact(*wide, None, 0.0, name == "layer_norm"), wide, grad.double())
+    # Of a row relative to its greatest gradient, of the gain to the sum of its terms; sums of `width` and
+    # `rows` terms, rounded as the statistics are, then to the type itself.
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    tolerance = 4 * torch.finfo(dtype).eps + 16 * torch.finfo(kept).eps
+    error, size = (found[0].double() - wanted[0]).abs(), wanted[0].abs()
+    assert (error.amax(-1) <= tolerance * size.amax(-1) + torch.finfo(dtype).smallest_normal).all()
+    n = exact(wide[0].detach(), torch.ones(width).double(), None, 0.0, name == "layer_norm")
+    assert ((found[1].double() - wanted[1]).abs() <= tolerance * (grad.double() * n).abs().sum(0)).all()
+    # The rows have the bits that each has by itself.
+    for row in (0, 3, 4, 69):
+        alone = x.detach()[row : row + 1].requires_grad_()
+        output = call(name, alone, gain, None, 0.0)
+        assert torch.equal(torch.autograd.grad(output, alone, grad[row : row + 1])[0][0], found[0][row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_constant_rows_have_derivatives_of_any_order(dtype):
+    largest = 1e4 if dtype == torch.float16 else 1e22
+    x = torch.full((3, 4), largest, dtype=dtype, requires_grad=True)
+    grad = torch.tensor([1.0, 2.0, 4.0, -3.0], dtype=dtype).expand(3, 4).clone().requires_grad_()
+    for eps in (1.0, 1e-2):
+        (first,) = torch.autograd.grad(LF.layer_norm(x, (4,), eps=eps), x, grad, create_graph=True)
+        wanted = (grad - grad.mean(-1, keepdim=True)) / math.sqrt(eps)
+        assert torch.allclose(first, wanted, rtol=1e-3)
+        of_x, of_grad = torch.autograd.grad(first.square().sum(), (x, grad))
+        assert not of_x.any()
+        assert of_grad.isfinite().all()
 
 
 @every_dtype

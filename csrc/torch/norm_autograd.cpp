@@ -4,10 +4,11 @@
 #include <ATen/ops/frexp.h>
 #include <ATen/ops/layer_norm.h>
 #include <ATen/ops/ldexp.h>
-#include <ATen/ops/ones.h>
+#include <ATen/ops/maximum.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/rms_norm.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -18,15 +19,35 @@
 namespace layernorm {
 namespace {
 
-// For each row a power of two that brings the greater of its largest element and √eps near 1, so
-// that squares stay in the range of the type; as far as the type holds such a power and its
-// inverse.
-Tensor row_scale(const Tensor& rows, at::IntArrayRef dims, double eps) {
-  const int most = rows.scalar_type() == at::kDouble ? 1022 : 126;
-  const Tensor size = rows.detach().abs().amax(dims, true).clamp_min(std::sqrt(std::fabs(eps)));
-  const Tensor known = size.isfinite().logical_and(size > 0);
-  const Tensor exponent = std::get<1>(at::frexp(at::where(known, size, at::ones_like(size))));
-  return at::ldexp(at::ones_like(size), exponent.neg().clamp(-most, most));
+// The rows, of which the mean is taken where they are centred, times a power of two each, so that
+// their squares and eps beside them stay in the range of the type; the power as two factors, which
+// it may need, and the √eps that belongs to it.
+struct Scaled {
+  Tensor rows, first, second, root_eps;
+};
+
+Scaled scaled(const Tensor& rows, at::IntArrayRef dims, double eps, bool centred) {
+  // Exponents whose power of two and its inverse the type holds; that of 0 is below all others.
+  const int64_t most = rows.scalar_type() == at::kDouble ? 1022 : 126;
+  constexpr int64_t kOfZero = -4096;
+  const auto exponents = [&](const Tensor& a) {
+    if (a.numel() == 0) return at::zeros({}, a.options().dtype(at::kLong));
+    const Tensor size = a.detach().abs().amax(dims, true);
+    const Tensor exponent = std::get<1>(at::frexp(size)).to(at::kLong);
+    return at::where(size == 0, kOfZero, at::where(size.isfinite(), exponent, 0));
+  };
+  const auto power = [&](const Tensor& exponent) {
+    return at::ldexp(at::ones_like(exponent, rows.options()), exponent);
+  };
+  int of_eps = kOfZero;
+  const double mantissa = eps == 0 ? 0 : std::frexp(std::sqrt(std::fabs(eps)), &of_eps);
+  // First near 1, then, as centred rows may be much smaller, they or √eps once more.
+  const Tensor once = -exponents(rows).clamp(-most, most);
+  Tensor a = rows * power(once);
+  if (centred) a = a - a.mean(dims, true);
+  const Tensor again = -at::maximum(exponents(a), once + of_eps).clamp(-most, most);
+  const Tensor root_eps = mantissa * power((once + again + of_eps).clamp(-2 * most, 0));
+  return {a * power(again), power(once), power(again), root_eps};
 }
 
 // The gradients as PyTorch operators, which can be differentiated again, to any order: mean and
@@ -41,12 +62,8 @@ TensorTriple composite_backward(const Tensor& grad, const Tensor& input, size_t 
     (dim < input.dim() - static_cast<int64_t>(tail) ? leading : last).push_back(dim);
   const auto mean = [&](const Tensor& a) { return a.mean(last, true); };
   const auto over_rows = [&](const Tensor& a) { return leading.empty() ? a : a.sum(leading); };
-  Tensor a = input.to(type);
-  const Tensor scale = input.numel() > 0 ? row_scale(a, last, eps) : at::ones({}, a.options());
-  a = a * scale;
-  if (centred) a = a - mean(a);
-  // eps or scale² alone could leave the range.
-  const Tensor added = (std::sqrt(std::fabs(eps)) * scale).square();
+  const auto [a, first, second, root_eps] = scaled(input.to(type), last, eps, centred);
+  const Tensor added = root_eps.square();
   const Tensor rstd = (mean(a * a) + (eps < 0 ? -added : added)).rsqrt();
   const Tensor normalized = a * rstd;
   const Tensor g = grad.to(type);
@@ -57,7 +74,7 @@ TensorTriple composite_backward(const Tensor& grad, const Tensor& input, size_t 
   Tensor grad_bias;
   if (weight.defined()) grad_weight = over_rows(g * normalized).to(weight.scalar_type());
   if (bias.defined()) grad_bias = over_rows(g).to(bias.scalar_type());
-  const Tensor grad_input = rstd * (t - along) * scale;
+  const Tensor grad_input = rstd * (t - along) * second * first;
   return {grad_input.to(input.scalar_type()), grad_weight, grad_bias};
 }
 

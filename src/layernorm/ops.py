@@ -336,9 +336,15 @@ def _recurrent_composite_backward(
     return result[0], result[1], result[2], result[3:]
 
 
+@torch.enable_grad()
 def _leaves(given: Sequence[Tensor | None]) -> list[Any]:
-    """The tensors, those that need no gradient as ones that do."""
-    return [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in given]
+    """Return each tensor under another name, and as one that needs a gradient.
+
+    Under its own, the gradient of one would count again that of another which was computed from it.
+    """
+    return [
+        t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in given
+    ]
 
 
 def _gradients(
