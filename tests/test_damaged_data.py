@@ -80,6 +80,7 @@ def mat(compressed: bool, **variables: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+QUESTION = b"http://news\n\na\n\n@placeholder\n\n@entity0\n\n@entity0:A"
 PIXELS = (np.arange(30 * 784).reshape(30, 784) % 7 == 0).astype(np.uint8)
 KINDS: dict[str, tuple[str, bytes, Callable[[], object]]] = {
     **{
@@ -233,10 +234,9 @@ def test_bombs_are_not_unpacked(folder, monkeypatch):
 
 @pytest.mark.parametrize("how", [bytes, gzip.compress, bz2.compress, lzma.compress])
 def test_an_archive_that_ends_too_early_is_not_a_smaller_one(folder, how):
-    question = b"a\n\nb\n\nc\n\nd\n\ne"
     both = (
-        tarred("questions/test/a.question", content=question),
-        tarred("questions/test/b.question", content=question),
+        tarred("questions/test/a.question", content=QUESTION),
+        tarred("questions/test/b.question", content=QUESTION),
     )
     whole = both[0][:1024] + both[1]
     path = folder / "cnn.tgz"
@@ -256,7 +256,7 @@ def test_an_archive_that_ends_too_early_is_not_a_smaller_one(folder, how):
 
 def test_members_with_hostile_names_stay_in_memory(folder, tmp_path):
     for name in ("../../questions/test/a.question", "/questions/test/a.question"):
-        (folder / "cnn.tgz").write_bytes(tarred(name, "gz", b"a\n\nb\n\nc\n\nd\n\ne"))
+        (folder / "cnn.tgz").write_bytes(tarred(name, "gz", QUESTION))
         assert len(data.cnn_questions("test")) == 1
     for link in ("a.question", "/etc/hostname", "../b.question"):
         fields = {"type": tarfile.SYMTYPE, "linkname": link, "size": 0}

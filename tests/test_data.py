@@ -570,6 +570,23 @@ def test_a_question_that_is_none_is_named(named):
         data.cnn_questions("test")
 
 
+@pytest.mark.parametrize(
+    ("passage", "query", "answer", "message"),
+    [
+        (" ", "@placeholder", "@entity0", "expected a passage"),
+        ("a", "b", "@entity0", "a query with @placeholder in it"),
+        ("a", "@placeholder", "@entity1", "expected one of the markers as the answer, got '@entity1'"),
+        ("a", "@placeholder", "Ann", "expected one of the markers as the answer, got 'Ann'"),
+    ],
+)
+def test_a_question_that_cannot_be_answered_is_named(named, passage, query, answer, message):
+    content = "\n\n".join(("http://news", passage, query, answer, "@entity0:A\nAnn:B"))
+    path = put(named / "cnn/questions/test/e.question", content.encode())
+    with pytest.raises(ExperimentError, match=message) as error:
+        data.cnn_questions("test")
+    assert f"{path} is damaged: " in str(error.value)
+
+
 def test_the_registry_is_whole():
     names = [file.name for source in data.SOURCES for file in source.files]
     assert len(set(names)) == len(names) == 24

@@ -52,12 +52,20 @@ def cnn_questions(part: str) -> list[Question]:
     for name, content in finding.entries(path, ".question"):
         if path.is_dir() or name.parent.name == _FOLDERS[part]:
             with finding.reading(path / name):
-                blocks = finding.decoded(content).replace("\r\n", "\n").strip().split("\n\n")
-            if len(blocks) != 5:
-                raise finding.damaged(path / name, f"expected 5 blocks of text, got {len(blocks)}")
-            _, passage, query, answer, names = blocks
-            candidates = tuple(line.partition(":")[0] for line in names.split("\n"))
-            found[name.name] = Question(passage, query, answer, candidates)
+                found[name.name] = _question(finding.decoded(content))
     if not found:
         raise finding.damaged(path, f"there is no {folder}/*.question in it")
     return [found[name] for name in sorted(found)]
+
+
+def _question(text: str) -> Question:
+    blocks = text.replace("\r\n", "\n").strip().split("\n\n")
+    if len(blocks) != 5:
+        raise ValueError(f"expected 5 blocks of text, got {len(blocks)}")
+    _, passage, query, answer, names = blocks
+    candidates = tuple(line.partition(":")[0] for line in names.split("\n"))
+    if not passage.strip() or "@placeholder" not in query:
+        raise ValueError("expected a passage, and a query with @placeholder in it")
+    if answer not in candidates or not answer.startswith("@entity"):
+        raise ValueError(f"expected one of the markers as the answer, got {answer!r}")
+    return Question(passage, query, answer, candidates)
