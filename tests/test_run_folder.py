@@ -183,6 +183,18 @@ def test_what_is_torn_is_made_again_without_a_word_from_the_user(whole, tmp_path
 
 
 @pytest.mark.usefixtures("plain")
+def test_a_damaged_run_that_is_not_asked_for_is_left_out_with_a_word(whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "runs/none-batch128-seed0.csv").write_bytes(b"")
+    assert main([*SETTINGS, "--norms", "layer", "--out", str(out)]) == 0
+    assert "this run is left out until a command names it" in capsys.readouterr().out
+    assert set(records(out).norm) == {"layer"}
+    assert main([*SETTINGS, "--norms", "none", "--out", str(out)]) == 0
+    pd.testing.assert_frame_equal(records(out), records(whole))
+
+
+@pytest.mark.usefixtures("plain")
 def test_runs_of_other_settings_are_refused_where_config_json_is_lost(whole, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(whole, out)

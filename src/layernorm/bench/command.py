@@ -117,6 +117,9 @@ def run(options: argparse.Namespace, outputs: Outputs | None, program: str) -> i
         return _fail(program, str(error), code=2)
     except workers.WorkerError as error:
         return _fail(program, f"{error}; what was measured before is in {path}", code=1)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return _fail(program, f"cannot read or write{where}: {error.strerror or error}", code=2)
     except KeyboardInterrupt:
         return _fail(program, f"interrupted; what was measured is in {path}; go on with --resume", code=130)
     say(console, f"Page: {outputs.page}")

@@ -119,7 +119,7 @@ def _train_missing(
 
 def _report(comparison: Comparison, task: Task, table: pd.DataFrame, console: Console) -> Path:
     path = comparison.out / "report.html"
-    shown = read(comparison.out)
+    shown = results.section(comparison.out, task, folder.read(comparison.out), table)
     drawing.save(shown.charts[0], comparison.out)
     report.write(path, f"layernorm compare {task.name}", [shown])
     metric = task.metrics[0]

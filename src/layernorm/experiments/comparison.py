@@ -121,18 +121,12 @@ def finished(
             continue
         try:
             found[run] = results.read(path, task, f"{identity(settings)} {run.name}")
-        except DamagedFile as error:
-            if say is None:
+        except ExperimentError as error:
+            again = run in asked and isinstance(error, DamagedFile)
+            if say is None or (run in asked and not again):
                 raise
             what = str(error).partition("; delete it")[0]
-            say(
-                f"{what}; this run is trained again"
-                if run in asked
-                else f"{what}; it is left out until a command names this run"
-            )
-        except ExperimentError:
-            if say is None or run in asked:
-                raise
+            say(f"{what}; this run is {'trained again' if again else 'left out until a command names it'}")
     return {run: found[run] for run in sorted(found, key=lambda run: _place(run, settings))}
 
 
