@@ -74,8 +74,9 @@ void extreme_backward(const T* grad, const T* grad_sum, const T* input, double m
                       Accumulate<T>* block_bias, int64_t width) {
   using A = Accumulate<T>;
   const double scale = rstd < 0x1p-256 ? 0x1p-512 : 1.0;  // a difference stays in range
-  const auto stats = std::isinf(rstd) ? extreme_statistics<T, kCentred>(input, width, 0.0)
-                                      : ScaledStats{mean * scale, rstd / scale, scale};
+  const bool again = std::isinf(rstd);
+  const auto stats = again ? extreme_statistics<T, kCentred>(input, width, 0.0)
+                           : ScaledStats{mean * scale, rstd / scale, scale};
   const auto normalized = [&](int64_t i) {
     return (as_double(input + i) * stats.scale - stats.mean) * stats.rstd;
   };
@@ -95,7 +96,8 @@ void extreme_backward(const T* grad, const T* grad_sum, const T* input, double m
   if (grad_input == nullptr) return;
   const auto n = static_cast<double>(width);
   for (int64_t i = 0; i < width; ++i) {
-    double d = (t(i) - sum_t / n - normalized(i) * (sum_tn / n)) * stats.rstd * stats.scale;
+    double d = t(i) - sum_t / n - normalized(i) * (sum_tn / n);
+    d = again ? d * stats.rstd * stats.scale : d * rstd;
     if (grad_sum != nullptr) d += as_double(grad_sum + i);
     from_double(grad_input + i, d);
   }

@@ -48,11 +48,11 @@ def _backward(
 ) -> int:
     """Count the gradients of the products that are wanted, and with ``recompute`` forward again."""
     *_, saved_x, _, _, _, wanted = rest
-    of_input, of_state, of_projection = _products(input, weights)
-    total = of_input * wanted[0] + of_state + of_projection  # the state's gradient comes with every other
-    for operations, weight in zip((of_input, of_state, of_projection), wanted[3:6], strict=True):
-        total += operations * weight
-    return total + (of_input + of_state + of_projection if len(saved_x) == 1 else 0)
+    products = _products(input, weights)
+    of_input, of_state, of_projection = products
+    total = (of_input if wanted[0] else 0) + of_state + of_projection  # the state's comes with every other
+    total += sum(operations for operations, is_wanted in zip(products, wanted[3:6], strict=True) if is_wanted)
+    return total + (sum(products) if len(saved_x) == 1 else 0)
 
 
 def _nothing(*_: Any, **__: Any) -> int:
