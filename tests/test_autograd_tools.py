@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -245,6 +246,7 @@ def test_a_counter_imported_late_counts():
 import torch, layernorm
 module = layernorm.LayerNormRNN(3, 4)
 import sys
+import warnings
 assert "torch.utils.flop_counter" not in sys.modules
 from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter:
@@ -253,3 +255,50 @@ print(counter.get_total_flops())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 2 * 2 * 4 * (3 + 4)
+
+
+# ---- tracing ----
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # from the checks of shapes, as torch.nn's
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}])
+def test_recurrent_layers_can_be_traced(kind, options):
+    module = getattr(layernorm, f"LayerNorm{kind}")(F, H, **options).double()
+    x = torch.randn(4, 5, F, dtype=torch.float64)
+    traced = torch.jit.trace(module, (x,), check_trace=False)
+    assert "layernorm::" not in str(traced.inlined_graph)  # so that it runs without this package
+    same_steps = (7, 5) if options else (4, 7)
+    for shape in ((4, 5), same_steps):
+        x = torch.randn(*shape, F, dtype=torch.float64)
+        assert_close(torch.utils._pytree.tree_leaves(traced(x)), torch.utils._pytree.tree_leaves(module(x)))
+    with pytest.raises(RuntimeError, match=r"Expected . elements in a list but found 9"):
+        traced(torch.randn(9, 9, F, dtype=torch.float64))  # steps are unrolled
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_cells_can_be_traced(kind):
+    cell = getattr(layernorm, f"LayerNorm{kind}Cell")(F, H).double()
+    x = torch.randn(2, F, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(cell, (x,), check_trace=False)
+    x = torch.randn(6, F, dtype=torch.float64)
+    assert_close(torch.utils._pytree.tree_leaves(traced(x)), torch.utils._pytree.tree_leaves(cell(x)))
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+def test_norms_can_be_traced_with_a_shape_of_the_input(name):
+    def function(x):
+        found = getattr(LF, name)(*([x, x] if name.startswith("add") else [x]), x.shape[-1:], eps=1e-5)
+        return found if isinstance(found, Tensor) else found[0] * found[1]
+
+    traced = torch.jit.trace(function, (torch.randn(2, 3, dtype=torch.float64),))
+    for shape in ((2, 3), (4, 9)):  # another width than it was traced with
+        x = torch.randn(*shape, dtype=torch.float64)
+        assert_close([traced(x)], [function(x)])
+
+
+def test_a_traced_norm_runs_without_this_package():
+    traced = torch.jit.trace(layernorm.LayerNorm(F), (torch.randn(2, F),))
+    assert "layernorm::" not in str(traced.inlined_graph)

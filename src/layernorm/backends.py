@@ -94,6 +94,8 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice(other, "torch.func transforms")
     if operator not in NORMS and _in_forward_mode():
         return Choice(other, "forward-mode derivatives")
+    if is_traced():
+        return Choice(other, "torch.jit.trace records PyTorch's operators")
     return Choice("native", "compiled for the CPU")
 
 
@@ -108,6 +110,8 @@ def _on_gpu(operator: str, device: torch.device, dtype: torch.dtype, other: str)
         return _measured(operator, device, dtype)
     if _in_forward_mode():
         return Choice(other, "forward-mode derivatives")
+    if is_traced():
+        return Choice(other, "torch.jit.trace records PyTorch's operators")
     return Choice("triton", "Triton's, for any size and variant")
 
 
@@ -213,10 +217,17 @@ def _asked_for() -> str | None:
 
 
 def foreign(input: object) -> bool:
-    """Whether only PyTorch's operators know this kind of tensor: a subclass, a sparse or a nested one."""
+    """Return whether a tensor is for PyTorch's operators alone: a subclass, sparse, nested, or traced."""
     if not isinstance(input, Tensor) or _asked_for() not in (None, "torch"):
         return False
+    if is_traced():
+        return True  # and they alone know sizes that are traced themselves
     return type(input) not in _PLAIN or input.layout != torch.strided or input.is_nested
+
+
+def is_traced() -> bool:
+    """Return whether ``torch.jit.trace`` records this call."""
+    return torch._C._get_tracing_state() is not None
 
 
 def distributed(input: object) -> ModuleType | None:
@@ -246,13 +257,14 @@ def recurrent_kernel_for(operator: str, input: Tensor, others: Sequence[Tensor])
     kernel = kernel_for(operator, input)
     if kernel not in OPERATORS:
         return kernel
-    tensors = (input, *others)
-    if any(type(t) not in _TRACED or t.layout != torch.strided for t in tensors) and _asked_for() is None:
-        return "reference"
-    device, dtype = input.device, input.dtype  # a microsecond in all if each tensor asked for them again
+    device, dtype = input.device, input.dtype  # asking each tensor again would take a microsecond
     autocast = torch.is_autocast_enabled(device.type)
-    alike = all(t.device == device and (autocast or t.dtype == dtype) for t in others)
-    return kernel if alike else "reference"
+    for t in (input, *others):
+        if t.device != device or not (autocast or t.dtype == dtype):
+            return "reference"
+        if (type(t) not in _TRACED or t.layout != torch.strided) and _asked_for() is None:
+            return "reference"
+    return kernel
 
 
 def _in_forward_mode() -> bool:
