@@ -259,7 +259,11 @@ def test_hooks_that_cannot_compute_a_weight_are_none_of_its_concern():
         assert torch.equal(module.stream().step(x), expected)
 
 
-def test_shards_are_refused():
+def test_weights_that_are_not_here_are_refused():
+    with pytest.raises(
+        RuntimeError, match="weight_ih_l0 is on the meta device, without numbers; load it first"
+    ):
+        layernorm.LayerNormLSTM(3, 8, device="meta").stream()
     module = layernorm.LayerNormLSTM(3, 8)
     flat_shard = with_attributes(module)
     flat_shard.weight_hh_l0 = flat_shard.weight_hh_l0.flatten()[:100]

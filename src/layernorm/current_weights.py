@@ -40,7 +40,7 @@ def current_weights(module: _Sequence, operator: str) -> list[dict[str, Tensor]]
         operator: who asks, for messages.
 
     Raises:
-        RuntimeError: a forward pre-hook may compute a weight, or a weight is sharded.
+        RuntimeError: a forward pre-hook may compute a weight, or a weight is sharded or on the meta device.
     """
     hooks = _hooks(module, operator)
     # The mode of the caller: torch.nn.utils.parametrize may keep what is computed here for others to use.
@@ -110,6 +110,11 @@ def _check(module: _Sequence, operator: str, layer: int, weights: dict[str, Tens
                 "is of one process; call the module's unshard() first where fully_shard made it, or load "
                 "its full_tensor() values into a module of plain parameters, and make the stream of that"
             )
+        if weight.is_meta:
+            raise RuntimeError(
+                f"{operator}: {name}_l{layer} is on the meta device, without numbers; load it first, or keep "
+                "it in memory where a tool offloads it between calls"
+            )
         if weight.shape != shapes[name] or not _has_memory(weight):
             got = f"shape {plain(weight.shape)}" if weight.shape != shapes[name] else "memory that was freed"
             raise RuntimeError(
@@ -123,7 +128,7 @@ def _has_memory(weight: Tensor) -> bool:
     """Whether a tensor's elements exist: FSDP frees them between calls, and keeps the tensor."""
     if type(weight) is not Tensor or weight.layout != torch.strided or weight.numel() == 0:
         return True
-    if weight.is_meta or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return True
     last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
     needed = (weight.storage_offset() + last + 1) * weight.element_size()

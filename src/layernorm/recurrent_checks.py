@@ -116,6 +116,17 @@ def sequence_arguments(
 
 
 def _parameters(operator: str, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if weights.keys() != shapes.keys():
+        _names(operator, weights, shapes)
+    for name, given in weights.items():
+        if given.shape != shapes[name]:
+            raise RuntimeError(
+                f"{operator}: Expected {name} of shape {plain(shapes[name])}, but got {plain(given.shape)}"
+            )
+
+
+def _names(operator: str, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises unless the names are the variant's, from which biases may be missing."""
     missing = [n for n in shapes if n not in weights and not n.startswith("bias")]
     unknown = [n for n in weights if n not in shapes]
     if missing or unknown:
@@ -124,11 +135,6 @@ def _parameters(operator: str, weights: Mapping[str, Tensor], shapes: Mapping[st
             + (f"; missing: {', '.join(missing)}" if missing else "")
             + (f"; unknown: {', '.join(map(str, unknown))}" if unknown else "")
         )
-    for name, given in weights.items():
-        if given.shape != shapes[name]:
-            raise RuntimeError(
-                f"{operator}: Expected {name} of shape {plain(shapes[name])}, but got {plain(given.shape)}"
-            )
 
 
 def gates_tensors(
