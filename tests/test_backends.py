@@ -223,6 +223,16 @@ def test_an_override_that_cannot_be_is_refused():
     )
 
 
+def test_a_question_that_makes_no_sense_is_refused():
+    for arguments, error, message in (
+        (("conv", CPU, torch.float32), ValueError, "operator must be one of layer_norm, .*; got 'conv'"),
+        (("lstm", "cpu", torch.float32), TypeError, "device must be a torch.device, got str"),
+        (("lstm", CPU, "float32"), TypeError, "dtype must be a torch.dtype, got str"),
+    ):
+        with pytest.raises(error, match=message):
+            backends.choose(*arguments)
+
+
 def test_the_environment_overrides():
     code = """
 import layernorm, torch

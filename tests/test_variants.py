@@ -463,3 +463,12 @@ def test_an_unknown_variant_is_refused(variant, cell, error, message):
         resolve(variant, cell)
     with pytest.raises(error, match=message):
         getattr(layernorm, f"LayerNorm{cell.upper()}")(3, 4, variant=variant)
+
+
+def test_an_unknown_cell_is_refused():
+    for call in (
+        lambda: resolve("paper", "cnn"),
+        lambda: parameter_shapes("cnn", resolve("paper", "lstm"), 3, 5),
+    ):
+        with pytest.raises(ValueError, match="cell must be one of 'lstm', 'gru', 'rnn'; got 'cnn'"):
+            call()

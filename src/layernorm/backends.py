@@ -68,7 +68,8 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
         dtype: the input's dtype.
 
     Raises:
-        ValueError: ``LAYERNORM_BACKEND`` names no kernel.
+        ValueError: ``LAYERNORM_BACKEND`` names no kernel, or there is no such operator.
+        TypeError: ``device`` or ``dtype`` is something else.
         RuntimeError: the override asks for a compiled kernel that does not exist.
 
     Examples:
@@ -77,6 +78,17 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
         >>> backends.choose("lstm", torch.device("meta"), torch.float32).kernel
         'reference'
     """
+    if operator not in (*NORMS, *RECURRENT, GATES):
+        raise ValueError(
+            f"operator must be one of {', '.join((*NORMS, *RECURRENT, GATES))}; got {operator!r}"
+        )
+    for name, given, kind in (("device", device, torch.device), ("dtype", dtype, torch.dtype)):
+        if not isinstance(given, kind):
+            raise TypeError(f"{name} must be a torch.{kind.__name__}, got {type(given).__name__}")
+    return _chosen(operator, device, dtype)
+
+
+def _chosen(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
     if operator == GATES and device.type == "cuda":
         return Choice("reference", "it has no kernel for GPUs")
     if (kernel := _asked_for()) is not None:
@@ -243,7 +255,7 @@ def kernel_for(operator: str, input: Tensor) -> str:
 
     Warns, once in a process, where a compiled kernel would have served and there are none.
     """
-    kernel = choose(operator, input.device, input.dtype).kernel
+    kernel = _chosen(operator, input.device, input.dtype).kernel
     if ops.NATIVE_PROBLEM is not None and _asked_for() is None and _has_native(input.device, input.dtype):
         _say_once(f"no compiled kernels: {ops.NATIVE_PROBLEM}")
     return kernel

@@ -191,7 +191,7 @@ def resolve(variant: str | Variant, cell: Cell) -> Variant:
         cell: ``"lstm"``, ``"gru"`` or ``"rnn"``.
 
     Raises:
-        ValueError: no preset has that name, or the preset has no such cell.
+        ValueError: no preset has that name, the preset has no such cell, or there is none.
         TypeError: ``variant`` is neither a name nor a ``Variant``.
 
     Examples:
@@ -209,6 +209,7 @@ def resolve(variant: str | Variant, cell: Cell) -> Variant:
         raise ValueError(f"unknown variant {variant!r}; expected one of {', '.join(PRESETS)}")
     cells = PRESETS[variant]
     if cell not in cells:
+        _check_cell(cell)
         having = ", ".join(name for name, known in PRESETS.items() if cell in known)
         raise ValueError(
             f"variant {variant!r} has no {cell.upper()}; its cells: "
@@ -249,6 +250,7 @@ def parameter_shapes(
         >>> list(parameter_shapes("rnn", Variant(inputs="summed"), 3, 5))
         ['weight_ih', 'weight_hh', 'gain', 'bias']
     """
+    _check_cell(cell)
     width = GATES[cell] * hidden_size
     names: dict[str, tuple[int, ...]] = {
         "weight_ih": (width, input_size),
@@ -266,6 +268,11 @@ def parameter_shapes(
         if cell == "lstm" and variant.cell != "none":
             names |= {"gain_cell": (hidden_size,), "bias_cell": (hidden_size,)}
     return {name: shape for name, shape in names.items() if bias or not name.startswith("bias")}
+
+
+def _check_cell(cell: object) -> None:
+    if cell not in GATES:
+        raise ValueError(f"cell must be one of {', '.join(map(repr, GATES))}; got {cell!r}")
 
 
 __all__ = ["GATES", "PRESETS", "Variant", "parameter_shapes", "resolve"]
