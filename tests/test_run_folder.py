@@ -167,6 +167,8 @@ def test_what_is_torn_is_made_again_without_a_word_from_the_user(whole, tmp_path
     (out / "runs/rms-batch128-seed0.checkpoint").write_bytes(b"PK\x03\x04half")
     (out / "config.json").write_bytes(b"")
     (out / "results.csv").write_bytes(b"")
+    for left in ("layer-batch128-seed0.checkpoint", "layer-batch128-seed0.claim", "a.csv.new"):
+        (out / "runs" / left).write_bytes(b"left by a kill")
     assert main([*ARGUMENTS[:-1], "none,layer,rms", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "config.json is damaged: Expecting value: line 1 column 1 (char 0); it is written anew" in text
@@ -180,6 +182,8 @@ def test_what_is_torn_is_made_again_without_a_word_from_the_user(whole, tmp_path
     assert "layer, batch 128, seed 0: finished before" in text
     table = records(out)
     pd.testing.assert_frame_equal(table[table.norm != "rms"].reset_index(drop=True), records(whole))
+    runs = {f"{norm}-batch128-seed0.csv" for norm in ("none", "layer", "rms")}
+    assert {path.name for path in (out / "runs").iterdir()} == runs | {f"{name}.sha256" for name in runs}
 
 
 @pytest.mark.usefixtures("plain")

@@ -89,7 +89,8 @@ def _begin(comparison: Comparison, task: Task, console: Console) -> dict[Run, pd
     for notice in [*([f"{damage}; it is written anew"] if damage else []), *notices]:
         say(console, notice)
     for run in there:
-        comparison.path(run, ".checkpoint").unlink(missing_ok=True)  # a kill has kept it
+        for suffix in (".checkpoint", ".claim"):  # that a kill has kept
+            comparison.path(run, suffix).unlink(missing_ok=True)
     return there
 
 

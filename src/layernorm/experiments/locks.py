@@ -115,9 +115,16 @@ def claimed(path: Path) -> Iterator[Callable[[], None]]:
 
     Yields:
         A function that raises ``ExperimentError`` where another process has claimed the run since.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     mark = f"{_who()} ({uuid.uuid4().hex})"
-    path.write_text(mark, "utf-8", errors="backslashreplace")
+    try:
+        path.write_text(mark, "utf-8", errors="backslashreplace")
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
     def check() -> None:
         found = _read(path)
