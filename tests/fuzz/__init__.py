@@ -1,0 +1,1 @@
+"""A differential fuzz of the package against float64 and wider: see ``CONTRIBUTING.md``."""

@@ -1,0 +1,151 @@
+"""What a case is drawn from: sizes, magnitudes around the kernels' thresholds, layouts, settings."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layernorm import ops
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+EPS = (0.0, 1e-45, 1e-12, 1e-5, 1.0)
+# Vectors hold 2 to 16 elements, sums 32 of them in each lane of a pair, rows up to 3072 bytes go together.
+EDGES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+# Where a kernel takes another path: variances of 2^-100 and 2^127 (float64: 2^-960, 2^1022), and rstd of
+# 2^±30 (2^±300) in backward. As exponents of the rows' deviation.
+THRESHOLDS = {torch.float32: (-50, 63, -30, 30), torch.float64: (-480, 511, -300, 300)}
+
+
+class Failure(AssertionError):
+    """A case whose result is wrong."""
+
+
+def check(fits: bool, message: str) -> None:
+    """Fail the case unless ``fits``."""
+    if not fits:
+        raise Failure(message)
+
+
+class Draw(random.Random):
+    """The numbers of one case; ``notes`` say what was drawn."""
+
+    def __init__(self, part: str, seed: int) -> None:
+        super().__init__(f"{part} {seed}")
+        self.notes: dict[str, Any] = {}
+        self._generator = torch.Generator().manual_seed(self.getrandbits(60))
+
+    def note(self, **values: Any) -> None:
+        """Keep what was drawn for the message of a failure."""
+        self.notes |= values
+
+    def chance(self, probability: float) -> bool:
+        """Return True with this probability."""
+        return self.random() < probability
+
+    def normal(self, *shape: int) -> Tensor:
+        """Return standard normal numbers in float64."""
+        return torch.randn(shape, generator=self._generator, dtype=torch.float64)
+
+    def size(self, most: int = 130) -> int:
+        """Return a small size more often than a large one, and often the neighbour of a vector's."""
+        if self.chance(0.3):
+            return max(1, min(most, self.choice(EDGES[:5]) + self.randint(-1, 1)))
+        return self.randint(1, self.choice((4, 20, most)))
+
+    def exponent(self, dtype: torch.dtype) -> int:
+        """Return the power of two that a row of this dtype is scaled by."""
+        least, most = finite_exponents(dtype)
+        if self.chance(0.3):
+            return self.randint(-3, 3)
+        if dtype != torch.float16 and self.chance(0.4):
+            threshold = self.choice(THRESHOLDS[torch.float64 if dtype == torch.float64 else torch.float32])
+            return min(most, threshold + self.randint(-3, 3))
+        return self.randint(least, most)
+
+    def tensor(self, dtype: torch.dtype, *shape: int, extremes: bool = True, spread: int = 0) -> Tensor:
+        """Return normal numbers of one magnitude, ordinary or not, plus or minus ``spread`` binary orders."""
+        a = self.normal(*shape)
+        if spread:
+            a = a * torch.exp2(torch.randint(-spread, spread + 1, shape, generator=self._generator).double())
+        if extremes:
+            a = torch.ldexp(a, torch.tensor(self.exponent(dtype)))
+        return rounded(a, dtype)
+
+    def laid(self, a: Tensor) -> Tensor:
+        """Return the same values in some layout."""
+        kind = self.choice(("plain", "plain", "column-major", "sliced", "offset", "wide", "expanded"))
+        if kind == "column-major" and a.dim() > 1:
+            a = a.transpose(0, -1).contiguous().transpose(0, -1)
+        elif kind == "sliced":
+            a = torch.stack([a, torch.full_like(a, float("nan"))], -1)[..., 0]
+        elif kind == "offset":
+            a = torch.cat([a.new_full((1,), float("nan")), a.reshape(-1)])[1:].view(a.shape)
+        elif kind == "wide" and a.dim() > 1:
+            a = torch.nn.functional.pad(a, (1, 2), value=float("nan"))[..., 1:-2]
+        elif kind == "expanded" and a.dim() > 1:
+            # Layouts change no value: rows are made equal by whoever wants that.
+            a = a if a.size(0) != 1 else a[:1].expand(a.shape)
+        return a
+
+
+def finite_exponents(dtype: torch.dtype) -> tuple[int, int]:
+    """Return the powers of two between which normal numbers, times 8, are finite; denormals included."""
+    info = torch.finfo(dtype)
+    least = math.frexp(info.tiny)[1] + round(math.log2(info.eps))
+    return max(least, -1073), math.frexp(info.max)[1] - 4
+
+
+def rounded(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the nearest finite numbers of this dtype."""
+    info = torch.finfo(dtype)
+    return a.clamp(info.min, info.max).to(dtype)
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Return the unit of roundoff."""
+    return torch.finfo(dtype).eps / 2
+
+
+def computed(dtype: torch.dtype) -> torch.dtype:
+    """Return what rows of this dtype are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def setting(draw: Draw) -> Iterator[None]:
+    """Some number of threads and some instruction set, with fresh memory that is filled with NaN."""
+    if ops.native is None:
+        yield
+        return
+    threads, capability = torch.get_num_threads(), ops.native.capability()
+    poison = torch.utils.deterministic.fill_uninitialized_memory
+    drawn = draw.choice((1, 1, 2)), draw.choice(ops.native.capabilities())
+    draw.note(threads=drawn[0], capability=drawn[1])
+    torch.set_num_threads(drawn[0])
+    ops.native.use_capability(drawn[1])
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        ops.native.use_capability(capability)
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = poison
+
+
+def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Return whether two results are equal, NaN for NaN and 0 for either 0."""
+    return all(
+        x.shape == y.shape
+        and torch.equal(x.isnan(), y.isnan())
+        and torch.equal(x.nan_to_num(), y.nan_to_num())
+        for x, y in zip(a, b, strict=True)
+    )

@@ -1,0 +1,118 @@
+"""``lstm_gates``: values and gradients against the reference in float64, whose rows are of any magnitude."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layernorm import Variant, backends
+from layernorm import functional as LF
+from layernorm.variants import parameter_shapes, resolve
+
+from .draws import DTYPES, Draw, Failure, check, rounded, same_bits, setting
+from .judging import moved_by_roundings, within
+from .layers import variant_of
+
+GIVEN = ("input_gates", "hidden_gates", "c")
+
+
+@dataclass
+class Case:
+    variant: str | Variant
+    dtype: torch.dtype
+    tensors: dict[str, Tensor]  # of GIVEN, and the parameters
+
+    def call(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return h and c."""
+        given = [tensors[name] for name in GIVEN]
+        return LF.lstm_gates(
+            *given, {n: t for n, t in tensors.items() if n not in GIVEN}, variant=self.variant
+        )
+
+
+def case_of(seed: int) -> tuple[Draw, Case]:
+    """Draw a case: rows of any magnitude, whose norms take any path."""
+    draw = Draw("gates", seed)
+    variant, dtype = variant_of(draw, "lstm"), draw.choice((torch.float32, *DTYPES))
+    spec = resolve(variant, "lstm")
+    hidden, rows = draw.size(), draw.choice((0, 1, 1, 2, 3, 4, 5, 8, 33, 70))
+    far = {torch.float16: 5, torch.float64: 200}.get(dtype, 60) if spec.kind != "none" else 3
+
+    def magnitudes(*shape: int) -> Tensor:
+        a = draw.normal(*shape)
+        if draw.chance(0.6):
+            a = torch.ldexp(
+                a, torch.tensor([[draw.randint(-far, far)] for _ in range(rows)]).reshape(rows, 1)
+            )
+        return a
+
+    tensors = {
+        "input_gates": magnitudes(rows, 4 * hidden),
+        "hidden_gates": magnitudes(rows, 4 * hidden),
+        "c": magnitudes(rows, hidden),
+    }
+    if rows and draw.chance(0.1):
+        tensors["input_gates"][0] = 0
+    for name, shape in parameter_shapes("lstm", spec, 1, hidden).items():
+        if name.startswith("weight") or (name.startswith("bias") and draw.chance(0.2)):
+            continue
+        tensors[name] = draw.normal(*shape) * 0.3 + name.startswith("gain")
+    draw.note(
+        variant=variant,
+        dtype=dtype,
+        rows=rows,
+        hidden=hidden,
+        parameters=[n for n in tensors if n not in GIVEN],
+    )
+    return draw, Case(variant, dtype, {name: rounded(t, dtype) for name, t in tensors.items()})
+
+
+def run(seed: int) -> float:
+    """Draw a case, run it and judge it; returns the largest share of what is allowed."""
+    draw, case = case_of(seed)
+    try:
+        with setting(draw):
+            return judged(draw, case)
+    except Failure as failure:
+        raise Failure(f"{failure}\n  {draw.notes}") from None
+
+
+def judged(draw: Draw, case: Case) -> float:
+    rows = case.tensors["c"].size(0)
+    laid = {name: draw.laid(t) for name, t in case.tensors.items()}
+    seeds = [rounded(draw.normal(*case.tensors["c"].shape), case.dtype) for _ in range(2)]
+    with backends.use("native"):
+        found = results(case, laid, seeds)
+    if rows:
+        chosen = torch.tensor(sorted(draw.sample(range(rows), draw.randint(1, min(rows, 5)))))
+        fewer = {name: t[chosen] if name in GIVEN else t for name, t in case.tensors.items()}
+        with backends.use("native"):
+            some = results(case, fewer, [s[chosen] for s in seeds])
+        for name in ("output h", "output c", *GIVEN):
+            check(
+                same_bits([some[name]], [found[name][chosen]]),
+                f"{name} of rows {chosen.tolist()} alone: other bits",
+            )
+    wide = {name: t.double() for name, t in case.tensors.items()}
+    wide_seeds = [s.double() for s in seeds]
+    with backends.use("reference"):
+        expected = results(case, wide, wide_seeds)
+        allowed = moved_by_roundings(draw, case.dtype, expected, lambda: results(case, wide, wide_seeds))
+    share = 0.0
+    for name, e in expected.items():
+        share = max(share, within(name, found[name].double(), e, allowed[name], case.dtype))
+    return share
+
+
+def results(case: Case, tensors: dict[str, Tensor], seeds: list[Tensor]) -> dict[str, Tensor]:
+    """Return h, c and every gradient, by name."""
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    outputs = case.call(leaves)
+    grads = torch.autograd.grad(outputs, list(leaves.values()), seeds, materialize_grads=True)
+    return {
+        "output h": outputs[0].detach(),
+        "output c": outputs[1].detach(),
+        **dict(zip(leaves, grads, strict=True)),
+    }

@@ -1,0 +1,114 @@
+"""The reference with random roundings: how far a result moves by them is how far another's may be off.
+
+Within ``roundings`` every product, norm and activation of ``layernorm.reference.recurrent`` is off by random
+units of roundoff of what it is given and of what it returns, and so are its derivative and what that keeps.
+A difference of terms that cancel, be it in a state or in a gradient, then moves as it does for a kernel that
+rounds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from layernorm.reference import recurrent
+
+from .draws import Draw
+
+Noise = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def roundings(draw: Draw, u: float, most: float) -> Iterator[None]:
+    """Let the reference round to a unit ``u``; a gradient of a product beyond ``most`` becomes NaN."""
+
+    def off(a: Tensor) -> Tensor:
+        return a * (1 + u * draw.normal(*a.shape))
+
+    def linear(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _Passed.apply(F.linear(_Passed.apply(a, off, most), weight, bias), off, most)
+
+    def norm(centred: bool) -> Callable[..., Tensor]:
+        return lambda a, shape, eps: _Norm.apply(a, eps, centred, off)
+
+    replaced = {
+        "linear": linear,
+        "layer_norm": norm(True),
+        "rms_norm": norm(False),
+        "torch": _Torch({"tanh": lambda a: _Tanh.apply(a, off), "sigmoid": lambda a: _Sigmoid.apply(a, off)}),
+    }
+    before = {name: getattr(recurrent, name) for name in replaced}
+    for name, value in replaced.items():
+        setattr(recurrent, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(recurrent, name, value)
+
+
+class _Torch:
+    """The module ``torch`` with some functions replaced."""
+
+    def __init__(self, functions: dict[str, Callable[..., Tensor]]) -> None:
+        self._functions = functions
+
+    def __getattr__(self, name: str) -> Any:
+        return self._functions.get(name) or getattr(torch, name)
+
+
+class _Passed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, off: Noise, most: float) -> Tensor:
+        ctx.off, ctx.most = off, most
+        return off(a)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.off(grad.masked_fill(grad.abs() > ctx.most, torch.nan)), None, None
+
+
+class _Tanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, off: Noise) -> Tensor:
+        ctx.off, ctx.kept = off, off(torch.tanh(off(a)))
+        return ctx.kept
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.off(grad) * (1 - ctx.off(ctx.kept).square()), None
+
+
+class _Sigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, off: Noise) -> Tensor:
+        ctx.off, ctx.kept = off, off(torch.sigmoid(off(a)))
+        return ctx.kept
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.off(ctx.kept)
+        return ctx.off(grad) * kept * (1 - ctx.off(ctx.kept)), None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, eps: float, centred: bool, off: Noise) -> Tensor:
+        a = off(a)
+        rest = a - a.mean(-1, keepdim=True) if centred else a
+        rstd = torch.rsqrt(rest.square().mean(-1, keepdim=True) + eps)
+        ctx.n, ctx.rstd, ctx.centred, ctx.off = off(rest * rstd), off(rstd), centred, off
+        return ctx.n
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        t, n = ctx.off(grad), ctx.off(ctx.n)
+        along = n * (t * n).mean(-1, keepdim=True)
+        if ctx.centred:
+            along = along + t.mean(-1, keepdim=True)
+        return ctx.off(t - along) * ctx.rstd, None, None, None

@@ -1,0 +1,39 @@
+"""The parts of the fuzz, each a function of a seed, and how a failure is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import arguments, gates, large_norms, layers, norms, promises
+
+PARTS: dict[str, Callable[[int], float]] = {
+    "norms": norms.run,
+    "large_norms": large_norms.run,
+    "gates": gates.run,
+    "layers": layers.run,
+    "promises": promises.run,
+    "arguments": arguments.run,
+}
+#: Cases that share what a part costs to start.
+TOGETHER = {"arguments": 500}
+
+
+def failure_of(part: str, seed: int) -> str | None:
+    """Run a case; returns what is wrong and how to see it again."""
+    try:
+        PARTS[part](seed)
+    except Exception as error:
+        return told(part, seed, f"{type(error).__name__}: {error}")
+    return None
+
+
+def failures_of(part: str, seeds: range) -> list[str]:
+    """Run cases; returns what is wrong with each that fails."""
+    if part in TOGETHER:
+        return [told(part, seed, what) for seed, what in arguments.failures(seeds.start, seeds.stop)]
+    return [found for seed in seeds if (found := failure_of(part, seed)) is not None]
+
+
+def told(part: str, seed: int, what: str) -> str:
+    """Return a failure with the command that runs it again."""
+    return f"{what}\n  again: python -m tests.fuzz {part} --case {seed}"

@@ -1,0 +1,313 @@
+"""Valid calls of everything public and of every raw operator, for ``arguments`` to spoil."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import layernorm
+from layernorm import Variant, backends, recurrent_operator
+from layernorm import functional as LF
+from layernorm.variants import GATES, PRESETS, parameter_shapes, resolve
+
+from .draws import Draw
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+SEQUENCES = {"lstm": layernorm.LayerNormLSTM, "gru": layernorm.LayerNormGRU, "rnn": layernorm.LayerNormRNN}
+CELLS = {
+    "lstm": layernorm.LayerNormLSTMCell,
+    "gru": layernorm.LayerNormGRUCell,
+    "rnn": layernorm.LayerNormRNNCell,
+}
+STEPS, ROWS, FEATURES, HIDDEN = 3, 2, 4, 5
+
+
+def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function under a name for the message, its result differentiated where it can be."""
+
+    def call(**arguments: Any) -> Any:
+        result = function(**arguments)
+        outputs = result if isinstance(result, tuple | list) else (result,)
+        wanted = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad and o.grad_fn is not None]
+        if wanted:
+            torch.autograd.backward(wanted, [torch.ones_like(o) for o in wanted])
+        return result
+
+    call.subject = name  # type: ignore[attr-defined]
+    return call
+
+
+def spec_of(draw: Draw, cell: str) -> Variant:
+    """Draw a public variant's spec."""
+    return resolve(draw.choice([name for name, cells in PRESETS.items() if cell in cells]), cell)  # type: ignore[arg-type]
+
+
+def weights_of(draw: Draw, cell: str, spec: Variant, proj: int = 0) -> dict[str, Tensor]:
+    """Return parameters, half of the time such that need a gradient."""
+    shapes = parameter_shapes(cell, spec, FEATURES, HIDDEN, proj_size=proj)  # type: ignore[arg-type]
+    needs = draw.chance(0.5)
+    return {name: torch.randn(shape).requires_grad_(needs) for name, shape in shapes.items()}
+
+
+def norm_function(draw: Draw) -> Call:
+    name = draw.choice(backends.NORMS)
+    arguments: dict[str, Any] = {"input": torch.randn(3, FEATURES), "normalized_shape": (FEATURES,)}
+    if name.startswith("add"):
+        arguments["residual"] = torch.randn(3, FEATURES)
+    arguments["weight"] = torch.randn(FEATURES).requires_grad_(draw.chance(0.5))
+    if "layer" in name:
+        arguments["bias"] = torch.randn(FEATURES)
+    arguments["eps"] = 1e-5
+    return named(name, getattr(LF, name)), arguments
+
+
+def norm_module(draw: Draw) -> Call:
+    kind = draw.choice((layernorm.LayerNorm, layernorm.RMSNorm))
+    return named(kind.__name__, kind(FEATURES)), {"input": torch.randn(3, FEATURES)}
+
+
+def norm_operator(draw: Draw) -> Call:
+    name = draw.choice((*backends.NORMS, "norm_forward", "norm_backward"))
+    centred = draw.chance(0.5)
+    x, weight = torch.randn(3, FEATURES), torch.randn(FEATURES).requires_grad_(draw.chance(0.5))
+    arguments: dict[str, Any] = {"input": x, "normalized_shape": [FEATURES], "weight": weight}
+    operator = getattr(torch.ops.layernorm, name)
+    if name == "norm_backward":
+        stats = torch.ops.layernorm.norm_forward(x, None, [FEATURES], weight.detach(), None, 1e-5, centred)[2]
+        arguments |= {"grad": torch.randn(3, FEATURES), "grad_sum": torch.randn(3, FEATURES), "stats": stats}
+        arguments |= {"bias": None, "centred": centred, "wanted": [True, True, centred]}
+        return named(name, operator), arguments
+    arguments["eps"] = 1e-5
+    if name.startswith("add") or name == "norm_forward":
+        arguments["residual"] = torch.randn(3, FEATURES)
+    if "layer" in name or name == "norm_forward":
+        arguments["bias"] = torch.randn(FEATURES) if "layer" in name or centred else None
+    if name == "norm_forward":
+        arguments["centred"] = centred
+    return named(name, operator), arguments
+
+
+def sequence_function(draw: Draw) -> Call:
+    cell = draw.choice(tuple(GATES))
+    spec = spec_of(draw, cell)
+    proj = 3 if cell == "lstm" and draw.chance(0.3) else 0
+    h, c = torch.zeros(ROWS, proj or HIDDEN), torch.zeros(ROWS, HIDDEN)
+    arguments: dict[str, Any] = {
+        "input": torch.randn(STEPS, ROWS, FEATURES),
+        "state": (h, c) if cell == "lstm" else h,
+        "weights": weights_of(draw, cell, spec, proj),
+        "variant": spec,
+        "reverse": draw.chance(0.3),
+        "batch_sizes": None,
+        "resets": torch.rand(STEPS, ROWS) < 0.3,
+        "recompute": draw.chance(0.3),
+    }
+    if draw.chance(0.4):
+        arguments |= {
+            "batch_sizes": [2, 2, 1],
+            "input": torch.randn(5, FEATURES),
+            "resets": torch.rand(5) < 0.3,
+        }
+    if cell == "rnn":
+        arguments["nonlinearity"] = "tanh"
+    return named(cell, getattr(LF, cell)), arguments
+
+
+def gates_function(draw: Draw) -> Call:
+    spec = spec_of(draw, "lstm")
+    weights = {n: t for n, t in weights_of(draw, "lstm", spec).items() if not n.startswith("weight")}
+    products = [torch.randn(ROWS, 4 * HIDDEN) for _ in range(2)]
+    arguments = {"input_gates": products[0], "hidden_gates": products[1], "c": torch.randn(ROWS, HIDDEN)}
+    return named("lstm_gates", LF.lstm_gates), arguments | {"weights": weights, "variant": spec}
+
+
+def sequence_module(draw: Draw) -> Call:
+    cell = draw.choice(tuple(SEQUENCES))
+    module = SEQUENCES[cell](FEATURES, HIDDEN, variant=spec_of(draw, cell), num_layers=draw.choice((1, 2)))
+    state = torch.zeros(module.num_layers, ROWS, HIDDEN)
+    x, resets = torch.randn(STEPS, ROWS, FEATURES), torch.rand(STEPS, ROWS) < 0.3
+    if draw.chance(0.3):
+        x, resets = (nn.utils.rnn.pack_padded_sequence(t, torch.tensor([3, 2])) for t in (x, resets))
+    hx = (state, state) if cell == "lstm" else state
+    return named(f"{cell} module", module), {"input": x, "hx": hx, "resets": resets}
+
+
+def cell_module(draw: Draw) -> Call:
+    cell = draw.choice(tuple(CELLS))
+    module, state = CELLS[cell](FEATURES, HIDDEN, variant=spec_of(draw, cell)), torch.zeros(ROWS, HIDDEN)
+    hx = (state, state) if cell == "lstm" else state
+    return named(f"{cell} cell", module), {
+        "input": torch.randn(ROWS, FEATURES),
+        "hx": hx,
+        "resets": torch.rand(ROWS) < 0.5,
+    }
+
+
+def constructor(draw: Draw) -> Call:
+    cell, of_cell = draw.choice(tuple(SEQUENCES)), draw.chance(0.3)
+    arguments: dict[str, Any] = {
+        "input_size": FEATURES,
+        "hidden_size": HIDDEN,
+        "bias": True,
+        "variant": "paper",
+    }
+    if cell == "rnn":
+        arguments["nonlinearity"] = "tanh"
+    if not of_cell:
+        arguments |= {
+            "num_layers": 2,
+            "batch_first": False,
+            "dropout": 0.0,
+            "bidirectional": True,
+            "recompute": False,
+        }
+        if cell == "lstm":
+            arguments["proj_size"] = 2
+    kind = (CELLS if of_cell else SEQUENCES)[cell]
+
+    def make(**arguments: Any) -> Any:
+        if isinstance(layers := arguments.get("num_layers"), int) and layers > 1000:
+            raise ValueError("nobody waits for so many layers")
+        return kind(**arguments)
+
+    return named(cell, make), arguments
+
+
+def variant(draw: Draw) -> Call:
+    fields = {
+        "kind": "layer",
+        "inputs": "separate",
+        "scope": "gate",
+        "cell": "output",
+        "projection_bias": True,
+        "eps": 1e-5,
+    }
+    if draw.chance(0.3):
+        return named("resolve", resolve), {"variant": "paper", "cell": "lstm"}
+    return named("Variant", Variant), fields
+
+
+def stream(draw: Draw) -> Call:
+    cell = draw.choice(tuple(SEQUENCES))
+    module = SEQUENCES[cell](FEATURES, HIDDEN, variant=spec_of(draw, cell))
+    state = torch.zeros(1, ROWS, HIDDEN)
+    hx = (state, state.clone()) if cell == "lstm" else state
+    made = module.stream(ROWS)
+
+    def set_state(state: Any) -> None:
+        made.state = state
+        made.step(torch.randn(ROWS, FEATURES))
+
+    return draw.choice(
+        (
+            (named("stream", module.stream), {"batch_size": ROWS, "state": hx}),
+            (
+                named("step", made.step),
+                {"x_t": torch.randn(ROWS, FEATURES), "out": torch.empty(ROWS, HIDDEN)},
+            ),
+            (
+                named("step", made.step),
+                {"x_t": torch.randn(ROWS, FEATURES), "out": torch.empty(ROWS, HIDDEN)},
+            ),
+            (named("state", set_state), {"state": hx}),
+            (named("reset", made.reset), {"mask": torch.tensor([True, False])}),
+        )
+    )
+
+
+def recurrent_operators(draw: Draw) -> Call:
+    cell = draw.choice(tuple(GATES))
+    spec = spec_of(draw, cell)
+    proj = 3 if cell == "lstm" and draw.chance(0.3) else 0
+    weights = recurrent_operator.listed(weights_of(draw, cell, spec, proj), spec)
+    kind, inputs, scope, cell_norm, eps = recurrent_operator.spec(spec)
+    packed = draw.chance(0.4)
+    arguments: dict[str, Any] = {
+        "input": torch.randn(5, FEATURES) if packed else torch.randn(STEPS, ROWS, FEATURES),
+        "h": torch.zeros(ROWS, proj or HIDDEN),
+        "c": torch.zeros(ROWS, HIDDEN) if cell == "lstm" else None,
+        "weights": weights,
+        "resets": torch.rand(5 if packed else (STEPS, ROWS)) < 0.3,
+        "batch_sizes": [2, 2, 1] if packed else None,
+        "cell": "rnn_tanh" if cell == "rnn" else cell,
+    }
+    arguments |= {"kind": kind, "inputs": inputs, "scope": scope, "cell_norm": cell_norm, "eps": eps}
+    arguments |= {"reverse": draw.chance(0.3), "recompute": draw.chance(0.3)}
+    name = draw.choice(("recurrent", "recurrent_forward", "recurrent_backward", "recurrent_backward"))
+    if draw.chance(0.2):
+        name = "recurrent_composite_backward"
+    operator = getattr(torch.ops.layernorm, name)
+    if not name.endswith("backward"):
+        return named(name, operator), arguments
+    with torch.no_grad():
+        output, hn, cn, *saved = torch.ops.layernorm.recurrent_forward(**arguments)
+    del arguments["recompute"]
+    arguments |= {"grad_output": torch.randn_like(output), "grad_h": torch.randn_like(hn)}
+    arguments |= {"grad_c": torch.randn_like(cn) if cell == "lstm" else None}
+    arguments["wanted"] = [True, True, cell == "lstm", *(w is not None for w in weights)]
+    if name == "recurrent_backward":
+        arguments |= dict(
+            zip(("saved_x", "saved_h", "saved_c", "saved_stats"), saved, strict=True), output=output
+        )
+    return named(name, operator), arguments
+
+
+def gates_operators(draw: Draw) -> Call:
+    spec = spec_of(draw, "lstm")
+    names = ("bias_ih", "bias_hh", "gain_ih", "gain_hh", "bias", "gain_cell", "bias_cell")
+    listed = recurrent_operator.listed(weights_of(draw, "lstm", spec), spec, names)
+    kind, inputs, scope, cell_norm, eps = recurrent_operator.spec(spec)
+    arguments: dict[str, Any] = dict(zip(names, listed, strict=True))
+    arguments |= {"input_gates": torch.randn(ROWS, 4 * HIDDEN), "hidden_gates": torch.randn(ROWS, 4 * HIDDEN)}
+    arguments |= {"c": torch.randn(ROWS, HIDDEN), "kind": kind, "inputs": inputs, "scope": scope}
+    arguments |= {"cell_norm": cell_norm, "eps": eps}
+    name = draw.choice(("lstm_gates", "lstm_gates_backward", "lstm_gates_composite_backward"))
+    if name.endswith("backward"):
+        arguments |= {"grad_hidden": torch.randn(ROWS, HIDDEN), "grad_cn": torch.randn(ROWS, HIDDEN)}
+        arguments["wanted"] = [True] * 3 + [t is not None for t in listed]
+    return named(name, getattr(torch.ops.layernorm, name)), arguments
+
+
+def others(draw: Draw) -> Call:
+    def use(kernel: Any) -> None:
+        with backends.use(kernel):
+            LF.layer_norm(torch.randn(3, FEATURES), (FEATURES,))
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    return draw.choice(
+        (
+            (named("use", use), {"kernel": "reference"}),
+            (named("replace_norms", layernorm.replace_norms), {"model": model}),
+            (
+                named("choose", backends.choose),
+                {"operator": "lstm", "device": torch.device("cpu"), "dtype": torch.float32},
+            ),
+        )
+    )
+
+
+SUBJECTS = (
+    norm_function,
+    norm_module,
+    norm_operator,
+    norm_operator,
+    sequence_function,
+    sequence_function,
+    gates_function,
+    sequence_module,
+    sequence_module,
+    cell_module,
+    constructor,
+    variant,
+    stream,
+    stream,
+    recurrent_operators,
+    recurrent_operators,
+    recurrent_operators,
+    gates_operators,
+    gates_operators,
+    others,
+)
