@@ -59,8 +59,8 @@ bool parse_parameter(PyObject* object, const PlainCall& call, OptionalTensor& pa
   return true;
 }
 
-bool parse_eps(PyObject* object, PlainCall& call) {
-  if (object == Py_None) {
+bool parse_eps(PyObject* object, bool may_be_none, PlainCall& call) {
+  if (object == Py_None && may_be_none) {
     call.eps = call.input.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
                                                        : std::numeric_limits<float>::epsilon();
     return true;
@@ -88,7 +88,7 @@ std::optional<PlainCall> parse(PyObject* const* arguments, Py_ssize_t count, boo
   if (!parse_shape(*next++, call) || !parse_parameter(*next++, call, call.weight))
     return std::nullopt;
   if (has_bias && !parse_parameter(*next++, call, call.bias)) return std::nullopt;
-  if (!parse_eps(*next, call)) return std::nullopt;
+  if (!parse_eps(*next, !has_bias, call)) return std::nullopt;
   return call;
 }
 

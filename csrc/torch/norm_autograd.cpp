@@ -20,10 +20,10 @@ namespace layernorm {
 namespace {
 
 // The rows, of which the mean is taken where they are centred, times a power of two each, so that
-// their squares and eps beside them stay in the range of the type; the power as two factors, which
-// it may need, and the √eps that belongs to it.
+// their squares and eps beside them stay in the range of the type; that power as two factors, since
+// it may be beyond what the type holds; and the √eps that belongs to such rows.
 struct Scaled {
-  Tensor rows, first, second, root_eps;
+  Tensor rows, factor, rest, root_eps;
 };
 
 Scaled scaled(const Tensor& rows, at::IntArrayRef dims, double eps, bool centred) {
@@ -41,13 +41,15 @@ Scaled scaled(const Tensor& rows, at::IntArrayRef dims, double eps, bool centred
   };
   int of_eps = kOfZero;
   const double mantissa = eps == 0 ? 0 : std::frexp(std::sqrt(std::fabs(eps)), &of_eps);
-  // First near 1, then, as centred rows may be much smaller, they or √eps once more.
-  const Tensor once = -exponents(rows).clamp(-most, most);
+  // First the greater of a row and √eps near 1, then of the centred row, which may be much smaller.
+  const Tensor once = -exponents(rows).clamp_min(of_eps).clamp(-most, most);
   Tensor a = rows * power(once);
   if (centred) a = a - a.mean(dims, true);
   const Tensor again = -at::maximum(exponents(a), once + of_eps).clamp(-most, most);
-  const Tensor root_eps = mantissa * power((once + again + of_eps).clamp(-2 * most, 0));
-  return {a * power(again), power(once), power(again), root_eps};
+  const Tensor total = once + again;
+  const Tensor factor = total.clamp(-most, most);
+  const Tensor root_eps = mantissa * power((total + of_eps).clamp(-2 * most, most));
+  return {a * power(again), power(factor), power(total - factor), root_eps};
 }
 
 // The gradients as PyTorch operators, which can be differentiated again, to any order: mean and
@@ -62,7 +64,7 @@ TensorTriple composite_backward(const Tensor& grad, const Tensor& input, size_t 
     (dim < input.dim() - static_cast<int64_t>(tail) ? leading : last).push_back(dim);
   const auto mean = [&](const Tensor& a) { return a.mean(last, true); };
   const auto over_rows = [&](const Tensor& a) { return leading.empty() ? a : a.sum(leading); };
-  const auto [a, first, second, root_eps] = scaled(input.to(type), last, eps, centred);
+  const auto [a, factor, rest, root_eps] = scaled(input.to(type), last, eps, centred);
   const Tensor added = root_eps.square();
   const Tensor rstd = (mean(a * a) + (eps < 0 ? -added : added)).rsqrt();
   const Tensor normalized = a * rstd;
@@ -74,7 +76,7 @@ TensorTriple composite_backward(const Tensor& grad, const Tensor& input, size_t 
   Tensor grad_bias;
   if (weight.defined()) grad_weight = over_rows(g * normalized).to(weight.scalar_type());
   if (bias.defined()) grad_bias = over_rows(g).to(bias.scalar_type());
-  const Tensor grad_input = rstd * (t - along) * second * first;
+  const Tensor grad_input = rstd * (t - along) * factor * rest;
   return {grad_input.to(input.scalar_type()), grad_weight, grad_bias};
 }
 
