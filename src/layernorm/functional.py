@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layernorm import backends, checks, recurrent_checks, recurrent_operator, reference
-from layernorm.variants import GATES, Cell, Variant, parameter_shapes, resolve
+from layernorm.variants import Cell, Variant, resolve
 
 
 def layer_norm(
@@ -430,11 +430,8 @@ def lstm_gates(
         >>> h.shape
         torch.Size([2, 5])
     """
-    recurrent_checks.gates_tensors("lstm_gates", input_gates, hidden_gates, c, weights)
     spec = resolve(variant, "lstm")
-    shapes = parameter_shapes("lstm", spec, 1, c.size(-1))
-    shapes = {name: shape for name, shape in shapes.items() if not name.startswith("weight")}
-    recurrent_checks.gates_arguments("lstm_gates", input_gates, hidden_gates, c, weights, shapes)
+    recurrent_checks.gates_arguments("lstm_gates", input_gates, hidden_gates, c, weights, spec)
     kernel = backends.recurrent_kernel_for(backends.GATES, c, (input_gates, hidden_gates, *weights.values()))
     if kernel in backends.OPERATORS:
         return recurrent_operator.lstm_gates(input_gates, hidden_gates, c, weights, spec)
@@ -454,26 +451,11 @@ def _sequence(
     resets: Tensor | None,
 ) -> tuple[ModuleType, Any, Variant, list[int] | None]:
     """Checks a sequence call; returns the module whose function serves it, state, spec and batch sizes."""
-    given = recurrent_checks.sequence_tensors(cell, input, state, weights)
-    sizes = recurrent_checks.sizes_of_steps(cell, batch_sizes)
     spec = resolve(variant, cell)
-    shapes = _shapes(cell, weights, spec)
-    recurrent_checks.sequence_arguments(cell, input, given, weights, shapes, sizes, resets)
+    given, sizes = recurrent_checks.layer_arguments(cell, input, state, weights, spec, batch_sizes, resets)
     kernel = backends.recurrent_kernel_for(cell, input, (*given, *weights.values()))
     if kernel in backends.OPERATORS:
         return recurrent_operator, given, spec, sizes
     named = {"input": input, **dict(zip(("h", "c"), given, strict=False)), **weights}
     recurrent_checks.numbers_of_one_kind(cell, spec, named, one_dtype=True)
     return reference, given, spec, sizes
-
-
-def _shapes(cell: Cell, weights: Mapping[str, Any], spec: Variant) -> dict[str, tuple[int, ...]]:
-    """The shapes that this variant's parameters must have, given the two weight matrices."""
-    for name in ("weight_ih", "weight_hh"):
-        if name not in weights or weights[name].dim() != 2:
-            raise ValueError(f"{cell}: weights must hold the matrix {name}")
-    rows, input_size = weights["weight_ih"].shape
-    proj_size = weights["weight_hr"].size(0) if cell == "lstm" and "weight_hr" in weights else 0
-    if rows % GATES[cell]:
-        raise RuntimeError(f"{cell}: weight_ih must have {GATES[cell]}·H rows, got {rows}")
-    return parameter_shapes(cell, spec, input_size, rows // GATES[cell], proj_size=proj_size)

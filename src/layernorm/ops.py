@@ -22,14 +22,14 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from layernorm import flops, reference
-from layernorm.variants import CellNorm, Inputs, Kind, Scope, Variant
+from layernorm import flops, recurrent_checks, reference
+from layernorm.variants import Cell, CellNorm, Inputs, Kind, Scope, Variant
 
 #: The variable that chooses the instruction set of the compiled kernels.
 CAPABILITY_VARIABLE: Final = "LAYERNORM_CPU_CAPABILITY"
@@ -206,6 +206,9 @@ for _name in _RECURRENT_NAMES:
     torch.library.impl(f"layernorm::{_name}", "cuda", triton_kernel(_name))
 
 
+_CELLS: Final = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
 def _gates(cell: str) -> int:
     return {"lstm": 4, "gru": 3}.get(cell, 1)
 
@@ -310,7 +313,9 @@ def _recurrent_composite_backward(
     named = zip(WEIGHTS, leaves[3:], strict=True)
     names = {"gain_ih": "gain"} if kind != "none" and inputs == "summed" else {}
     parameters = {names.get(name, name): weight for name, weight in named if weight is not None}
-    kernel, _, nonlinearity = cell.partition("_")
+    if cell not in _CELLS:
+        raise ValueError(f"layernorm: cell must be one of {', '.join(_CELLS)}; got {cell!r}")
+    kernel, _, nonlinearity = cast(tuple[Cell, str, str], cell.partition("_"))
     variant = Variant(
         kind=kind,
         inputs=inputs,
@@ -322,7 +327,8 @@ def _recurrent_composite_backward(
     given_options: dict[str, Any] = {"reverse": reverse, "batch_sizes": batch_sizes, "resets": resets}
     if nonlinearity:
         given_options["nonlinearity"] = nonlinearity
-    state = leaves[1] if c is None else (leaves[1], leaves[2])
+    state = (leaves[1], leaves[2]) if cell == "lstm" else leaves[1]
+    recurrent_checks.layer_arguments(kernel, leaves[0], state, parameters, variant, batch_sizes, resets)
     with torch.enable_grad():
         output, final = getattr(reference, kernel)(leaves[0], state, parameters, variant, **given_options)
         finals = final if isinstance(final, tuple) else (final,)
@@ -410,10 +416,18 @@ def _lstm_gates_composite_backward(
     """The gradients by differentiating the reference, themselves differentiable."""
     *given, kind, inputs, scope, cell_norm, eps, wanted = rest
     leaves = _leaves(given)
-    variant = Variant(kind=kind, inputs=inputs, scope=scope, cell=cell_norm, eps=eps)
     named = {name: leaf for name, leaf in zip(GATES_PARAMETERS, leaves[3:], strict=True) if leaf is not None}
+    variant = Variant(
+        kind=kind,
+        inputs=inputs,
+        scope=scope,
+        cell=cell_norm,
+        projection_bias="bias_ih" in named,
+        eps=eps,
+    )
     if kind != "none" and inputs == "summed" and "gain_ih" in named:
         named["gain"] = named.pop("gain_ih")
+    recurrent_checks.gates_arguments("lstm_gates", leaves[0], leaves[1], leaves[2], named, variant)
     with torch.enable_grad():
         outputs = reference.lstm_gates(leaves[0], leaves[1], leaves[2], named, variant)
     grads = (grad_hidden, torch.zeros_like(grad_hidden) if grad_cn is None else grad_cn)

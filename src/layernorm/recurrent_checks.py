@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from layernorm import checks
 from layernorm.checks import plain
-from layernorm.variants import Variant
+from layernorm.variants import GATES, Cell, Variant, parameter_shapes
 
 
 def sequence_tensors(operator: str, input: object, state: object, weights: object) -> tuple[Tensor, ...]:
@@ -73,6 +74,34 @@ def numbers_of_one_kind(
             )
 
 
+def layer_arguments(
+    operator: Cell,
+    input: Tensor,
+    state: Any,
+    weights: Mapping[str, Tensor],
+    variant: Variant,
+    batch_sizes: Sequence[int] | None,
+    resets: Tensor | None,
+) -> tuple[tuple[Tensor, ...], list[int] | None]:
+    """Check the call of one layer and direction; return the state as a tuple, and the batch sizes."""
+    given = sequence_tensors(operator, input, state, weights)
+    sizes = sizes_of_steps(operator, batch_sizes)
+    sequence_arguments(operator, input, given, weights, _shapes(operator, weights, variant), sizes, resets)
+    return given, sizes
+
+
+def _shapes(cell: Cell, weights: Mapping[str, Any], spec: Variant) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that this variant's parameters must have, given the two weight matrices."""
+    for name in ("weight_ih", "weight_hh"):
+        if name not in weights or weights[name].dim() != 2:
+            raise ValueError(f"{cell}: weights must hold the matrix {name}")
+    rows, input_size = weights["weight_ih"].shape
+    proj_size = weights["weight_hr"].size(0) if cell == "lstm" and "weight_hr" in weights else 0
+    if rows % GATES[cell]:
+        raise RuntimeError(f"{cell}: weight_ih must have {GATES[cell]}·H rows, got {rows}")
+    return parameter_shapes(cell, spec, input_size, rows // GATES[cell], proj_size=proj_size)
+
+
 def sequence_arguments(
     operator: str,
     input: Tensor,
@@ -82,7 +111,7 @@ def sequence_arguments(
     sizes: Sequence[int] | None,
     resets: Tensor | None = None,
 ) -> None:
-    """Checks one layer's call; ``shapes`` are the parameters' as the variant wants them."""
+    """Check one layer's call; ``shapes`` are the parameters' as the variant wants them."""
     _parameters(operator, weights, shapes)
     dims = 3 if sizes is None else 2
     if input.dim() != dims:
@@ -137,27 +166,23 @@ def _names(operator: str, weights: Mapping[str, Tensor], shapes: Mapping[str, tu
         )
 
 
-def gates_tensors(
-    operator: str, input_gates: object, hidden_gates: object, c: object, weights: object
-) -> None:
-    """Raises unless the arguments of one step are tensors, and c is a matrix."""
-    for name, given in (("input_gates", input_gates), ("hidden_gates", hidden_gates)):
-        checks.tensor(operator, name, given)
-    dims = checks.tensor(operator, "c", c).dim()
-    _weights(operator, weights)
-    if dims != 2:
-        raise RuntimeError(f"{operator}: c must have 2 dimensions, got {dims}")
-
-
 def gates_arguments(
     operator: str,
     input_gates: Tensor,
     hidden_gates: Tensor,
     c: Tensor,
     weights: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
+    variant: Variant,
 ) -> None:
-    """Checks one step's call; ``shapes`` are those of gains and biases as the variant wants them."""
+    """Check the call of one step after its products; ``weights`` are the gains and biases alone."""
+    for name, given in (("input_gates", input_gates), ("hidden_gates", hidden_gates)):
+        checks.tensor(operator, name, given)
+    dims = checks.tensor(operator, "c", c).dim()
+    _weights(operator, weights)
+    if dims != 2:
+        raise RuntimeError(f"{operator}: c must have 2 dimensions, got {dims}")
+    shapes = parameter_shapes("lstm", variant, 1, c.size(-1))
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith("weight")}
     expected = (c.size(0), 4 * c.size(1))
     for name, given in (("input_gates", input_gates), ("hidden_gates", hidden_gates)):
         if given.shape != expected:
