@@ -207,6 +207,24 @@ def test_constant_rows_have_derivatives_of_any_order(dtype):
         assert of_grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["add_layer_norm", "add_rms_norm"])
+@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e25])
+def test_a_float32_residual_may_be_of_any_size(name, magnitude):
+    x = torch.randn(5, 12).bfloat16()
+    residual = (torch.randn(5, 12) * magnitude).requires_grad_()
+    gain = torch.randn(12).bfloat16()
+    output, total = getattr(LF, name)(x, residual, (12,), gain, eps=1e-5)
+    wide = (x.double() + residual.detach().double()).requires_grad_()
+    wanted = exact(wide, gain.double(), None, 1e-5, name == "add_layer_norm")
+    assert output.dtype == torch.bfloat16
+    assert total.dtype == torch.float32
+    # n is a few units, rounded to bfloat16 once.
+    assert (output.double() - wanted).abs().max() <= 2.0**-8 * wanted.abs().max()
+    (found,) = torch.autograd.grad(output.sum(), residual)
+    (right,) = torch.autograd.grad(wanted.sum(), wide)
+    assert (found.double() - right).abs().max() <= 1e-5 * exact_rstd(wide.detach(), 1e-5, True).max() * 12
+
+
 @every_dtype
 @pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm"])
 def test_a_row_of_one_element_has_no_gradient(name, dtype):

@@ -170,7 +170,11 @@ def add_layer_norm(
         return F.layer_norm(total, shape, weight, bias, eps), total
     checks.norm_arguments("add_layer_norm", input, shape, weight, bias, eps)
     checks.residual_argument("add_layer_norm", residual, input)
-    kernel = _kernel_for_sum("add_layer_norm", input, residual)
+    kernel = backends.kernel_for("add_layer_norm", input)
+    if residual.dtype != input.dtype and kernel != "triton":
+        total = input + residual
+        gain, offset = (None if t is None else t.to(total.dtype) for t in (weight, bias))
+        return layer_norm(total, shape, gain, offset, eps).to(input.dtype), total
     if kernel in backends.OPERATORS:
         outputs = torch.ops.layernorm.add_layer_norm(input, residual, shape, weight, bias, eps)
         return outputs
@@ -211,7 +215,11 @@ def add_rms_norm(
         return F.rms_norm(total, shape, weight, eps), total
     checks.norm_arguments("add_rms_norm", input, shape, weight, None, eps)
     checks.residual_argument("add_rms_norm", residual, input)
-    kernel = _kernel_for_sum("add_rms_norm", input, residual)
+    kernel = backends.kernel_for("add_rms_norm", input)
+    if residual.dtype != input.dtype and kernel != "triton":
+        total = input + residual
+        gain = None if weight is None else weight.to(total.dtype)
+        return rms_norm(total, shape, gain, eps).to(input.dtype), total
     if kernel in backends.OPERATORS:
         outputs = torch.ops.layernorm.add_rms_norm(input, residual, shape, weight, _eps(eps, input))
         return outputs
@@ -219,12 +227,6 @@ def add_rms_norm(
         total = input + residual
         return _rms_norm(kernel, total, shape, weight, eps), total
     return reference.add_rms_norm(input, residual, shape, weight, eps)
-
-
-def _kernel_for_sum(operator: str, input: Tensor, residual: Tensor) -> str:
-    """The kernel for an operator that adds a residual."""
-    kernel = backends.kernel_for(operator, input)
-    return kernel if residual.dtype == input.dtype or kernel == "triton" else "reference"
 
 
 def _eps(eps: float | None, input: Tensor) -> float:
