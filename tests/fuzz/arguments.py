@@ -63,7 +63,6 @@ def wrong_tensor(draw: Draw, t: Tensor) -> Any:
         lambda: torch.nn.Parameter(t.detach(), requires_grad=False),
         lambda: torch.nested.nested_tensor([t.detach()]),
         lambda: t.detach().as_subclass(Subclass),
-        lambda: torch.quantize_per_tensor(t.detach().float(), 0.1, 0, torch.qint8),
     ]
     return draw.choice(ways)()
 

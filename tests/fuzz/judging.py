@@ -7,12 +7,15 @@ what is largest in a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .draws import Draw, Failure, unit
+from layernorm import backends
+
+from .draws import Draw, Failure, by_reference, check, unit
 from .noise import roundings
 
 DRAWS = 3
@@ -34,10 +37,11 @@ def moved_by_roundings(
     draw: Draw,
     dtype: torch.dtype,
     expected: Mapping[str, Tensor],
-    again: Callable[[], Mapping[str, Tensor]],
+    seeds: Sequence[Tensor],
+    again: Callable[[list[Tensor]], Mapping[str, Tensor]],
     squashed: bool = True,
 ) -> dict[str, Tensor]:
-    """Return what each row of the expected numbers is allowed; ``again`` computes them once more."""
+    """Return what each row of the expected numbers is allowed; ``again`` computes them from other seeds."""
     u, most = unit(dtype), torch.finfo(dtype).max / 8
     allowed = {}
     for name, e in expected.items():
@@ -46,11 +50,42 @@ def moved_by_roundings(
         allowed[name] = 8 * u * per_row(e, name).clamp_min(least)
     for _ in range(DRAWS):
         with roundings(draw, u, most):
-            other = again()
+            # A bias's gradient may be a plain sum of them over the rows, which rounds.
+            other = again(
+                [s * (1 + u * (1 + s[..., 0].numel() ** 0.5) * draw.normal(*s.shape)) for s in seeds]
+            )
         for name, e in expected.items():
             moved = per_row(torch.where(other[name] == e, 0, other[name] - e), name)
             allowed[name] += 16 / DRAWS * moved.nan_to_num(nan=torch.inf, posinf=torch.inf)
     return allowed
+
+
+def second_order(
+    draw: Draw, call: Callable[[Mapping[str, Tensor]], Sequence[Tensor]], tensors: Mapping[str, Tensor]
+) -> None:
+    """Fail unless the second derivative is the reference's, all in float64 and of ordinary magnitude."""
+    results: list[dict[str, Tensor]] = []
+    directions = {name: draw.normal(*t.shape) for name, t in tensors.items()}
+    grads: list[Tensor] = []
+    given: dict[str, Any] = {"materialize_grads": True, "allow_unused": True}
+    for kernel in ("native", "reference"):
+        leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+        with by_reference() if kernel == "reference" else backends.use(kernel):
+            outputs = call(leaves)
+            grads = grads or [draw.normal(*o.shape) for o in outputs]
+            seeds = [g.clone().requires_grad_() for g in grads]
+            first = torch.autograd.grad(outputs, list(leaves.values()), seeds, create_graph=True, **given)
+            total = sum((f * v).sum() for f, v in zip(first, directions.values(), strict=True))
+            wanted = {**leaves, **{f"seed {i}": seed for i, seed in enumerate(seeds)}}
+            second = torch.autograd.grad(total, list(wanted.values()), **given)
+        results.append({f"first, {name}": f for name, f in zip(leaves, first, strict=True)})
+        results[-1] |= {f"second, {name}": s for name, s in zip(wanted, second, strict=True)}
+    for name, expected in results[1].items():
+        # Sums of a hundred terms round to 1e-15 of what is largest; a norm amplifies by at most 1/√eps, here
+        # 316, and its second derivative by the square of that.
+        pair = (results[0][name] - expected).detach(), expected.detach()
+        away, largest = (float(a.abs().max()) if a.numel() else 0.0 for a in pair)
+        check(away <= 1e-10 * (1 + largest), f"derivative {name}: off by {away:.3g} of {largest:.3g}")
 
 
 def within(name: str, found: Tensor, expected: Tensor, allowed: Tensor, dtype: torch.dtype) -> float:

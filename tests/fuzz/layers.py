@@ -18,7 +18,7 @@ import layernorm
 from layernorm import Variant, backends
 from layernorm.variants import PRESETS
 
-from .draws import DTYPES, Draw, Failure, check, rounded, setting
+from .draws import DTYPES, Draw, Failure, by_reference, check, rounded, setting
 from .judging import moved_by_roundings, within
 
 MODULES = {"lstm": layernorm.LayerNormLSTM, "gru": layernorm.LayerNormGRU, "rnn": layernorm.LayerNormRNN}
@@ -259,13 +259,7 @@ def judged(draw: Draw, case: Case) -> float:
     for name in found:
         if name in case.module.state_dict():
             found[name] = torch.ldexp(found[name], torch.tensor(scaled(case, name)))
-    wide = {name: t.double() for name, t in case.tensors.items()}
-    expected = named(result(case, copy.deepcopy(case.module), wide, seeds, "reference"))
-
-    def again() -> dict[str, Tensor]:
-        return named(result(case, copy.deepcopy(case.module), wide, seeds, "reference"))
-
-    allowed = moved_by_roundings(draw, case.dtype, expected, again, squashed=not case.relu)
+    expected, allowed = judgement(draw, case, seeds)
     share = 0.0
     names = list(found)
     if case.relu and not torch.equal(found["output"] == 0, expected["output"] == 0):
@@ -273,3 +267,17 @@ def judged(draw: Draw, case: Case) -> float:
     for name in names:
         share = max(share, within(name, found[name], expected[name], allowed[name], case.dtype))
     return share
+
+
+def judgement(draw: Draw, case: Case, seeds: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what is right, and how far from it a result may be."""
+    wide = {name: t.double() for name, t in case.tensors.items()}
+
+    def by_seeds(seeds: list[Tensor]) -> dict[str, Tensor]:
+        return named(result(case, copy.deepcopy(case.module), wide, seeds, "reference"))
+
+    with by_reference():
+        expected = by_seeds(seeds)
+        return expected, moved_by_roundings(
+            draw, case.dtype, expected, seeds, by_seeds, squashed=not case.relu
+        )

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from layernorm.reference import recurrent
 
@@ -25,21 +24,30 @@ Noise = Callable[[Tensor], Tensor]
 
 @contextmanager
 def roundings(draw: Draw, u: float, most: float) -> Iterator[None]:
-    """Let the reference round to a unit ``u``; a gradient of a product beyond ``most`` becomes NaN."""
+    """Let the reference round to a unit ``u``; a gradient beyond ``most`` becomes NaN."""
 
     def off(a: Tensor) -> Tensor:
         return a * (1 + u * draw.normal(*a.shape))
 
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        """a @ b: the K sums on the way to each, of which the last are the largest, are rounded too."""
+        a, b, count = off(a), off(b), a.size(-1)
+        rounding = u * (count / 2) ** 0.5 * (a.square() @ b.square()).sqrt()
+        return a @ b + rounding * draw.normal(*rounding.shape)
+
     def linear(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _Passed.apply(F.linear(_Passed.apply(a, off, most), weight, bias), off, most)
+        found = _Product.apply(a, weight, product)
+        return _Passed.apply(found if bias is None else found + bias, off, most)
 
     def norm(centred: bool) -> Callable[..., Tensor]:
         return lambda a, shape, eps: _Norm.apply(a, eps, centred, off)
 
+    normalized = recurrent._normalized
     replaced = {
         "linear": linear,
         "layer_norm": norm(True),
         "rms_norm": norm(False),
+        "_normalized": lambda *arguments: _Passed.apply(normalized(*arguments), off, most),
         "torch": _Torch({"tanh": lambda a: _Tanh.apply(a, off), "sigmoid": lambda a: _Sigmoid.apply(a, off)}),
     }
     before = {name: getattr(recurrent, name) for name in replaced}
@@ -60,6 +68,20 @@ class _Torch:
 
     def __getattr__(self, name: str) -> Any:
         return self._functions.get(name) or getattr(torch, name)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, weight: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(a, weight)
+        ctx.product = product
+        return product(a, weight.T)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, weight = ctx.saved_tensors
+        grad_weight = ctx.product(grad.reshape(-1, grad.size(-1)).T, a.reshape(-1, a.size(-1)))
+        return ctx.product(grad, weight), grad_weight, None
 
 
 class _Passed(torch.autograd.Function):

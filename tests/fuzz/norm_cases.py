@@ -97,6 +97,8 @@ def case_of(seed: int) -> tuple[Draw, Case]:
         return draw.laid((a if extremes else a + one).reshape(tail))
 
     def given(a: Tensor) -> Tensor:
+        if rows > 1 and draw.chance(0.05):
+            return a[:1].expand(rows, width).reshape(shape)
         return draw.laid(a.reshape(shape))
 
     added = operator.startswith("add")

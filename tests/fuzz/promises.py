@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_packed_sequence
 import layernorm
 
 from .draws import HALVES, Draw, Failure, check, same_bits, setting
+from .judging import second_order
 from .layers import Case, Result, arguments, case_of, enlarged, flat, result
 
 CELLS = {
@@ -265,6 +266,24 @@ def without_gradients(draw: Draw, case: Case, module: torch.nn.Module) -> None:
     )
 
 
+def differentiable_again(draw: Draw, case: Case, module: torch.nn.Module) -> None:
+    """Not to the bit: the second derivative is the reference's."""
+    if module.variant.kind != "none" and module.variant.eps < 1e-5:
+        return
+    twin = copy.deepcopy(case.module)
+    twin.reset_parameters()
+    x = case.tensors["input"][:3, :3]
+    ordinary = plain(case, resets=None if case.resets is None else case.resets[:3, :3])
+    names = [name for name, _ in twin.named_parameters()]
+
+    def call(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        data, _, resets = arguments(ordinary, {"input": tensors["input"]})
+        parameters = {name: tensors[name] for name in names}
+        return flat(torch.func.functional_call(twin, parameters, (data,), {"resets": resets}))
+
+    second_order(draw, call, {"input": draw.normal(*x.shape), **dict(twin.named_parameters())})
+
+
 PROMISES: tuple[Callable[[Draw, Case, torch.nn.Module], None], ...] = (
     rows_alone,
     poisoned_row,
@@ -277,4 +296,5 @@ PROMISES: tuple[Callable[[Draw, Case, torch.nn.Module], None], ...] = (
     split,
     as_cell,
     without_gradients,
+    differentiable_again,
 )
