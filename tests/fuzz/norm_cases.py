@@ -118,12 +118,9 @@ def case_of(seed: int) -> tuple[Draw, Case]:
             ("function", "function", "operator") if added else ("function", "operator", "module")
         ),
     )
-    if added and dtype in HALVES and case.entry == "function" and width > 1 and draw.chance(0.2):
-        # The reference serves a residual of float32, with PyTorch's range.
-        case.input, residual = (rounded(draw.normal(*shape), dtype) for _ in range(2))
-        case.residual = residual.float()
+    if added and dtype in HALVES and case.entry == "function" and draw.chance(0.3):
+        case.residual = given(rows_of(draw, torch.float32, rows, width))
         case.grad_sum = None if case.grad_sum is None else case.grad_sum.float()
-        case.eps = 1e-5
     case.wanted = {name: draw.chance(0.8) for name in case.tensors()}
     draw.note(
         operator=operator, dtype=dtype, shape=shape, tail=tail, eps=eps, entry=case.entry, wanted=case.wanted

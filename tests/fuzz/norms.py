@@ -203,8 +203,7 @@ def judged(draw: Draw, case: Case) -> float:
             f"gradient of {name}: {grad.dtype} {grad.shape}",
         )
         share = max(share, judge(f"gradient of {name}", grad, judge_of.first(name), dtype))
-    if case.residual is None or case.residual.dtype == dtype:
-        in_company(draw, case, plain, dict(zip(needed, grads, strict=True)))
+    in_company(draw, case, plain, dict(zip(needed, grads, strict=True)))
     if draw.chance(0.4):
         share = max(share, second_order(draw, case, judge_of, leaves, needed))
     return share
