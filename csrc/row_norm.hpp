@@ -255,10 +255,11 @@ template <typename T, typename P, bool kGain>
 template <typename A>
 bool in_range(double sum_t, double sum_tn, A rstd, double inverse, const auto& has_gradient) {
   constexpr double kLeast = sizeof(A) == 4 ? 0x1p-100 : 0x1p-900;
+  constexpr double kMost = sizeof(A) == 4 ? 0x1p120 : 0x1p1000;
   const double size = std::fabs(sum_tn);
   if (!(size + std::fabs(sum_t) <= std::numeric_limits<A>::max())) return false;
   const double along_n = size * inverse * static_cast<double>(rstd) * rstd * rstd;
-  if (size > kLeast && along_n > kLeast) return true;
+  if (size > kLeast && along_n > kLeast) return along_n < kMost;
   return size == 0 && (rstd <= 1 || !has_gradient());
 }
 

@@ -5,6 +5,7 @@
 #include <ATen/ops/layer_norm.h>
 #include <ATen/ops/ldexp.h>
 #include <ATen/ops/maximum.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/rms_norm.h>
 #include <ATen/ops/where.h>
@@ -31,7 +32,7 @@ Scaled scaled(const Tensor& rows, at::IntArrayRef dims, double eps, bool centred
   const int64_t most = rows.scalar_type() == at::kDouble ? 1022 : 126;
   constexpr int64_t kOfZero = -4096;
   const auto exponents = [&](const Tensor& a) {
-    if (a.numel() == 0) return at::zeros({}, a.options().dtype(at::kLong));
+    if (a.sym_numel() == 0) return at::zeros({}, a.options().dtype(at::kLong));
     const Tensor size = a.detach().abs().amax(dims, true);
     const Tensor exponent = std::get<1>(at::frexp(size)).to(at::kLong);
     return at::where(size == 0, kOfZero, at::where(size.isfinite(), exponent, 0));
@@ -64,7 +65,14 @@ TensorTriple composite_backward(const Tensor& grad, const Tensor& input, size_t 
     (dim < input.dim() - static_cast<int64_t>(tail) ? leading : last).push_back(dim);
   const auto mean = [&](const Tensor& a) { return a.mean(last, true); };
   const auto over_rows = [&](const Tensor& a) { return leading.empty() ? a : a.sum(leading); };
-  const auto [a, factor, rest, root_eps] = scaled(input.to(type), last, eps, centred);
+  c10::SymInt width = 1;
+  for (const int64_t dim : last) width = width * input.sym_size(dim);
+  const Tensor rows = input.to(type);
+  const Tensor one = at::ones({}, rows.options());
+  // The one element of a row is its mean: there is nothing to scale, and no gradient.
+  const auto [a, factor, rest, root_eps] =
+      centred && width == 1 ? Scaled{rows - rows, one, one, one * std::sqrt(std::fabs(eps))}
+                            : scaled(rows, last, eps, centred);
   const Tensor added = root_eps.square();
   const Tensor rstd = (mean(a * a) + (eps < 0 ? -added : added)).rsqrt();
   const Tensor normalized = a * rstd;

@@ -67,11 +67,20 @@ torch.library.define(
 )
 
 
+def _given(**tensors: Tensor | None) -> None:
+    """Raise for a tensor that an operator needs: PyTorch hands None on for it."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise TypeError(f"layernorm: {name} must be a Tensor, got None")
+
+
 def _one(input: Tensor, *_: object) -> Tensor:
+    _given(input=input)
     return input.new_empty(input.shape)
 
 
 def _two(input: Tensor, residual: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    _given(input=input, residual=residual)
     return input.new_empty(input.shape), residual.new_empty(input.shape)
 
 
@@ -94,6 +103,7 @@ def _norm_forward_fake(
     eps: float,
     centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _given(input=input)
     rows = math.prod(input.shape[: input.dim() - len(normalized_shape)])
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     total = input.new_empty(0) if residual is None else residual.new_empty(input.shape)
@@ -112,6 +122,10 @@ def _norm_backward_fake(
     centred: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _given(grad=grad, input=input, stats=stats)
+    if len(wanted) != 3:
+        raise RuntimeError(f"layernorm: wanted must be a list of 3, got {len(wanted)}")
+
     def like(parameter: Tensor | None, is_wanted: bool) -> Tensor:
         if not is_wanted:
             return input.new_empty(0)
@@ -214,6 +228,12 @@ def _gates(cell: str) -> int:
 
 
 def _recurrent_outputs(input: Tensor, h: Tensor, c: Tensor | None, cell: str) -> tuple[Tensor, ...]:
+    _given(input=input, h=h)
+    if h.dim() != 2 or input.dim() not in (2, 3):
+        raise RuntimeError(
+            "layernorm: h must have 2 dimensions, and input 3, or 2 if it is packed; got "
+            f"{h.dim()} and {input.dim()}"
+        )
     output = input.new_empty((*input.shape[:-1], h.size(-1)))
     cn = input.new_empty(c.shape) if c is not None and cell == "lstm" else input.new_empty(0)
     return output, input.new_empty(h.shape), cn
@@ -251,8 +271,9 @@ def _recurrent_forward_fake(
     recompute: bool,
 ) -> tuple[Tensor, ...]:
     gates = _gates(cell)
-    weight = weights[1]
-    assert weight is not None  # noqa: S101 - what the schema cannot say
+    weight = weights[1] if len(weights) == len(WEIGHTS) else None
+    if weight is None or weight.dim() != 2:
+        raise RuntimeError(f"layernorm: weights must be a list of {len(WEIGHTS)}, with the matrix weight_hh")
     hidden = weight.size(0) // gates
     rows = math.prod(input.shape[:-1])
     two = cell == "gru" if kind == "none" else inputs == "separate"
@@ -279,6 +300,7 @@ def _recurrent_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     wanted = rest[-1]
     assert isinstance(wanted, Sequence)  # noqa: S101 - the schema's own type
+    _given(input=input, h=h)
 
     def like(tensor: Tensor | None, is_wanted: bool) -> Tensor:
         return input.new_empty(tensor.shape if tensor is not None and is_wanted else 0)
@@ -321,7 +343,7 @@ def _recurrent_composite_backward(
         inputs=inputs,
         scope=scope,
         cell=cell_norm,
-        projection_bias="bias_ih" in parameters,
+        projection_bias="bias_ih" in parameters or "bias_hh" in parameters,
         eps=eps,
     )
     given_options: dict[str, Any] = {"reverse": reverse, "batch_sizes": batch_sizes, "resets": resets}
@@ -398,12 +420,14 @@ for _name in ("lstm_gates_backward", "lstm_gates_composite_backward"):
 def _lstm_gates_fake(
     input_gates: Tensor, hidden_gates: Tensor, c: Tensor, *_: object
 ) -> tuple[Tensor, Tensor]:
+    _given(input_gates=input_gates, hidden_gates=hidden_gates, c=c)
     return c.new_empty(c.shape), c.new_empty(c.shape)
 
 
 @torch.library.register_fake("layernorm::lstm_gates_backward")
 def _lstm_gates_backward_fake(grad_hidden: Tensor, grad_cn: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *_, wanted = rest
+    _given(grad_hidden=grad_hidden)
     return tuple(
         grad_hidden.new_empty(tensor.shape if tensor is not None and want else 0)
         for tensor, want in zip(rest, wanted, strict=False)
@@ -422,7 +446,7 @@ def _lstm_gates_composite_backward(
         inputs=inputs,
         scope=scope,
         cell=cell_norm,
-        projection_bias="bias_ih" in named,
+        projection_bias="bias_ih" in named or "bias_hh" in named,
         eps=eps,
     )
     if kind != "none" and inputs == "summed" and "gain_ih" in named:
