@@ -125,7 +125,7 @@ def setting(draw: Draw) -> Iterator[None]:
         return
     threads, capability = torch.get_num_threads(), ops.native.capability()
     poison = torch.utils.deterministic.fill_uninitialized_memory
-    drawn = draw.choice((1, 1, 2)), draw.choice(ops.native.capabilities())
+    drawn = draw.choice((1, 1, 1, 2)), draw.choice(ops.native.capabilities())
     draw.note(threads=drawn[0], capability=drawn[1])
     torch.set_num_threads(drawn[0])
     ops.native.use_capability(drawn[1])

@@ -1,8 +1,8 @@
 """How far a recurrent layer's numbers may be from the reference's in float64.
 
 That follows from how far these move when the reference rounds everything on the way at random (``noise``):
-sixteen times the mean of a few such moves, which is about as many standard deviations, and a few units of
-what is largest in a row.
+32 times the mean of a few such moves, since that of a single number may be small by chance, and a few units
+of what is largest in a row.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def moved_by_roundings(
             )
         for name, e in expected.items():
             moved = per_row(torch.where(other[name] == e, 0, other[name] - e), name)
-            allowed[name] += 16 / DRAWS * moved.nan_to_num(nan=torch.inf, posinf=torch.inf)
+            allowed[name] += 32 / DRAWS * moved.nan_to_num(nan=torch.inf, posinf=torch.inf)
     return allowed
 
 
