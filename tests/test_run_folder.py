@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pandas as pd
@@ -293,10 +294,23 @@ def test_a_tensorboard_log_on_a_full_disk_raises_where_it_writes(tmp_path):
             log.add("loss", 1.0, 1)
 
 
-def _compare_until_killed(out: Path) -> None:
+def _compare_until_killed(out: Path, calls: int = 0) -> None:
+    """Compare; if ``calls`` is given, be killed in place of that one of the calls that change the folder."""
     torch.set_num_threads(1)
     training.CHECKPOINT_SECONDS = 0.0
     drawing.save = lambda *_: None
+    count = itertools.count(1)
+
+    def counted(real):
+        def call(*arguments, **options):
+            if next(count) == calls:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+
+        return call
+
+    for name in ("fsync", "replace", "unlink") if calls else ():
+        setattr(os, name, counted(getattr(os, name)))
     preset = dataclasses.replace(_preset(), epochs=2, batch_sizes=(16,))
     compare(Comparison("digits", preset, out), Console(file=io.StringIO()))
 
@@ -306,14 +320,14 @@ def test_a_comparison_killed_twenty_times_ends_with_the_table_of_an_undisturbed_
     context.set_forkserver_preload(
         ["torch._dynamo", "layernorm.experiments.digits", "layernorm.experiments.compare"]
     )
-    out, chance, left = tmp_path / "killed", random.Random(0), []
+    out, chance, left, killed = tmp_path / "killed", random.Random(0), [], 0
     for _ in range(20):
-        process = context.Process(target=_compare_until_killed, args=(out,))
+        process = context.Process(target=_compare_until_killed, args=(out, chance.randint(1, 40)))
         process.start()
-        process.join(chance.uniform(0.05, 0.35))
-        process.kill()
         process.join()
+        killed += process.exitcode == -signal.SIGKILL
         left.append({path.name.partition("-seed0")[2] or path.name for path in out.rglob("*")})
+    assert killed > 10
     # Kills have met it at work.
     assert any(".checkpoint" in names for names in left)
     assert any(".lock" in names for names in left)
