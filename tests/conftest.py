@@ -94,8 +94,8 @@ def interpreted(native: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         return convert(data, source, target, rounding)
 
     def dot(self, a, b, sums, *rest):
-        # It multiplies the bits of bfloat16 as integers. And a library's product of matrices may sum in an order
-        # that depends on their shape and on the machine; that of a GPU's instructions does not.
+        # It multiplies the bits of bfloat16 as integers. And a library's product of matrices may sum in an
+        # order that depends on their shape and on the machine; that of a GPU's instructions does not.
         wide = [self.create_fp_ext(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)]
         product = np.einsum("ik,kj->ij", *(t.data.astype(sums.data.dtype) for t in wide))
         return interpreter.TensorHandle(product + sums.data, sums.dtype.scalar)
