@@ -95,15 +95,20 @@ def judged(draw: Draw, case: Case) -> float:
                 same_bits([some[name]], [found[name][chosen]]),
                 f"{name} of rows {chosen.tolist()} alone: other bits",
             )
-    wide = {name: t.double() for name, t in case.tensors.items()}
-    wide_seeds = [s.double() for s in seeds]
+
+    def by_seeds(seeds: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        tensors = {name: t.to(dtype) for name, t in case.tensors.items()}
+        found = results(case, tensors, [s.to(dtype) for s in seeds])
+        return {name: t.double() for name, t in found.items()}
+
     with by_reference():
-        expected = results(case, wide, wide_seeds)
-        allowed = moved_by_roundings(
-            draw, case.dtype, expected, wide_seeds, lambda seeds: results(case, wide, seeds)
-        )
+        expected = by_seeds(seeds, torch.float64)
+        wide_seeds = [s.double() for s in seeds]
+        allowed = moved_by_roundings(draw, case.dtype, expected, wide_seeds, by_seeds)
     if draw.chance(0.2) and resolve(case.variant, "lstm").eps >= 1e-5:
-        ordinary = {name: t if name not in GIVEN else draw.normal(*t.shape) for name, t in wide.items()}
+        ordinary = {
+            name: draw.normal(*t.shape) if name in GIVEN else t.double() for name, t in case.tensors.items()
+        }
         second_order(draw, case.call, ordinary)
     share = 0.0
     for name, e in expected.items():

@@ -38,25 +38,33 @@ def moved_by_roundings(
     dtype: torch.dtype,
     expected: Mapping[str, Tensor],
     seeds: Sequence[Tensor],
-    again: Callable[[list[Tensor]], Mapping[str, Tensor]],
+    again: Callable[[list[Tensor], torch.dtype], Mapping[str, Tensor]],
     squashed: bool = True,
 ) -> dict[str, Tensor]:
-    """Return what each row of the expected numbers is allowed; ``again`` computes them from other seeds."""
+    """Return what each row of the expected numbers is allowed.
+
+    ``again`` computes them from other seeds, in float64; or in float32, where rows that differ may be equal.
+    """
     u, most = unit(dtype), torch.finfo(dtype).max / 8
     allowed = {}
     for name, e in expected.items():
         # A squashed state has a unit of 1, however small it is.
         least = float(squashed and name in ("output", "output h"))
         allowed[name] = 8 * u * per_row(e, name).clamp_min(least)
+
+    def add(other: Mapping[str, Tensor], factor: float, beyond: float) -> None:
+        for name, e in expected.items():
+            moved = per_row(torch.where(other[name] == e, 0, other[name] - e), name)
+            allowed[name] += factor * moved.nan_to_num(nan=beyond, posinf=beyond)
+
     for _ in range(DRAWS):
         with roundings(draw, u, most):
             # A bias's gradient may be a plain sum of them over the rows, which rounds.
-            other = again(
-                [s * (1 + u * (1 + s[..., 0].numel() ** 0.5) * draw.normal(*s.shape)) for s in seeds]
-            )
-        for name, e in expected.items():
-            moved = per_row(torch.where(other[name] == e, 0, other[name] - e), name)
-            allowed[name] += 32 / DRAWS * moved.nan_to_num(nan=torch.inf, posinf=torch.inf)
+            scale = [u * (1 + s[..., 0].numel() ** 0.5) for s in seeds]
+            moved = [s * (1 + a * draw.normal(*s.shape)) for s, a in zip(seeds, scale, strict=True)]
+            add(again(moved, torch.float64), 32 / DRAWS, torch.inf)
+    if dtype != torch.float64:
+        add(again(list(seeds), torch.float32), 8, 0)  # its range is not that of the kernels
     return allowed
 
 

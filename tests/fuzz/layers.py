@@ -271,13 +271,12 @@ def judged(draw: Draw, case: Case) -> float:
 
 def judgement(draw: Draw, case: Case, seeds: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return what is right, and how far from it a result may be."""
-    wide = {name: t.double() for name, t in case.tensors.items()}
 
-    def by_seeds(seeds: list[Tensor]) -> dict[str, Tensor]:
-        return named(result(case, copy.deepcopy(case.module), wide, seeds, "reference"))
+    def by_seeds(seeds: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        tensors = {name: t.to(dtype) for name, t in case.tensors.items()}
+        return named(result(case, copy.deepcopy(case.module).to(dtype), tensors, seeds, "reference"))
 
     with by_reference():
-        expected = by_seeds(seeds)
-        return expected, moved_by_roundings(
-            draw, case.dtype, expected, seeds, by_seeds, squashed=not case.relu
-        )
+        expected = by_seeds(seeds, torch.float64)
+        squashed = not case.relu
+        return expected, moved_by_roundings(draw, case.dtype, expected, seeds, by_seeds, squashed)

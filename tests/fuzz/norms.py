@@ -101,6 +101,10 @@ class Judge:
         if name == "bias":
             return self.summed(self.of_bias(self.grad))
         found = exact_norm.gradient(self.stats, self.of_n)
+        if self.gain is not None:
+            # The product of a denormal gradient with a - mean, before that with the gain.
+            s, lost = self.stats, self.stats.least * np.abs(self.gain).mean()
+            found.bound = found.bound + np.where(s.plain, s.rstd * s.size * s.rstd * lost, 0)
         if self.case.grad_sum is not None:
             sums = wide(self.case.grad_sum).reshape(found.value.shape)
             found = found + Exact(sums, 2 * unit(computed(self.case.input.dtype)) * np.abs(sums))
@@ -108,6 +112,15 @@ class Judge:
 
     def of_bias(self, grad: Array) -> Exact:
         return Exact(grad, 8 * unit(computed(self.case.input.dtype)) * np.abs(grad))
+
+    def in_graph(self, name: str) -> Exact:
+        """The gradient of the named tensor by PyTorch's operators, whose means are sums first."""
+        found = self.first(name)
+        if name in ("weight", "bias"):
+            return found
+        sums = np.abs(self.of_n).max(-1, keepdims=True) * self.stats.size * self.case.width
+        beyond = sums > longdouble_max(computed(self.case.input.dtype)) / 8
+        return Exact(found.value, np.where(beyond.any(-1, keepdims=True), np.inf, found.bound))
 
     def second(self, name: str, v: dict[str, Array]) -> Exact:
         """The gradient of Σ v·(first gradients) for the named tensor."""
@@ -253,7 +266,7 @@ def second_order(
     )
     share, directions = 0.0, {}
     for name, first in zip(named, firsts, strict=True):
-        share = max(share, judge(f"gradient of {name} with a graph", first, alone.first(name), dtype))
+        share = max(share, judge(f"gradient of {name} with a graph", first, alone.in_graph(name), dtype))
         directions[name] = draw.tensor(first.dtype, *first.shape, extremes=draw.chance(0.1))
     targets = {name: leaf for name, leaf in (*named.items(), ("grad", grad)) if name != "bias"}
     seconds = torch.autograd.grad(
