@@ -43,7 +43,8 @@ ScaledStats extreme_statistics(const T* a, int64_t width, double eps) {
     const double rest = as_double(a + i) * scale - mean;
     squares += rest * rest;
   }
-  return {mean, 1.0 / std::sqrt(squares / n + eps * scale * scale), scale};
+  // Neither square need be in range: of a constant row the first is 0, and the other may be tiny.
+  return {mean, 1.0 / std::hypot(std::sqrt(squares / n), std::sqrt(eps) * scale), scale};
 }
 
 template <typename T, typename P>

@@ -225,6 +225,28 @@ def test_a_float32_residual_may_be_of_any_size(name, magnitude):
     assert (found.double() - right).abs().max() <= 1e-5 * exact_rstd(wide.detach(), 1e-5, True).max() * 12
 
 
+def test_a_constant_row_is_the_bias():
+    for dtype, largest in ((torch.float64, [1e155, 1e200, 1e300]), (torch.float32, [1e25, 3e38])):
+        bias = torch.randn(5, dtype=dtype)
+        for value in largest:
+            x = torch.full((2, 5), value, dtype=dtype)
+            for eps in (1e-12, 1e-5, 1.0):
+                assert torch.equal(
+                    LF.layer_norm(x, (5,), torch.ones(5, dtype=dtype), bias, eps), bias.expand(2, 5)
+                )
+
+
+def test_one_element_has_no_second_derivative_with_any_eps():
+    x, gain = torch.tensor([[3.0]], requires_grad=True), torch.ones(1, requires_grad=True)
+    grad = torch.ones(1, 1, requires_grad=True)
+    for eps in (1e-45, 1e-30, 1e-5):
+        firsts = torch.autograd.grad(
+            LF.layer_norm(x, (1,), gain, eps=eps), (x, gain), grad, create_graph=True
+        )
+        second = torch.autograd.grad(firsts, (x, grad), [torch.ones(1, 1), torch.ones(1)])
+        assert not any(t.any() for t in (*firsts, *second))
+
+
 @every_dtype
 @pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm"])
 def test_a_row_of_one_element_has_no_gradient(name, dtype):

@@ -321,18 +321,21 @@ def test_a_comparison_killed_twenty_times_ends_with_the_table_of_an_undisturbed_
         ["torch._dynamo", "layernorm.experiments.digits", "layernorm.experiments.compare"]
     )
     out, chance, left, killed = tmp_path / "killed", random.Random(0), [], 0
-    for _ in range(20):
-        process = context.Process(target=_compare_until_killed, args=(out, chance.randint(1, 40)))
+
+    def exit_code(*arguments):
+        process = context.Process(target=_compare_until_killed, args=arguments)
         process.start()
         process.join()
-        killed += process.exitcode == -signal.SIGKILL
+        return process.exitcode
+
+    for _ in range(20):
+        killed += exit_code(out, chance.randint(1, 40)) == -signal.SIGKILL
         left.append({path.name.partition("-seed0")[2] or path.name for path in out.rglob("*")})
-    assert killed > 10
     # Kills have met it at work.
+    assert killed > 10
     assert any(".checkpoint" in names for names in left)
     assert any(".lock" in names for names in left)
-    _compare_until_killed(out)
-    _compare_until_killed(tmp_path / "undisturbed")
+    assert exit_code(out) == exit_code(tmp_path / "undisturbed") == 0
     pd.testing.assert_frame_equal(records(out), records(tmp_path / "undisturbed"))
     names = {path.relative_to(out) for path in out.rglob("*")}
     assert names == {
