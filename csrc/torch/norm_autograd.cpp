@@ -71,8 +71,9 @@ TensorTriple composite_backward(const Tensor& grad, const Tensor& input, size_t 
   const Tensor one = at::ones({}, rows.options());
   // The one element of a row is its mean: there is nothing to scale, and no gradient.
   const auto [a, factor, rest, root_eps] =
-      centred && width == 1 ? Scaled{rows - rows, one / std::sqrt(std::fabs(eps)), one, one}
-                            : scaled(rows, last, eps, centred);
+      centred && width == 1
+          ? Scaled{rows - rows, one / std::sqrt(std::fabs(eps)), one, eps == 0 ? one - one : one}
+          : scaled(rows, last, eps, centred);
   const Tensor added = root_eps.square();
   const Tensor rstd = (mean(a * a) + (eps < 0 ? -added : added)).rsqrt();
   const Tensor normalized = a * rstd;
