@@ -52,7 +52,7 @@ sanitize: install
 		-C install.strip=false -C cmake.define.LAYERNORM_SANITIZE=ON .
 	@$(SANITIZED_PYTHON) -c 'from layernorm import ops; path = ops.native.__file__; \
 		assert b"__asan_init" in open(path, "rb").read(), path; print("sanitized:", path)'
-	$(SANITIZED_PYTHON) -m pytest -n auto --exitfirst --capture sys tests/test_norms.py tests/test_norm_kernels.py \
+	$(SANITIZED_PYTHON) -m pytest -n auto --exitfirst --capture sys tests/test_norms.py tests/test_norm_extremes.py tests/test_norm_kernels.py \
 		tests/test_recurrent_kernels.py tests/test_recurrent_promises.py tests/test_recurrent_operators.py \
 		tests/test_activations.py tests/test_gates.py tests/test_resets.py tests/test_streaming.py -k 'not (interpreted or looped or test_float32 or opcheck or both_orders)'
 
