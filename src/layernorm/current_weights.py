@@ -125,7 +125,7 @@ def _check(module: _Sequence, operator: str, layer: int, weights: dict[str, Tens
 
 
 def _has_memory(weight: Tensor) -> bool:
-    """Whether a tensor's elements exist: FSDP frees them between calls, and keeps the tensor."""
+    """Return whether a tensor's elements exist: FSDP frees them between calls, and keeps the tensor."""
     if type(weight) is not Tensor or weight.layout != torch.strided or weight.numel() == 0:
         return True
     if torch._C._are_functorch_transforms_active():

@@ -46,7 +46,7 @@ def out_argument(operator: str, out: Tensor, input: Tensor) -> None:
 
 
 def _has_elements_that_share_memory(matrix: Tensor) -> bool:
-    """Whether a tensor of one or two dimensions has two elements at one place.
+    """Return whether a tensor of one or two dimensions has two elements at one place.
 
     Elements of a matrix meet where i rows are as far apart as j columns; the nearest such are the row stride
     divided out of the column stride, and the other way round, by what they have in common.

@@ -86,7 +86,7 @@ def packed(state: Mapping[str, Any]) -> bytes:
 
 
 def _is_torn(content: bytes) -> bool:
-    """Whether this is what a power cut can leave of a checkpoint: nothing, zeros, or its beginning."""
+    """Return whether this is what a power cut can leave of a checkpoint: nothing, zeros, or its beginning."""
     if not content.strip(b"\0"):
         return True
     whole = content[-_END_SIZE:].startswith(_END)

@@ -1,4 +1,4 @@
-"""What is compared, and what a folder already has of it."""
+"""The description of a comparison, and what a folder already has of it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Comparison:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What ``config.json`` says of it."""
+        """The settings as ``config.json`` holds them."""
         preset = {field.name: getattr(self.preset, field.name) for field in dataclasses.fields(Preset)}
         return {
             "task": self.task,
@@ -76,7 +76,7 @@ class Comparison:
 
     @property
     def identity(self) -> str:
-        """What a file of a run must agree with, in one line."""
+        """The settings that a file of a run must agree with, in one line."""
         return identity(self.settings)
 
     def path(self, run: Run, suffix: str) -> Path:
@@ -84,7 +84,7 @@ class Comparison:
         return self.out / "runs" / f"{run.name}{suffix}"
 
     def about(self, run: Run) -> str:
-        """What the table of a run is of."""
+        """The description of a run's table, as its checksum file states it."""
         return f"{self.identity} {run.name}"
 
 
@@ -169,7 +169,7 @@ def command(comparison: Comparison) -> str:
 
 
 def _place(run: Run, settings: Mapping[str, Any]) -> tuple[int, int, int, int, str]:
-    """Where a run stands: seed by seed, and in each as the settings have batch sizes and norms."""
+    """Return where a run stands: seed by seed, and in each as the settings have batch sizes and norms."""
     sizes, norms = list(settings["batch_sizes"]), list(settings["norms"])
     size = sizes.index(run.batch_size) if run.batch_size in sizes else len(sizes)
     norm = norms.index(run.norm) if run.norm in norms else len(norms)

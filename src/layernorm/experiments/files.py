@@ -265,7 +265,7 @@ def _encoded(text: str) -> bytes:
 
 
 def _normal(about: str) -> str:
-    """What a table is of, as one line of a file in UTF-8."""
+    """Return what a table is of, as one line of a file in UTF-8."""
     return _encoded(" ".join(about.split())).decode()
 
 

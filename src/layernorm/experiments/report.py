@@ -164,7 +164,7 @@ def _picture(picture: Picture) -> str:
 
 
 def _is_whole(content: bytes) -> bool:
-    """Whether this is a PNG file whose parts have their checksums, and nothing behind the last."""
+    """Return whether this is a PNG file whose parts have their checksums, and nothing behind the last."""
     at, kind = len(_PNG), b""
     if not content.startswith(_PNG):
         return False

@@ -124,7 +124,7 @@ def _train(comparison: Comparison, run: Run, threads: int) -> dict[str, bytes]:
 
 
 def _is_finished(comparison: Comparison, run: Run, task: Task) -> bool:
-    """Whether a run has its table, on storage where another worker has written it."""
+    """Return whether a run has its table, on storage where another worker has written it."""
     if not comparison.path(run, ".csv").exists():
         return False
     try:

@@ -1,4 +1,4 @@
-"""What is in a file or in a member of an archive, of no more than ``LIMIT`` bytes; nothing touches the disk.
+"""Reading a file or a member of an archive of no more than ``LIMIT`` bytes; nothing touches the disk.
 
 Readers of a damaged archive raise whatever they like: ``finding.reading`` makes one error of it.
 """
