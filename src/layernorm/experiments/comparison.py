@@ -28,7 +28,7 @@ FIXED: Final = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """Describe a comparison.
 
     Attributes:
         task: the task's name.
