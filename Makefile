@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 CSRC := $(wildcard csrc/*.* csrc/torch/*.*)
-CPP := $(CSRC) $(wildcard src/layernorm/kernels/*.cu*) $(wildcard tests/*.cpp tests/emulator/*)
+CPP := $(CSRC) $(wildcard src/layernorm/gpu/persistent/*.cu*) $(wildcard tests/*.cpp tests/emulator/*)
 NATIVE_SOURCES := CMakeLists.txt $(CSRC)
 
 .PHONY: install demo test sanitize gpu lint format docs clean

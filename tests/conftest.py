@@ -121,7 +121,7 @@ def interpreted(native: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 @pytest.fixture
 def looped(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As ``interpreted``, with blocks so small that rows of more than 512 elements are looped over."""
-    from layernorm.kernels import settings
+    from layernorm.gpu import settings
 
     def small(blocks: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
         return {block: tile for block, tile in blocks.items() if block <= 512}

@@ -35,7 +35,7 @@ def test_a_wheel_without_a_compiler(tmp_path):
     assert "layernorm/__init__.py" in names
     assert "layernorm/py.typed" in names
     assert "layernorm/experiments/report.html.j2" in names
-    assert {"layernorm/kernels/persistent.cu", "layernorm/kernels/device.cuh"} <= set(names)
+    assert {"layernorm/gpu/persistent/forward.cu", "layernorm/gpu/persistent/device.cuh"} <= set(names)
     assert not any("_native" in name or "_built_for" in name for name in names)
 
 

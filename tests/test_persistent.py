@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from layernorm.kernels import persistent, persistent_compile, persistent_plan
-from layernorm.kernels.persistent_plan import Layout, Plan
+from layernorm.gpu.persistent import compiling as persistent_compile
+from layernorm.gpu.persistent import launches as persistent
+from layernorm.gpu.persistent import plan as persistent_plan
+from layernorm.gpu.persistent.plan import Layout, Plan
 from layernorm.reference import recurrent as reference
 from layernorm.variants import Variant, parameter_shapes
 
@@ -474,7 +476,9 @@ def test_the_driver_is_called_as_it_wants(compiler, tmp_path):
     subprocess.run([*stub, "-ldl"], check=True)
     script = """
 import contextlib, types, torch
-from layernorm.kernels import persistent, persistent_compile, persistent_plan
+from layernorm.gpu.persistent import launches as persistent
+from layernorm.gpu.persistent import compiling as persistent_compile
+from layernorm.gpu.persistent import plan as persistent_plan
 torch.cuda.get_device_capability = lambda device: (9, 0)
 torch.cuda.device = contextlib.nullcontext
 torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=17)
@@ -586,7 +590,7 @@ def test_the_kernel_compiles_without_spills(architecture, monkeypatch, tmp_path,
     why_not = persistent_compile.problem(architecture)
     if why_not is not None:
         pytest.skip(why_not)
-    resources = pytest.importorskip("layernorm.kernels.resources")
+    resources = pytest.importorskip("tools.resources")
     pytest.importorskip("triton", reason="its cuobjdump reads the resources")
     monkeypatch.setenv(persistent_compile.CACHE_VARIABLE, str(tmp_path))
     found = plans((128, 256, 512), (1, 256), architecture)

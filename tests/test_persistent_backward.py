@@ -11,8 +11,11 @@ import itertools
 import pytest
 import torch
 
-from layernorm.kernels import persistent, persistent_backward_plan, persistent_compile, persistent_plan
-from layernorm.kernels.persistent_backward_plan import BackwardPlan
+from layernorm.gpu.persistent import backward_plan as persistent_backward_plan
+from layernorm.gpu.persistent import compiling as persistent_compile
+from layernorm.gpu.persistent import launches as persistent
+from layernorm.gpu.persistent import plan as persistent_plan
+from layernorm.gpu.persistent.backward_plan import BackwardPlan
 from layernorm.reference import recurrent as reference
 from layernorm.variants import Variant
 from test_persistent import DTYPES, Case, compiler, emulator, make, name_of, scan, served  # noqa: F401 - a fixture
@@ -398,7 +401,7 @@ def test_backward_launches_its_plan(emulator, monkeypatch):
 )
 def test_the_operators_by_both_directions(emulator, monkeypatch, cell, variant, packed):
     """All that a module calls, with Triton's interpreter for what is around the persistent kernel."""
-    from layernorm.kernels import recurrent
+    from layernorm.gpu.recurrent import operators as recurrent
 
     launched = []
 
@@ -479,7 +482,7 @@ def test_the_kernel_compiles_without_spills(monkeypatch, tmp_path, record_proper
     why_not = persistent_compile.problem(90)
     if why_not is not None:
         pytest.skip(why_not)
-    resources = pytest.importorskip("layernorm.kernels.resources")
+    resources = pytest.importorskip("tools.resources")
     pytest.importorskip("triton", reason="its cuobjdump reads the resources")
     monkeypatch.setenv(persistent_compile.CACHE_VARIABLE, str(tmp_path))
     found = [plan for plan, _ in plans((128, 256, 512), (1,), groups=False)]

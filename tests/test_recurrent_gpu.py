@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from layernorm import Variant, backends, ops
-from layernorm.kernels import settings
+from layernorm.gpu import settings
 from layernorm.variants import GATES
 from test_recurrent_kernels import CHOICES, LARGE, alike, drawn_cases, of_cases
 from test_recurrent_operators import arguments, backward_arguments, detached
@@ -42,7 +42,7 @@ def kernel(request) -> str:
 @pytest.fixture
 def small_chunks(monkeypatch) -> None:
     """Backward's chunks hold a few steps or one, so that a short sequence has several."""
-    from layernorm.kernels import recurrent
+    from layernorm.gpu.recurrent import operators as recurrent
 
     monkeypatch.setattr(recurrent, "CHUNK_BYTES", 4000)
 
@@ -216,7 +216,7 @@ def test_the_choice(monkeypatch):
 
 def test_the_tiers_and_what_info_says_of_them(monkeypatch):
     from layernorm import cli
-    from layernorm.kernels import persistent_compile
+    from layernorm.gpu.persistent import compiling as persistent_compile
 
     gpu, half = torch.device("cuda", 0), torch.bfloat16
 
@@ -279,7 +279,7 @@ class Graph:
 
 
 def test_a_loop_is_put_together_from_graphs(monkeypatch):
-    from layernorm.kernels import replay
+    from layernorm.gpu.recurrent import replay
 
     assert list(replay.sizes(0)) == []
     for count in (1, 3, 4, 63, 64, 150, 1000):
@@ -306,7 +306,7 @@ def test_a_loop_is_put_together_from_graphs(monkeypatch):
 
 
 def test_the_cache_of_loops_is_bounded(monkeypatch):
-    from layernorm.kernels import replay
+    from layernorm.gpu.recurrent import replay
 
     class Loop:
         def __init__(self):

@@ -18,7 +18,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 from layernorm import backends, ops, reference
 from layernorm import functional as LF
-from layernorm.kernels import settings
+from layernorm.gpu import settings
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'layernorm[triton]'")
 
@@ -264,7 +264,7 @@ print(sum("layernorm" in name for name in names))
 )
 def test_the_kernels_compile_and_fit_into_registers(architecture, rows_of, kernels):
     done = in_triton(
-        "from layernorm.kernels import resources\n"
+        "from tools import resources\n"
         f"for row in resources.{rows_of.format(architecture)}: print(*row, sep='\\t')"
     )
     assert done.returncode == 0, done.stderr
@@ -285,7 +285,7 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from layernorm.kernels import norm_kernels
+from layernorm.gpu.norm import kernels as norm_kernels
 
 constants = dict(CENTRED=True, NESTED=False, WHOLE=True, ROWS=2, BLOCK=1024, CHUNK=256)
 for kernel in (norm_kernels.forward, norm_kernels.backward):

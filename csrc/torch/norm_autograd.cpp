@@ -229,7 +229,7 @@ TensorPair add_rms_norm_autograd(const Tensor& input, const Tensor& residual,
   return add_rms_norm_op().call(input, residual, shape, weight, eps);
 }
 
-// On GPUs the kernels beneath are src/layernorm/kernels/norm.py's.
+// On GPUs the kernels beneath are src/layernorm/gpu/norm/operators.py's.
 void register_derivatives(torch::Library& library) {
   library.impl("layer_norm", layer_norm_autograd);
   library.impl("rms_norm", rms_norm_autograd);

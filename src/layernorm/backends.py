@@ -29,7 +29,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_compiling
 
 from layernorm import ops, override
-from layernorm.kernels import settings
+from layernorm.gpu import settings
 from layernorm.override import KERNELS as KERNELS
 from layernorm.override import use as use
 from layernorm.variants import Variant
@@ -162,7 +162,7 @@ def _tier(
     backward: bool,
     override: str | None,
 ) -> Choice:
-    from layernorm.kernels import persistent
+    from layernorm.gpu.persistent import launches as persistent
 
     if override == "triton":
         return Choice("triton", "the override asks for it")

@@ -146,8 +146,8 @@ _AUTOCAST_DTYPE: Final = torch.float32
 
 
 def triton_kernel(name: str, **options: Any) -> Callable[..., Any]:
-    """The function of that name in ``layernorm.kernels``, which is imported when it is called first."""
-    module = "layernorm.kernels." + ("norm" if name in _NORM else "recurrent")
+    """The function of that name in ``layernorm.gpu``, which is imported when it is called first."""
+    module = f"layernorm.gpu.{'norm' if name in _NORM else 'recurrent'}.operators"
 
     def call(*arguments: Any) -> Any:
         return getattr(importlib.import_module(module), name)(*arguments, **options)

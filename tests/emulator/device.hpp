@@ -1,4 +1,4 @@
-// The names of src/layernorm/kernels/device.cuh for a CPU, where persistent.cu then runs in the
+// The names of src/layernorm/gpu/persistent/device.cuh for a CPU, where forward.cu then runs in the
 // threads of a Machine. The fragments of mma are those of the PTX ISA.
 #pragma once
 

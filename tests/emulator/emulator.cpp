@@ -4,24 +4,24 @@
 
 #include "device.hpp"
 // Behind it, in this order.
-#include "persistent_layout.cuh"
+#include "layout.cuh"
 //
-#include "persistent_exchange.cuh"
+#include "exchange.cuh"
 //
-#include "persistent_gates.cuh"
+#include "gates.cuh"
 //
 #if LAYERNORM_BACKWARD
-#include "persistent_backward.cuh"
+#include "backward.cuh"
 //
-#include "persistent_backward_cells.cuh"
+#include "backward_cells.cuh"
 //
-#include "persistent_backward.cu"
+#include "backward.cu"
 #else
-#include "persistent_forward.cuh"
+#include "forward.cuh"
 //
-#include "persistent_cells.cuh"
+#include "cells.cuh"
 //
-#include "persistent.cu"
+#include "forward.cu"
 #endif
 
 extern "C" {

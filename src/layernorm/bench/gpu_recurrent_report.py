@@ -45,7 +45,7 @@ _PACKAGES: Final = {
 
 def _triton(point: Point) -> float | None:
     """By the Triton kernels."""
-    from layernorm.kernels import recurrent_time
+    from layernorm.gpu.recurrent import predicted_time as recurrent_time
 
     sizes = (point.hidden, point.batch, point.steps, getattr(torch, point.dtype))
     return recurrent_time.seconds(point.cell, *sizes, training=point.mode == "training")
@@ -53,7 +53,10 @@ def _triton(point: Point) -> float | None:
 
 def _persistent(point: Point) -> float | None:
     """By the persistent kernel, forward and backward."""
-    from layernorm.kernels import persistent, persistent_backward_plan, persistent_plan, recurrent_time
+    from layernorm.gpu.persistent import backward_plan as persistent_backward_plan
+    from layernorm.gpu.persistent import launches as persistent
+    from layernorm.gpu.persistent import plan as persistent_plan
+    from layernorm.gpu.recurrent import predicted_time as recurrent_time
 
     groups = persistent.groups_of(point.cell, resolve("paper", point.cell).scope)
     sizes = (point.cell, point.hidden, point.dtype, 90, point.batch, groups)

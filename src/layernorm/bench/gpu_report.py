@@ -146,7 +146,7 @@ def predictions() -> str:
     Forward reads and writes each tensor once. So does training, but for rows that no block holds: there
     backward reads the output's gradient and the input a second time. The sums over rows come on top.
     """
-    from layernorm.kernels import settings
+    from layernorm.gpu import settings
 
     heads = ["operator", "dtype", "rows × width", "mode", "MiB", *(f"{name}, µs" for name in BANDWIDTHS)]
     body = []

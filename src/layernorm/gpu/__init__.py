@@ -1,0 +1,1 @@
+"""Kernels for GPUs. Importing this package imports no Triton; the operators inside do."""

@@ -1,0 +1,369 @@
+"""The Triton kernels of the recurrent layers' backward; ``recurrent_kernels`` tells the whole."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from layernorm.gpu.recurrent.gate_kernels import (
+    normalized,
+    read_gates,
+    sigmoid,
+    tanh,
+    through_norm,
+    through_norms,
+    write_gates,
+)
+from layernorm.gpu.recurrent.row_kernels import (
+    candidate_value,
+    gate_value,
+    normalized_cell,
+    passes_on,
+    row_of_step,
+    started_from,
+    vector,
+)
+from layernorm.gpu.recurrent.table_kernels import BASE, KEPT, address, has, slot
+
+X = slot("x")
+GAIN_IH = slot("gain_ih")
+GAIN_HH = slot("gain_hh")
+GAIN_CELL = slot("gain_cell")
+HIDDEN = slot("hidden")
+OUTPUT = slot("output")
+SAVED_H = slot("saved_h")
+SAVED_C = slot("saved_c")
+SAVED_STATS = slot("saved_stats")
+H0 = slot("h0")
+C0 = slot("c0")
+GRAD_OUTPUT = slot("grad_output")
+GRAD_H = slot("grad_h")
+GRAD_C = slot("grad_c")
+GRAD_HIDDEN = slot("grad_hidden")
+GRAD_STATE = slot("grad_state")
+GRAD_GATES = slot("grad_gates")
+GRAD_WH = slot("grad_wh")
+GRAD_OWN = slot("grad_own")
+GRAD_CELL = slot("grad_cell")
+CELL_N = slot("cell")
+H_BEFORE = slot("h_before")
+CELL_STATS = slot("cell_stats")
+
+
+@triton.jit(do_not_specialize=["step", "batch"])
+def gather_before(
+    table,
+    step,
+    batch,
+    P: tl.constexpr,
+    TYPE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRESENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """For a chunk of steps (program_id(1)) the h that each row started from."""
+    n, t, row, count = row_of_step(table, step, batch, REVERSE == 0, PACKED)
+    if n >= count:
+        return
+    column = tl.arange(0, BLOCK)
+    mask = column < P
+    h = started_from(table, t, n, row, batch, column, mask, OUTPUT, H0, P, TYPE, REVERSE, PACKED, PRESENT)
+    to = address(table, H_BEFORE, TYPE) + (row - tl.load(table + BASE)) * P + column
+    tl.store(to, h, mask)
+
+
+@triton.jit(do_not_specialize=["step", "batch"])
+def cell_statistics(
+    table,
+    step,
+    batch,
+    eps,
+    CELL: tl.constexpr,
+    KIND: tl.constexpr,
+    INPUTS: tl.constexpr,
+    GATES: tl.constexpr,
+    H: tl.constexpr,
+    TYPE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRESENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """For a chunk of steps (program_id(1)) mean and rstd of an LSTM's cell, before its norm."""
+    n, t, row, count = row_of_step(table, step, batch, REVERSE == 0, PACKED)
+    if n >= count:
+        return
+    column = tl.arange(0, BLOCK)
+    mask = column < H
+    kept = row - tl.load(table + KEPT)
+    x0, x1, x2, _ = read_gates(address(table, X, TYPE) + kept * (GATES * H), column, mask, GATES, H)
+    h0, h1, h2 = x0, x1, x2
+    if INPUTS == "separate":
+        h0, h1, h2, _ = read_gates(address(table, SAVED_H, TYPE) + kept * (GATES * H), column, mask, GATES, H)
+    i = sigmoid(gate_value(table, 0, x0, h0, column, mask, INPUTS, H, TYPE, PRESENT))
+    f = sigmoid(gate_value(table, 1, x1, h1, column, mask, INPUTS, H, TYPE, PRESENT))
+    g = tanh(gate_value(table, 2, x2, h2, column, mask, INPUTS, H, TYPE, PRESENT))
+    before = started_from(
+        table, t, n, row, batch, column, mask, SAVED_C, C0, H, TYPE, REVERSE, PACKED, PRESENT
+    )
+    c = tl.where(mask, (f * before.to(tl.float32) + i * g).to(TYPE).to(tl.float32), 0.0)
+    _, _, _, _, rstd = normalized(c, c, c, c, mask, eps, H, 1, KIND == "layer")
+    to = address(table, CELL_STATS, tl.float32) + (row - tl.load(table + BASE)) * 2
+    mean = tl.zeros([], tl.float32)
+    if KIND == "layer":
+        mean = tl.sum(c, 0) / H
+    tl.store(to, mean)
+    tl.store(to + 1, rstd)
+
+
+@triton.jit(do_not_specialize=["step", "batch"])
+def projected_backward(
+    table,
+    step,
+    batch,
+    P: tl.constexpr,
+    TYPE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRESENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Before the product with W_hrᵀ: the gradient of h, from the step after and from the output."""
+    n, t, row, count = row_of_step(table, step, batch, REVERSE == 0, PACKED)
+    if n >= count:
+        return
+    column = tl.arange(0, BLOCK)
+    mask = column < P
+    passed = mask & passes_on(table, t, n, row, batch, REVERSE, PACKED, PRESENT)
+    grad = tl.load(address(table, GRAD_H, tl.float32) + n.to(tl.int64) * P + column, passed, other=0.0)
+    if has(PRESENT, GRAD_OUTPUT):
+        grad += tl.load(address(table, GRAD_OUTPUT, TYPE) + row * P + column, mask, other=0.0).to(tl.float32)
+    to = address(table, GRAD_STATE, TYPE) + (row - tl.load(table + BASE)) * P + column
+    tl.store(to, grad.to(TYPE), mask)
+
+
+@triton.jit(do_not_specialize=["step", "batch"])
+def cell_backward(
+    table,
+    step,
+    batch,
+    eps,
+    CELL: tl.constexpr,
+    KIND: tl.constexpr,
+    INPUTS: tl.constexpr,
+    SCOPE: tl.constexpr,
+    CELL_NORM: tl.constexpr,
+    GATES: tl.constexpr,
+    H: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STATS: tl.constexpr,
+    TYPE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    PRESENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Row program_id(0) of a step: from the gradient of its state to those of its gates and of W_hh h."""
+    n, t, row, count = row_of_step(table, step, batch, REVERSE == 0, PACKED)
+    if n >= count:
+        return
+    column = tl.arange(0, BLOCK)
+    mask = column < H
+    kept = row - tl.load(table + KEPT)
+    local = row - tl.load(table + BASE)
+    at_state = n.to(tl.int64) * H + column
+    passed = mask & passes_on(table, t, n, row, batch, REVERSE, PACKED, PRESENT)
+
+    x0, x1, x2, x3 = read_gates(address(table, X, TYPE) + kept * (GATES * H), column, mask, GATES, H)
+    h0, h1, h2, h3 = x0, x1, x2, x3
+    if INPUTS == "separate":
+        h0, h1, h2, h3 = read_gates(
+            address(table, SAVED_H, TYPE) + kept * (GATES * H), column, mask, GATES, H
+        )
+    elif INPUTS == "late":
+        h2 = tl.load(address(table, SAVED_H, TYPE) + kept * H + column, mask, other=0.0).to(tl.float32)
+    if PROJECTED:
+        grad = tl.load(address(table, GRAD_HIDDEN, tl.float32) + at_state, mask, other=0.0)
+    else:
+        grad = tl.load(address(table, GRAD_H, tl.float32) + at_state, passed, other=0.0)
+        if has(PRESENT, GRAD_OUTPUT):
+            of_output = address(table, GRAD_OUTPUT, TYPE) + row * H + column
+            grad += tl.load(of_output, mask, other=0.0).to(tl.float32)
+
+    first_gate = gate_value(table, 0, x0, h0, column, mask, INPUTS, H, TYPE, PRESENT)
+    d1, d2, d3 = grad, grad, grad
+    if CELL == "lstm":
+        i = sigmoid(first_gate)
+        f = sigmoid(gate_value(table, 1, x1, h1, column, mask, INPUTS, H, TYPE, PRESENT))
+        g = tanh(gate_value(table, 2, x2, h2, column, mask, INPUTS, H, TYPE, PRESENT))
+        o = sigmoid(gate_value(table, 3, x3, h3, column, mask, INPUTS, H, TYPE, PRESENT))
+        before = started_from(
+            table, t, n, row, batch, column, mask, SAVED_C, C0, H, TYPE, REVERSE, PACKED, PRESENT
+        ).to(tl.float32)
+        c = tl.where(mask, (f * before + i * g).to(TYPE).to(tl.float32), 0.0)
+        state = address(table, GRAD_C, tl.float32) + at_state
+        of_c = tl.load(state, passed, other=0.0)
+        seen, cell, rstd = c, c, grad
+        if CELL_NORM != "none":
+            cell, seen, rstd = normalized_cell(table, c, column, mask, eps, KIND, H, TYPE, PRESENT)
+            if CELL_NORM == "carried":
+                seen = seen.to(TYPE).to(tl.float32)
+        shown = tanh(seen)
+        if PROJECTED:
+            tl.store(address(table, HIDDEN, TYPE) + local * H + column, (o * shown).to(TYPE), mask)
+        d3 = grad * shown * o * (1.0 - o)
+        d = grad * o * (1.0 - shown * shown)
+        if CELL_NORM == "output":
+            pass
+        else:
+            d += of_c
+        if CELL_NORM != "none":
+            tl.store(address(table, GRAD_CELL, TYPE) + local * H + column, d.to(TYPE), mask)
+            tl.store(address(table, CELL_N, TYPE) + local * H + column, cell.to(TYPE), mask)
+            d = tl.where(mask, d * vector(table, GAIN_CELL, PRESENT, TYPE, column, mask, 1.0), 0.0)
+            d, _, _, _ = through_norm(d, d, d, d, cell, cell, cell, cell, rstd, mask, H, 1, KIND == "layer")
+            if CELL_NORM == "output":
+                d += of_c
+        tl.store(state, d * f, mask)
+        d0 = d * g * i * (1.0 - i)
+        d1 = d * before * f * (1.0 - f)
+        d2 = d * i * (1.0 - g * g)
+    elif CELL == "gru":
+        r = sigmoid(first_gate)
+        z = sigmoid(gate_value(table, 1, x1, h1, column, mask, INPUTS, H, TYPE, PRESENT))
+        candidate, of_reset = candidate_value(table, r, x2, h2, column, mask, INPUTS, H, TYPE, PRESENT)
+        before = tl.load(address(table, H_BEFORE, TYPE) + local * H + column, mask, other=0.0).to(tl.float32)
+        tl.store(address(table, GRAD_H, tl.float32) + at_state, grad * z, mask)
+        d1 = grad * (before - candidate) * z * (1.0 - z)
+        d2 = grad * (1.0 - z) * (1.0 - candidate * candidate)
+        if INPUTS == "late":
+            d0 = d2  # found below, inside of the candidate's norm
+        else:
+            d0 = d2 * of_reset * r * (1.0 - r)
+            if INPUTS == "summed":
+                d2 *= r
+    elif CELL == "rnn_tanh":
+        a = tanh(first_gate)
+        d0 = grad * (1.0 - a * a)
+    else:
+        d0 = tl.where(first_gate <= 0.0, 0.0, grad)
+
+    d0 = tl.where(mask, d0, 0.0)
+    d1 = tl.where(mask, d1, 0.0)
+    d2 = tl.where(mask, d2, 0.0)
+    d3 = tl.where(mask, d3, 0.0)
+    own = address(table, GRAD_OWN, TYPE) + local * H + column
+    stats = address(table, SAVED_STATS, tl.float32) + kept * STATS
+    of_x = d2  # late: of the candidate's x
+    if INPUTS == "late":
+        gain = vector(table, GAIN_IH, PRESENT, TYPE, 2 * H + column, mask, 1.0)
+        rstd = tl.load(stats + GROUPS - 1)
+        of_x, _, _, _ = through_norm(d2 * gain, d2, d2, d2, x2, x2, x2, x2, rstd, mask, H, 1, KIND == "layer")
+        d0 = of_x * h2 * r * (1.0 - r)
+        tl.store(own, of_x.to(TYPE), mask)
+    to = address(table, GRAD_GATES, TYPE) + local * (GATES * H)
+    write_gates(to, column, mask, d0, d1, d2, d3, GATES, H)
+
+    if CELL == "gru" and INPUTS == "separate":
+        d2 *= r  # the candidate's part of h has a gradient of its own
+        tl.store(own, d2.to(TYPE), mask)
+    if KIND != "none":
+        GAIN: tl.constexpr = GAIN_HH if INPUTS == "separate" else GAIN_IH
+        d0 *= vector(table, GAIN, PRESENT, TYPE, column, mask, 1.0)
+        if GATES > 1:
+            d1 *= vector(table, GAIN, PRESENT, TYPE, H + column, mask, 1.0)
+        if GATES > 2:
+            d2 *= vector(table, GAIN, PRESENT, TYPE, 2 * H + column, mask, 1.0)
+        if GATES > 3:
+            d3 *= vector(table, GAIN, PRESENT, TYPE, 3 * H + column, mask, 1.0)
+        if INPUTS == "separate":
+            d0, d1, d2, d3 = through_norms(
+                d0, d1, d2, d3, h0, h1, h2, h3, stats + GROUPS, mask, CELL, KIND, SCOPE, GATES, H
+            )
+        elif INPUTS == "summed":
+            d0, d1, d2, d3 = through_norms(
+                d0, d1, d2, d3, x0, x1, x2, x3, stats, mask, CELL, KIND, SCOPE, GATES, H
+            )
+        else:
+            d0, d1, _, _ = through_norms(d0, d1, d0, d1, x0, x1, x0, x1, stats, mask, CELL, KIND, SCOPE, 2, H)
+            d2 = of_x * r
+    write_gates(address(table, GRAD_WH, TYPE) + local * (GATES * H), column, mask, d0, d1, d2, d3, GATES, H)
+
+
+@triton.jit
+def rows_backward(
+    grad,
+    x,
+    stats,
+    gain,
+    CELL: tl.constexpr,
+    KIND: tl.constexpr,
+    SCOPE: tl.constexpr,
+    GATES: tl.constexpr,
+    H: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """In place of the gates' gradients those of W_ih x, through the norm of ``normalize_rows``."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < H
+    at = grad + row * (GATES * H)
+    a, b, c, d = read_gates(at, column, mask, GATES, H)
+    p, q, r, s = read_gates(x + row * (GATES * H), column, mask, GATES, H)
+    if gain is not None:
+        u, v, w, y = read_gates(gain, column, mask, GATES, H)
+        a, b, c, d = a * u, b * v, c * w, d * y
+    a, b, c, d = through_norms(a, b, c, d, p, q, r, s, stats + row * STATS, mask, CELL, KIND, SCOPE, GATES, H)
+    write_gates(at, column, mask, a, b, c, d, GATES, H)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_part"])
+def column_sums(
+    grad,
+    first,
+    second,
+    sums,
+    first_sums,
+    second_sums,
+    rows,
+    rows_per_part,
+    WIDTH: tl.constexpr,
+    FIRST_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of a part of the rows (program_id(1)): Σ grad, Σ grad·first and Σ grad·second of each column.
+
+    grad, first and second are (rows, WIDTH), rows of the first FIRST_STRIDE apart; sums (parts, WIDTH) in
+    float32, or None.
+    """
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_width = column < WIDTH
+    part = tl.program_id(1)
+    begin = part.to(tl.int64) * rows_per_part
+    end = tl.minimum(begin + rows_per_part, rows)
+    total = tl.zeros([BLOCK], tl.float32)
+    of_first = tl.zeros([BLOCK], tl.float32)
+    of_second = tl.zeros([BLOCK], tl.float32)
+    for start in range(begin, end, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < end)[:, None] & in_width[None, :]
+        at = row[:, None] * WIDTH + column[None, :]
+        g = tl.load(grad + at, mask, other=0.0).to(tl.float32)
+        if sums is not None:
+            total += tl.sum(g, 0)
+        if first_sums is not None:
+            at_first = first + row[:, None] * FIRST_STRIDE + column[None, :]
+            of_first += tl.sum(g * tl.load(at_first, mask, other=0.0).to(tl.float32), 0)
+        if second_sums is not None:
+            of_second += tl.sum(g * tl.load(second + at, mask, other=0.0).to(tl.float32), 0)
+    to = part * WIDTH + column
+    if sums is not None:
+        tl.store(sums + to, total, in_width)
+    if first_sums is not None:
+        tl.store(first_sums + to, of_first, in_width)
+    if second_sums is not None:
+        tl.store(second_sums + to, of_second, in_width)

@@ -1,0 +1,194 @@
+"""The Triton kernels of the recurrent layers' forward; ``recurrent_kernels`` tells the whole."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from layernorm.gpu.recurrent.gate_kernels import (
+    normalized_gates,
+    read_gates,
+    sigmoid,
+    tanh,
+    write_gates,
+)
+from layernorm.gpu.recurrent.row_kernels import (
+    candidate_value,
+    gate_value,
+    met_at_gates,
+    normalized_cell,
+    passes_on,
+    row_of_step,
+)
+from layernorm.gpu.recurrent.table_kernels import BASE, address, slot
+
+STATE_H = slot("h")
+STATE_C = slot("c")
+HIDDEN = slot("hidden")
+OUTPUT = slot("output")
+SAVED_C = slot("saved_c")
+
+
+@triton.jit(do_not_specialize=["step", "batch"])
+def cell_forward(
+    table,
+    step,
+    batch,
+    eps,
+    CELL: tl.constexpr,
+    KIND: tl.constexpr,
+    INPUTS: tl.constexpr,
+    SCOPE: tl.constexpr,
+    CELL_NORM: tl.constexpr,
+    GATES: tl.constexpr,
+    H: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STATS: tl.constexpr,
+    TYPE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    PRESENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Row program_id(0) of a step: from W_hh h to the new state."""
+    n, t, row, count = row_of_step(table, step, batch, REVERSE, PACKED)
+    if n >= count:
+        return
+    column = tl.arange(0, BLOCK)
+    mask = column < H
+    x0, x1, x2, x3, h0, h1, h2, h3 = met_at_gates(
+        table, n, row, n, column, mask, eps, CELL, KIND, INPUTS, SCOPE, GATES, H, GROUPS, STATS, TYPE, PRESENT
+    )
+    passes = passes_on(table, t, n, row, batch, REVERSE, PACKED, PRESENT)
+    first_gate = gate_value(table, 0, x0, h0, column, mask, INPUTS, H, TYPE, PRESENT)
+    at_state = n.to(tl.int64) * H + column
+    if CELL == "lstm":
+        forget = sigmoid(gate_value(table, 1, x1, h1, column, mask, INPUTS, H, TYPE, PRESENT))
+        candidate = tanh(gate_value(table, 2, x2, h2, column, mask, INPUTS, H, TYPE, PRESENT))
+        output_gate = sigmoid(gate_value(table, 3, x3, h3, column, mask, INPUTS, H, TYPE, PRESENT))
+        state = address(table, STATE_C, TYPE) + at_state
+        c = forget * tl.load(state, mask, other=0.0).to(tl.float32) + sigmoid(first_gate) * candidate
+        c = tl.where(mask, c.to(TYPE).to(tl.float32), 0.0)
+        seen = c
+        if CELL_NORM != "none":
+            _, seen, _ = normalized_cell(table, c, column, mask, eps, KIND, H, TYPE, PRESENT)
+            if CELL_NORM == "carried":
+                seen = seen.to(TYPE).to(tl.float32)
+                c = seen
+        tl.store(address(table, SAVED_C, TYPE) + row * H + column, c.to(TYPE), mask)
+        tl.store(state, tl.where(passes, c, 0.0).to(TYPE), mask)
+        h = output_gate * tanh(seen)
+    elif CELL == "gru":
+        reset = sigmoid(first_gate)
+        update = sigmoid(gate_value(table, 1, x1, h1, column, mask, INPUTS, H, TYPE, PRESENT))
+        candidate, _ = candidate_value(table, reset, x2, h2, column, mask, INPUTS, H, TYPE, PRESENT)
+        before = tl.load(address(table, STATE_H, TYPE) + at_state, mask, other=0.0).to(tl.float32)
+        h = (1.0 - update) * candidate + update * before
+    elif CELL == "rnn_tanh":
+        h = tanh(first_gate)
+    else:
+        # maximum() would turn NaN into zero.
+        h = tl.where(first_gate < 0.0, 0.0, first_gate)
+    if PROJECTED:
+        tl.store(address(table, HIDDEN, TYPE) + at_state, h.to(TYPE), mask)
+    else:
+        tl.store(address(table, OUTPUT, TYPE) + row * H + column, h.to(TYPE), mask)
+        tl.store(address(table, STATE_H, TYPE) + at_state, tl.where(passes, h, 0.0).to(TYPE), mask)
+
+
+@triton.jit(do_not_specialize=["step", "batch"])
+def projected_forward(
+    table,
+    step,
+    batch,
+    P: tl.constexpr,
+    TYPE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRESENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """After the product with W_hr: the new h to the output, and zeros in its place after a reset."""
+    n, t, row, count = row_of_step(table, step, batch, REVERSE, PACKED)
+    if n >= count:
+        return
+    column = tl.arange(0, BLOCK)
+    mask = column < P
+    state = address(table, STATE_H, TYPE) + n.to(tl.int64) * P + column
+    h = tl.load(state, mask, other=0.0)
+    tl.store(address(table, OUTPUT, TYPE) + row * P + column, h, mask)
+    passes = passes_on(table, t, n, row, batch, REVERSE, PACKED, PRESENT)
+    tl.store(state, tl.where(passes, h, tl.zeros(h.shape, TYPE)), mask)
+
+
+@triton.jit(do_not_specialize=["step", "batch"])
+def meet_again(
+    table,
+    step,
+    batch,
+    eps,
+    CELL: tl.constexpr,
+    KIND: tl.constexpr,
+    INPUTS: tl.constexpr,
+    SCOPE: tl.constexpr,
+    GATES: tl.constexpr,
+    H: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STATS: tl.constexpr,
+    TYPE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRESENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """For a chunk of steps (program_id(1)) what forward had at the gates, where it kept nothing."""
+    n, _, row, count = row_of_step(table, step, batch, REVERSE == 0, PACKED)
+    if n >= count:
+        return
+    column = tl.arange(0, BLOCK)
+    wh_row = row - tl.load(table + BASE)
+    met_at_gates(
+        table,
+        n,
+        row,
+        wh_row,
+        column,
+        column < H,
+        eps,
+        CELL,
+        KIND,
+        INPUTS,
+        SCOPE,
+        GATES,
+        H,
+        GROUPS,
+        STATS,
+        TYPE,
+        PRESENT,
+    )
+
+
+@triton.jit
+def normalize_rows(
+    x,
+    stats,
+    eps,
+    CELL: tl.constexpr,
+    KIND: tl.constexpr,
+    SCOPE: tl.constexpr,
+    GATES: tl.constexpr,
+    H: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """W_ih x of one row, normalized in place; rstd of its groups to ``stats``, unless that is None."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < H
+    at = x + row * (GATES * H)
+    a, b, c, d = read_gates(at, column, mask, GATES, H)
+    if stats is not None:
+        stats += row * STATS
+    a, b, c, d = normalized_gates(a, b, c, d, mask, eps, stats, CELL, KIND, SCOPE, GATES, H)
+    write_gates(at, column, mask, a, b, c, d, GATES, H)

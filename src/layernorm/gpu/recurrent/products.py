@@ -1,0 +1,55 @@
+"""Products of rows with a layer's matrices, and which precision they have."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layernorm.gpu import settings
+from layernorm.gpu.launching import launch
+from layernorm.gpu.recurrent import product_kernels
+
+
+def product(
+    a: Tensor, weight: Tensor, out: Tensor, *, bias: Tensor | None = None, transposed: bool = True
+) -> Tensor:
+    """To out (rows, columns): a (rows, depth) times the weight's transpose, or the weight, plus a bias.
+
+    All are contiguous. A row's bits depend on the sizes of the weight alone.
+    """
+    columns, depth = weight.shape if transposed else weight.shape[::-1]
+    rows = a.size(0)
+    tile = settings.product_tile(columns, a.dtype)
+    launch(
+        product_kernels.product,
+        (-(-rows // tile.rows) * -(-columns // tile.columns),),
+        a,
+        a,
+        weight,
+        bias,
+        out,
+        rows,
+        COLUMNS=columns,
+        DEPTH=depth,
+        B_COLUMN=depth if transposed else 1,
+        B_DEPTH=1 if transposed else columns,
+        PRECISION=precision(),
+        **tile.options(),
+    )
+    return out
+
+
+def precision() -> str:
+    """Of float32 products, as ``torch.nn.LSTM`` has it on GPUs: "tf32" or "ieee"."""
+    of_rnn: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if of_rnn == "tf32" else "ieee"
+
+
+def sum_of_outer(a: Tensor, b: Tensor, total: Tensor) -> None:
+    """Adds aᵀ b over all rows of a (rows, m) and b (rows, n) to total (m, n), in float32, its type."""
+    if a.dtype == torch.float32:
+        total.addmm_(a.t(), b)
+    elif a.is_cuda:
+        total += torch.mm(a.t(), b, out_dtype=torch.float32)
+    else:
+        total.addmm_(a.t().float(), b.float())

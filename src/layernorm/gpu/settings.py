@@ -1,0 +1,181 @@
+"""How the Triton kernels are launched, as data: nothing is tuned when a program runs.
+
+The tile, and with it the order of every sum, follows from the width and the architecture alone, so a row's
+bits do not depend on its batch. ``docs/gpu.md`` has what chose the numbers: so far registers and spills of
+the compiled kernels and the bytes in flight, for no device has been measured yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program takes at a time.
+
+    Attributes:
+        rows: side by side.
+        block: columns, a power of two.
+        warps: of the program.
+        whole: whether the block holds the whole row, which is then read once.
+    """
+
+    rows: int
+    block: int
+    warps: int
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of one architecture.
+
+    Attributes:
+        forward: rows and warps by the block's size; a wider row is looped over.
+        backward: likewise; of a wider row the sums are formed first and the columns split.
+        looped_forward: block and warps for a row that no block holds.
+        looped_sums: likewise for the sums of backward.
+        columns: block and warps for the columns of such a row.
+        multiprocessors: of the device, to which the parts of the sums over rows are fitted.
+        least_rows: of such a part.
+    """
+
+    forward: dict[int, tuple[int, int]]
+    backward: dict[int, tuple[int, int]]
+    looped_forward: tuple[int, int]
+    looped_sums: tuple[int, int]
+    columns: tuple[int, int]
+    multiprocessors: int
+    least_rows: int
+
+
+def _narrow(elements: int, warps: int, up_to: int) -> dict[int, tuple[int, int]]:
+    """Rows and warps for blocks from 1 to ``up_to``, so many elements in a tile."""
+    sizes = (1 << power for power in range(up_to.bit_length()))
+    return {size: (max(1, min(64, elements // size)), warps) for size in sizes}
+
+
+DEFAULT: Final = Settings(
+    forward=_narrow(2048, 4, 2048) | {4096: (1, 8), 8192: (1, 16), 16384: (1, 16)},
+    backward=_narrow(2048, 4, 2048) | {4096: (1, 8), 8192: (1, 16)},
+    looped_forward=(8192, 16),
+    looped_sums=(4096, 8),
+    columns=(1024, 4),
+    multiprocessors=132,
+    least_rows=4,
+)
+
+#: By compute capability; DEFAULT serves any other. A100 has 108 multiprocessors, H100 and H200 132, B200 148.
+BY_ARCHITECTURE: Final[dict[tuple[int, int], Settings]] = {
+    (8, 0): replace(DEFAULT, multiprocessors=108),
+    (9, 0): DEFAULT,
+    (10, 0): replace(DEFAULT, multiprocessors=148),
+}
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """What one program of a recurrent layer's product takes.
+
+    Attributes:
+        rows, columns: of the result.
+        depth: that is loaded at a time.
+        warps: of the program.
+        stages: of loads ahead.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, Any]:
+        """As the kernels take them."""
+        return {
+            "BLOCK_M": self.rows,
+            "BLOCK_N": self.columns,
+            "BLOCK_K": self.depth,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+# Warps that a multiprocessor holds of the backward kernel: with 128 registers to a thread where it forms a
+# row's sums, with 64 where it finds them.
+_WARPS_WHOLE: Final = 16
+_WARPS_OF_COLUMNS: Final = 32
+
+#: The architectures on which ``python -m benchmarks gpu`` found these kernels at least as fast as PyTorch's,
+#: and the operators and dtypes it found that for. Elsewhere PyTorch's serve.
+FASTER: Final[dict[tuple[int, int], frozenset[tuple[str, str]]]] = {}
+
+#: By compute capability, for each cell the hidden sizes up to which ``python -m benchmarks gpu`` found the
+#: persistent kernel faster than the steps' own launches, forward and backward. Elsewhere those serve.
+PERSISTENT: Final[dict[tuple[int, int], dict[str, tuple[int, int]]]] = {}
+
+
+def for_architecture(capability: tuple[int, int] | None) -> Settings:
+    """The settings for a device's compute capability; None for no device."""
+    return DEFAULT if capability is None else BY_ARCHITECTURE.get(capability, DEFAULT)
+
+
+def block_for(width: int) -> int:
+    """The least power of two that holds the width.
+
+    Examples:
+        >>> from layernorm.gpu.settings import block_for
+        >>> block_for(1), block_for(768), block_for(1024)
+        (1, 1024, 1024)
+    """
+    return 1 << max(0, width - 1).bit_length()
+
+
+def forward_tile(settings: Settings, width: int) -> Tile:
+    """The tile of the forward kernel for rows of this width."""
+    return _tile(settings.forward, settings.looped_forward, width)
+
+
+def backward_tile(settings: Settings, width: int) -> Tile:
+    """The tile of the backward kernel for rows of this width."""
+    return _tile(settings.backward, settings.columns, width)
+
+
+def _tile(blocks: dict[int, tuple[int, int]], wider: tuple[int, int], width: int) -> Tile:
+    block = block_for(width)
+    if block in blocks:
+        return Tile(blocks[block][0], block, blocks[block][1])
+    return Tile(1, *wider, whole=False)
+
+
+def product_tile(columns: int, dtype: torch.dtype) -> ProductTile:
+    """The tile of a product with a matrix of so many columns, whatever the number of rows.
+
+    64 rows are what a warp group's instruction takes. A step's product has few rows, so its columns are what
+    keeps multiprocessors busy: 4·512 of them in 64 programs.
+    """
+    narrow = 32 if columns <= 2048 else 64
+    if dtype == torch.float32:
+        return ProductTile(64, narrow, 32, 4, 3)
+    return ProductTile(64, narrow, 64, 4, 4)
+
+
+def row_warps(block: int) -> int:
+    """Warps of a program that takes one row of gates, of a block of features: four features a thread."""
+    return max(1, min(16, block // 128))
+
+
+def rows_per_part(settings: Settings, tile: Tile, rows: int, width: int) -> int:
+    """How many rows each part of the sums over rows takes: as many parts as run at a time.
+
+    More of them would add traffic, fewer leave multiprocessors idle.
+    """
+    warps = _WARPS_WHOLE if tile.whole else _WARPS_OF_COLUMNS
+    programs = settings.multiprocessors * (warps // tile.warps)
+    parts = -(-programs // -(-width // tile.block))
+    per_part = max(settings.least_rows, -(-rows // parts))
+    return -(-per_part // tile.rows) * tile.rows

@@ -1,0 +1,228 @@
+"""What the Triton kernels take of a GPU: registers, spills and shared memory, found without one.
+
+Compiles every kernel that the norms and the recurrent layers launch, and reads what NVIDIA's assembler made
+of it::
+
+    python -m tools.resources --arch 90
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layernorm.gpu.launching import ALIGNED, Launch, recording
+from layernorm.variants import parameter_shapes, resolve
+
+ARCHITECTURES: Final = (80, 90, 100)
+DTYPES: Final = (torch.bfloat16, torch.float32)
+#: Of the norms' rows: a width for each kind of tile, the last ones wider than any.
+WIDTHS: Final = (64, 768, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
+#: Hidden sizes.
+SIZES: Final = (128, 256, 512, 1024, 2048)
+CELLS: Final = ("lstm", "gru", "rnn")
+_LAUNCH_OPTIONS: Final[tuple[str, ...]] = ("num_warps", "num_stages")
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel takes.
+
+    Attributes:
+        kernel: its name.
+        of: what it was compiled for.
+        dtype: of the tensors it reads.
+        width: of a norm's rows, or the hidden size.
+        warps: of a program.
+        registers: of a thread.
+        stack: bytes of memory that a thread uses for want of registers.
+        shared: bytes of shared memory of a program.
+    """
+
+    kernel: str
+    of: str
+    dtype: str
+    width: int
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+
+
+def norms(architecture: int, widths: tuple[int, ...] = WIDTHS) -> Iterator[Resources]:
+    """The resources of layer norm with gain, bias, statistics and all gradients.
+
+    Args:
+        architecture: as in ``sm_90``.
+        widths: of rows.
+
+    Raises:
+        RuntimeError: Triton interprets its kernels in this process.
+    """
+    from layernorm.gpu.norm import operators as norm
+
+    for dtype in DTYPES:
+        for width in widths:
+            x, gain = _meta((64, width), dtype), _meta((width,), dtype)
+            with recording() as launches:
+                _, _, stats = norm.norm_forward(x, None, [width], gain, gain, 1e-5, True)
+                norm.norm_backward(x, None, x, stats, [width], gain, gain, True, [True] * 3)
+            yield from _all(launches, "layer_norm", dtype, width, architecture)
+
+
+def recurrent(
+    architecture: int, sizes: tuple[int, ...] = SIZES, cells: tuple[str, ...] = CELLS
+) -> Iterator[Resources]:
+    """The resources of the paper's layers with all gradients.
+
+    Args:
+        architecture: as in ``sm_90``.
+        sizes: hidden, and of the input.
+        cells: of ``CELLS``.
+
+    Raises:
+        RuntimeError: Triton interprets its kernels in this process.
+    """
+    from layernorm.gpu.recurrent import operators as layers
+    from layernorm.recurrent_operator import listed, spec
+
+    for dtype in DTYPES:
+        for cell in cells:
+            variant = resolve("paper", cell)  # type: ignore[arg-type]
+            for size in sizes:
+                shapes = parameter_shapes(cell, variant, size, size)  # type: ignore[arg-type]
+                weights = listed({name: _meta(shape, dtype) for name, shape in shapes.items()}, variant)
+                x, state = _meta((2, 64, size), dtype), _meta((64, size), dtype)
+                c = state if cell == "lstm" else None
+                name = "rnn_tanh" if cell == "rnn" else cell
+                of_layer = (x, state, c, weights, None, None, name, *spec(variant), False)
+                with recording() as launches:
+                    output, hn, cn, *kept = layers.recurrent_forward(*of_layer, False)
+                    grads = (output, hn, cn if c is not None else None)
+                    layers.recurrent_backward(*of_layer, *grads, output, *kept, [True] * 14)
+                yield from _all(launches, cell, dtype, size, architecture)
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _all(
+    launches: list[Launch], of: str, dtype: torch.dtype, width: int, architecture: int
+) -> Iterator[Resources]:
+    """Of each different kernel among the launches."""
+    seen = set()
+    for launch in launches:
+        signature, constants, attributes, options = _specialized(launch)
+        compiled_for = repr((launch.kernel.__name__, signature, constants, attributes, options))
+        if compiled_for in seen or launch.kernel.__name__ in ("write", "advance"):
+            continue
+        seen.add(compiled_for)
+        found = _compiled(launch.kernel, signature, constants, attributes, options, architecture)
+        warps: int = options["num_warps"]
+        name = str(dtype).removeprefix("torch.")
+        yield Resources(launch.kernel.__name__, of, name, width, warps, *found)
+
+
+def _specialized(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any], dict[str, int]]:
+    """What Triton compiles for such a call: types, constants, what is divisible by 16, and options."""
+    import triton
+
+    kernel = launch.kernel
+    if not isinstance(kernel, triton.JITFunction):
+        raise RuntimeError("Triton interprets its kernels in this process: unset TRITON_INTERPRET")
+    given = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.options
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, given[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", ALIGNED]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if value % ALIGNED == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", ALIGNED]]
+    options: dict[str, int] = {
+        name: launch.options[name] for name in _LAUNCH_OPTIONS if name in launch.options
+    }
+    return signature, constants, attributes, options
+
+
+_TYPES: Final = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+
+
+def _compiled(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[Any, Any],
+    attributes: dict[Any, Any],
+    options: dict[str, int],
+    architecture: int,
+) -> tuple[int, int, int]:
+    """Registers, bytes of the stack, and bytes of shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options)
+    registers, stack = usage(compiled.asm["cubin"])
+    return registers, stack, compiled.metadata.shared
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        done = subprocess.run(  # noqa: S603 - a tool that Triton came with
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {done.stdout}")
+    return int(found[1]), int(found[2])
+
+
+def main() -> int:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(prog="python -m tools.resources", description=__doc__)
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90)
+    options = parser.parse_args()
+    heads = ("kernel", "of", "dtype", "width", "warps", "registers", "stack, bytes", "shared, bytes")
+    write = sys.stdout.write
+    write(f"| {' | '.join(heads)} |\n|---|---|---|{'---:|' * 5}\n")
+    for rows in (norms(options.arch), recurrent(options.arch)):
+        for row in rows:
+            write(f"| {' | '.join(map(str, row))} |\n")
+            sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
