@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from layernorm.experiments import files, tables
+from layernorm.experiments.results import study_tables as tables
+from layernorm.experiments.storage import files
 
 
 def put(path: Path, table: pd.DataFrame) -> None:

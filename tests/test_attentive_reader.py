@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from layernorm.experiments import attentive_reader, cloze, data, words
-from layernorm.experiments.attentive_reader import NORMS, TASK, AttentiveReader, Reading
-from layernorm.experiments.data import Question
+from layernorm.experiments import data
+from layernorm.experiments.data import Question, words
 from layernorm.experiments.task import Batch, ExperimentError
+from layernorm.experiments.tasks.attentive_reader import cloze
+from layernorm.experiments.tasks.attentive_reader import task as attentive_reader
+from layernorm.experiments.tasks.attentive_reader.task import NORMS, TASK, AttentiveReader, Reading
 
 PLAY = """ROMEO:
 Is the day so young?

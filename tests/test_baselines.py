@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from layernorm.baselines import BatchNorm, BatchNormLSTM, start_weight_norm
 from layernorm.baselines.statistics import BatchStandardized, Steps
-from layernorm.experiments import recurrent
+from layernorm.experiments.networks import recurrent
 from layernorm.experiments.task import ExperimentError
 
 # Sums of at most 100 products of numbers about 1, in another order: 100 · 2^-53 ≈ 1e-14, with room.

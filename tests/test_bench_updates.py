@@ -14,7 +14,7 @@ from layernorm.bench import updates, workers
 from layernorm.bench.table import Table, read
 from layernorm.cli import main
 from layernorm.experiments import task as tasks
-from layernorm.experiments.training import Run, Trainer
+from layernorm.experiments.run.training import Run, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALLEST = updates.Point("digits-rows", "small", 4)
@@ -50,7 +50,7 @@ def without_data(monkeypatch):
         raise tasks.MissingData("the digits are not here: get them elsewhere")
 
     monkeypatch.setattr(
-        importlib.import_module("layernorm.experiments.draw"),
+        importlib.import_module("layernorm.experiments.tasks.draw.task"),
         "TASK",
         dataclasses.replace(tasks.find("draw"), problem=problem),
     )

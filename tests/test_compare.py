@@ -22,13 +22,14 @@ import torch
 from rich.console import Console
 
 from layernorm.cli import main
-from layernorm.experiments import compare as compare_module
-from layernorm.experiments import feedforward, results
 from layernorm.experiments.classification import TEST_ERROR
-from layernorm.experiments.compare import Comparison, compare
-from layernorm.experiments.feedforward import NORMS
+from layernorm.experiments.commands import compare as compare_module
+from layernorm.experiments.commands.compare import Comparison, compare
+from layernorm.experiments.networks import feedforward
+from layernorm.experiments.networks.feedforward import NORMS
+from layernorm.experiments.results import table as results
+from layernorm.experiments.run.training import Interrupted
 from layernorm.experiments.task import TASKS, Preset, find
-from layernorm.experiments.training import Interrupted
 from layernorm.variants import PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from layernorm.experiments import convnet, mnist
 from layernorm.experiments.classification import Data
 from layernorm.experiments.task import Batch, ExperimentError
+from layernorm.experiments.tasks import convnet, mnist
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,9 +22,10 @@ import pytest
 from scipy.io import savemat
 
 from layernorm.cli import main
-from layernorm.experiments import data, running_text
+from layernorm.experiments import data
 from layernorm.experiments.data import archives, finding, matlab
 from layernorm.experiments.task import ExperimentError, MissingData
+from layernorm.experiments.tasks.skip_thoughts import running_text
 
 TEXT = "\n".join(f"line {i} of some text" for i in range(300)).encode()
 

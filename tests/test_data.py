@@ -19,9 +19,10 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from layernorm.experiments import data, running_text, task
+from layernorm.experiments import data, task
 from layernorm.experiments.data import finding, sources
 from layernorm.experiments.task import ExperimentError, MissingData
+from layernorm.experiments.tasks.skip_thoughts import running_text
 
 RETRIEVE = finding.pooch.retrieve
 # The data of whoever runs the tests; all but the last test run without it.

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, distributions, nn
 from torch.nn import functional as F
 
-from layernorm.experiments import data, draw, draw_network
+from layernorm.experiments import data
 from layernorm.experiments import task as tasks
-from layernorm.experiments.draw import DigitDrawing
-from layernorm.experiments.draw_network import DRAW, NORMS, OutputNormLSTMCell, State
+from layernorm.experiments.run.training import Run, Trainer
 from layernorm.experiments.task import Batch, ExperimentError, Preset
-from layernorm.experiments.training import Run, Trainer
+from layernorm.experiments.tasks.draw import network as draw_network
+from layernorm.experiments.tasks.draw import task as draw
+from layernorm.experiments.tasks.draw.network import DRAW, NORMS, OutputNormLSTMCell, State
+from layernorm.experiments.tasks.draw.task import DigitDrawing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE, GLIMPSES, LATENT = 9, 3, 4

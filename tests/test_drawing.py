@@ -7,7 +7,7 @@ import math
 import pytest
 from matplotlib.colors import to_hex
 
-from layernorm.experiments import drawing
+from layernorm.experiments.report import drawing
 from layernorm.experiments.section import Chart, Line, Panel
 
 

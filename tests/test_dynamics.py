@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import layernorm
-from layernorm.experiments import drawing, dynamics
 from layernorm.experiments import task as tasks
+from layernorm.experiments.report import drawing
+from layernorm.experiments.studies import dynamics
 from layernorm.experiments.task import ExperimentError
 from tables_by_hand import put
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from layernorm.experiments import files, locks
 from layernorm.experiments.errors import ExperimentError
+from layernorm.experiments.storage import files, locks
 
 
 class Killed(BaseException):

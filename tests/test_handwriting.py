@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor, distributions
 
-from layernorm.experiments import data, handwriting, handwriting_lines, handwriting_network
+from layernorm.experiments import data
 from layernorm.experiments.data import Drawing, WrittenLine
-from layernorm.experiments.handwriting import Handwriting
-from layernorm.experiments.handwriting_density import negative_log_likelihood, sample
-from layernorm.experiments.handwriting_lines import Lines, pen_steps, simplified
-from layernorm.experiments.handwriting_network import NORMS, HandwritingNetwork, WindowedLSTM
+from layernorm.experiments.run.training import Run, Trainer
 from layernorm.experiments.task import Batch, ExperimentError, Preset
-from layernorm.experiments.training import Run, Trainer
+from layernorm.experiments.tasks.handwriting import lines as handwriting_lines
+from layernorm.experiments.tasks.handwriting import network as handwriting_network
+from layernorm.experiments.tasks.handwriting import task as handwriting
+from layernorm.experiments.tasks.handwriting.density import negative_log_likelihood, sample
+from layernorm.experiments.tasks.handwriting.lines import Lines, pen_steps, simplified
+from layernorm.experiments.tasks.handwriting.network import NORMS, HandwritingNetwork, WindowedLSTM
+from layernorm.experiments.tasks.handwriting.task import Handwriting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHARACTERS = 6

@@ -34,7 +34,7 @@ def test_a_wheel_without_a_compiler(tmp_path):
     assert "layernorm: installing without compiled kernels: no C++ compiler was found" in printed
     assert "layernorm/__init__.py" in names
     assert "layernorm/py.typed" in names
-    assert "layernorm/experiments/report.html.j2" in names
+    assert "layernorm/experiments/report/report.html.j2" in names
     assert {"layernorm/gpu/persistent/forward.cu", "layernorm/gpu/persistent/device.cuh"} <= set(names)
     assert not any("_native" in name or "_built_for" in name for name in names)
 

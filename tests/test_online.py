@@ -9,10 +9,12 @@ from torch import nn
 
 from layernorm import backends
 from layernorm.baselines import BatchNorm
-from layernorm.experiments import digits, drawing, online
 from layernorm.experiments import task as tasks
 from layernorm.experiments.classification import Data
+from layernorm.experiments.report import drawing
+from layernorm.experiments.studies.online import study as online
 from layernorm.experiments.task import ExperimentError
+from layernorm.experiments.tasks import digits
 from tables_by_hand import put
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,9 +8,13 @@ import pandas as pd
 import pytest
 import torch
 
-from layernorm.experiments import captioned_images, order_embeddings
-from layernorm.experiments.captioned_images import Bags
-from layernorm.experiments.order_embeddings import (
+from layernorm.experiments.data.words import PAD
+from layernorm.experiments.networks.sentence_encoder import NORMS, SentenceEncoder, Sentences
+from layernorm.experiments.task import Batch, ExperimentError
+from layernorm.experiments.tasks.order_embeddings import captioned_images
+from layernorm.experiments.tasks.order_embeddings import task as order_embeddings
+from layernorm.experiments.tasks.order_embeddings.captioned_images import Bags
+from layernorm.experiments.tasks.order_embeddings.task import (
     METRICS,
     TASK,
     OrderEmbedding,
@@ -18,9 +22,6 @@ from layernorm.experiments.order_embeddings import (
     ranking_loss,
     retrieval,
 )
-from layernorm.experiments.sentence_encoder import NORMS, SentenceEncoder, Sentences
-from layernorm.experiments.task import Batch, ExperimentError
-from layernorm.experiments.words import PAD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from layernorm.experiments import report
+from layernorm.experiments.report import page as report
 from layernorm.experiments.section import Chart, Picture, Section, Table
 from layernorm.experiments.task import ExperimentError
 from report_sections import NAMES, sections, write_png

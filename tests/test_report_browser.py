@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from layernorm.experiments import report
+from layernorm.experiments.report import page as report
 from report_sections import NAMES, NASTY, sections, write_png
 
 

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from layernorm.cli import main
-from layernorm.experiments import reproduce
 from layernorm.experiments import task as tasks
+from layernorm.experiments.commands import reproduce
 from layernorm.experiments.section import Card, Section
 from layernorm.experiments.task import MissingData, Preset, Study, Task
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from layernorm.experiments import judging, results
 from layernorm.experiments.classification import TEST_ERROR
+from layernorm.experiments.results import judging
+from layernorm.experiments.results import table as results
 from layernorm.experiments.task import Metric
 
 RECALL = Metric("recall", "recall (%)", higher=True)

@@ -21,10 +21,13 @@ import torch
 from rich.console import Console
 
 from layernorm.cli import main
-from layernorm.experiments import drawing, locks, report, training
 from layernorm.experiments import task as tasks
-from layernorm.experiments.compare import Comparison, Interrupted, compare, train
+from layernorm.experiments.commands.compare import Comparison, Interrupted, compare, train
 from layernorm.experiments.errors import ExperimentError
+from layernorm.experiments.report import drawing
+from layernorm.experiments.report import page as report
+from layernorm.experiments.run import training
+from layernorm.experiments.storage import locks
 from layernorm.experiments.task import Preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -285,7 +288,7 @@ def test_a_tensorboard_log_on_a_full_disk_raises_where_it_writes(tmp_path):
     pytest.importorskip("tensorboard")
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    from layernorm.experiments.events import Log
+    from layernorm.experiments.run.events import Log
 
     with Log(tmp_path / "log") as log:
         log._file.close()
@@ -318,7 +321,7 @@ def _compare_until_killed(out: Path, calls: int = 0) -> None:
 def test_a_comparison_killed_twenty_times_ends_with_the_table_of_an_undisturbed_one(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch._dynamo", "layernorm.experiments.digits", "layernorm.experiments.compare"]
+        ["torch._dynamo", "layernorm.experiments.tasks.digits", "layernorm.experiments.commands.compare"]
     )
     out, chance, left, killed = tmp_path / "killed", random.Random(0), [], 0
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from layernorm.experiments import data, permuted_mnist, sequential_mnist
-from layernorm.experiments.sequential_mnist import NORMS, PixelByPixel, PixelReader
+from layernorm.experiments import data
 from layernorm.experiments.task import Batch, ExperimentError
+from layernorm.experiments.tasks import permuted_mnist, sequential_mnist
+from layernorm.experiments.tasks.sequential_mnist import NORMS, PixelByPixel, PixelReader
 
 COUNT = 50_040  # beyond the 50,000 that are trained on
 

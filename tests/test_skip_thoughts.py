@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from layernorm.experiments import running_text, sentence_tests, skip_thoughts
 from layernorm.experiments.data import Pair
-from layernorm.experiments.sentence_encoder import NORMS
-from layernorm.experiments.skip_thoughts import TASK, TRANSFER, VALIDATION_LOSS, SkipThoughts
+from layernorm.experiments.networks.sentence_encoder import NORMS
 from layernorm.experiments.task import Batch, ExperimentError, MissingData
+from layernorm.experiments.tasks.skip_thoughts import running_text, sentence_tests
+from layernorm.experiments.tasks.skip_thoughts import task as skip_thoughts
+from layernorm.experiments.tasks.skip_thoughts.task import TASK, TRANSFER, VALIDATION_LOSS, SkipThoughts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from layernorm.experiments.compare import Comparison, compare
+from layernorm.experiments.commands.compare import Comparison, compare
 from layernorm.experiments.task import ExperimentError, Preset
 
 ray = pytest.importorskip("ray")
 
-from layernorm.experiments.sweep import RaySweep, _train  # noqa: E402
+from layernorm.experiments.commands.sweep import RaySweep, _train  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

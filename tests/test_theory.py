@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import layernorm
 from layernorm import theory
 from layernorm.experiments import task as tasks
-from layernorm.experiments import theory as study
+from layernorm.experiments.studies.theory import study
 from layernorm.experiments.task import ExperimentError
 from layernorm.theory import invariances
 from layernorm.theory.models import NORMS

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from layernorm.experiments import processes, training
 from layernorm.experiments import task as tasks
 from layernorm.experiments.classification import Classification, Data
+from layernorm.experiments.run import processes, training
+from layernorm.experiments.run.training import Interrupted, Run, Trainer
 from layernorm.experiments.task import Batch, ExperimentError, Loss, Preset, Problem
-from layernorm.experiments.training import Interrupted, Run, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PRESET = Preset(epochs=2, batch_sizes=(32,), norms=("layer",))

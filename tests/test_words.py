@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layernorm.experiments.words import PAD, UNKNOWN, Vocabulary, padded, tokens
+from layernorm.experiments.data.words import PAD, UNKNOWN, Vocabulary, padded, tokens
 
 
 @pytest.mark.parametrize(

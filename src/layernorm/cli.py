@@ -17,7 +17,7 @@ import layernorm
 from layernorm import backends, ops
 from layernorm.arguments import Parser, plain
 from layernorm.bench import command as bench
-from layernorm.experiments import command as experiments
+from layernorm.experiments.commands import options as experiments
 from layernorm.variants import resolve
 
 _DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

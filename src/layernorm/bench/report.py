@@ -18,7 +18,7 @@ from layernorm.bench import (
 )
 from layernorm.bench.benchmark import Outputs
 from layernorm.bench.table import TableError
-from layernorm.experiments import files
+from layernorm.experiments.storage import files
 
 #: By the benchmark's name, in the order of the page. Each has ``load``, ``pictures``, ``options``,
 #: ``section`` and ``summary``.

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from layernorm.bench.timing import Samples, quartiles, ratios
-from layernorm.experiments import files, locks
 from layernorm.experiments.errors import ExperimentError
+from layernorm.experiments.storage import files, locks
 
 #: The columns of ``measures``, which every table of benchmarks has.
 MEASURES: Final = (

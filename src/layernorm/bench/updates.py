@@ -25,8 +25,8 @@ from layernorm.bench.table import MEASURES
 from layernorm.bench.workers import Emit, serve
 
 if TYPE_CHECKING:
+    from layernorm.experiments.run.training import Trainer
     from layernorm.experiments.task import Problem
-    from layernorm.experiments.training import Trainer
 
 #: The recurrent tasks, in the paper's order; "permuted-mnist" makes the updates of "sequential-mnist".
 TASKS: Final = (
@@ -123,7 +123,7 @@ def _problem(name: str, preset: str) -> Problem:
 def _subject(point: Point, norm: str, problem: Problem) -> Subject:
     """Updates of a network with this norm."""
     from layernorm.experiments import task as tasks
-    from layernorm.experiments.training import Run, Trainer
+    from layernorm.experiments.run.training import Run, Trainer
 
     preset = tasks.find(point.task).presets[point.preset]
     # There is no checkpoint in the null device, and none is written unless it is asked for.

@@ -236,7 +236,7 @@ def find(name: str) -> Task:
     """
     if name not in TASKS:
         raise ExperimentError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
-    task: Task = importlib.import_module(_module(name)).TASK
+    task: Task = importlib.import_module(_module("tasks", name)).TASK
     return task
 
 
@@ -248,9 +248,9 @@ def find_study(name: str) -> Study:
     """
     if name not in STUDIES:
         raise ExperimentError(f"unknown study {name!r}; expected one of {', '.join(STUDIES)}")
-    study: Study = importlib.import_module(_module(name)).STUDY
+    study: Study = importlib.import_module(_module("studies", name)).STUDY
     return study
 
 
-def _module(name: str) -> str:
-    return f"layernorm.experiments.{name.replace('-', '_')}"
+def _module(room: str, name: str) -> str:
+    return f"layernorm.experiments.{room}.{name.replace('-', '_')}"

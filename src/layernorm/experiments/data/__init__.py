@@ -1,8 +1,8 @@
 """The data sets of the experiments: found in a folder that the user names, in a cache, or downloaded."""
 
 from layernorm.experiments.data.captions import coco_features, flickr8k
-from layernorm.experiments.data.digits import binarized_mnist, mnist
 from layernorm.experiments.data.finding import VARIABLE
+from layernorm.experiments.data.mnist import binarized_mnist, mnist
 from layernorm.experiments.data.pens import Drawing, WrittenLine, iam_ondb, omniglot_strokes
 from layernorm.experiments.data.questions import Question, cnn_questions
 from layernorm.experiments.data.sentences import Pair, sentence_set, sick

@@ -20,11 +20,11 @@ from typing import Any, Final
 import pooch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from layernorm.experiments import files
 from layernorm.experiments.data import archives
 from layernorm.experiments.data.archives import LIMIT as LIMIT
 from layernorm.experiments.data.sources import File, Origin, Source
 from layernorm.experiments.errors import ExperimentError, MissingData, reason
+from layernorm.experiments.storage import files
 
 #: The environment variable that names the user's folder of data.
 VARIABLE: Final = "LAYERNORM_DATA"

@@ -1,0 +1,295 @@
+"""The commands ``compare``, ``reproduce``, ``report`` and those of the studies.
+
+Their parsers need nothing but the standard library; what they run is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from layernorm.arguments import names, number, plain, positive, positives, say
+
+#: The commands that this module serves.
+STUDIES: Final = {
+    "theory": "the paper's invariances and its geometry, checked numerically",
+    "dynamics": "norms of hidden states and gradients over time, with and without normalization",
+    "online": "the same network on any batch and step by step: the same bits with layer norm",
+}
+COMMANDS: Final = ("compare", "reproduce", "report", *STUDIES)
+_PRESETS: Final = ("small", "paper")
+_DATA: Final = """\
+Data is looked for in the folder that LAYERNORM_DATA names, then in a cache folder, then
+downloaded where its licence allows. The same command goes on where an earlier one was stopped.
+"""
+_TASKS: Final = """\
+tasks:
+  digits            scikit-learn's handwritten digits by a feed-forward network
+  digits-rows       the same read row by row by an LSTM
+  order-embeddings  order embeddings of images and captions (§6.1)
+  attentive-reader  cloze questions about a passage (§6.2)
+  skip-thoughts     sentence vectors (§6.3)
+  draw              DRAW on binarized MNIST (§6.4)
+  handwriting       handwriting generation (§6.5)
+  mnist             permutation-invariant MNIST, 784-1000-1000-10 (§6.6)
+  convnet           a convolutional network on MNIST (§6.7)
+  sequential-mnist  MNIST pixel by pixel (Cooijmans et al.)
+  permuted-mnist    the same in a fixed random order
+norms: none, layer and others by task; an unknown one is answered with the task's list.
+
+With several processes, on one machine or many:
+  torchrun --nproc-per-node 2 -m layernorm compare TASK …
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Adds the parsers of the commands."""
+    _add_compare(commands)
+    for name, text in STUDIES.items():
+        study = _command(commands, name, text, _DATA)
+        study.add_argument(
+            "--out", type=Path, metavar="DIR", help=f"folder for the results (default: runs/{name})"
+        )
+        _add_preset(study)
+    reproduce = _command(
+        commands, "reproduce", "all experiments, and one report over them", f"{_TASKS}\n{_DATA}"
+    )
+    reproduce.add_argument(
+        "names", nargs="*", metavar="NAME", help="tasks and studies (default: all of them)"
+    )
+    reproduce.add_argument(
+        "--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="folder (default: runs/paper)"
+    )
+    reproduce.add_argument("--device", default="cpu", metavar="DEVICE", help="where to train (default: cpu)")
+    _add_preset(reproduce)
+    _add_ray(reproduce)
+    report = _command(commands, "report", "one HTML page from a folder of results", "")
+    report.add_argument("folder", type=Path, metavar="DIR", help="as compare, reproduce or a study wrote it")
+    report.add_argument("--out", type=Path, metavar="FILE", help="the page (default: DIR/report.html)")
+
+
+def _command(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _add_preset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset",
+        choices=_PRESETS,
+        default="small",
+        help="small: minutes on two cores (default); paper: as published",
+    )
+
+
+def _add_ray(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="runs side by side on a Ray cluster; without ADDRESS on one started here",
+    )
+    add("--cpus-per-run", type=positive, metavar="N", help="with --ray (default: 1)")
+    add("--gpus-per-run", type=number(0.0), metavar="X", help="with --ray (default: 0)")
+
+
+def _add_compare(commands: Any) -> None:
+    parser = _command(
+        commands, "compare", "train the same network with different norms", f"{_TASKS}\n{_DATA}"
+    )
+    add = parser.add_argument
+    add("task", nargs="?", default="digits", metavar="TASK", help="see below (default: digits)")
+    _add_preset(parser)
+    add("--norms", type=names, metavar="A,B,…", help="norms to compare")
+    add("--batch-sizes", type=positives, metavar="N,M,…", help="cases per update")
+    add("--epochs", type=positive, metavar="N", help="passes over the data")
+    add("--seeds", type=positive, metavar="K", help="repetitions")
+    add("--learning-rate", type=number(0.0, above=True), metavar="R", help="the greatest of the schedule")
+    add("--optimizer", choices=("adam", "sgd", "rmsprop"), help="Adam, SGD with momentum, RMSprop")
+    add("--schedule", choices=("constant", "cosine", "linear"), help="of the learning rate")
+    add("--warmup", type=positive, metavar="N", help="updates over which the learning rate rises from 0")
+    add("--clip", type=number(0.0, above=True), metavar="X", help="greatest norm of all gradients together")
+    add("--evaluate-every", type=positive, metavar="N", help="updates between evaluations")
+    add(
+        "--size",
+        action="append",
+        default=[],
+        type=_size,
+        metavar="NAME=VALUE",
+        help="one of the task's own sizes; may be given several times",
+    )
+    add("--precision", choices=("float32", "bfloat16", "float16"), default="float32", help="by autocast")
+    add("--device", default="cpu", metavar="DEVICE", help="where to train (default: cpu)")
+    add("--out", type=Path, metavar="DIR", help="folder for the results (default: runs/TASK)")
+    add("--save-weights", action="store_true", help="keep the trained networks' state dicts")
+    add("--tensorboard", action="store_true", help="log for TensorBoard too")
+    _add_ray(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs a command; returns its exit code."""
+    try:
+        from layernorm.experiments.errors import ExperimentError, reason
+        from layernorm.experiments.run.training import Interrupted
+
+        serve = {"compare": _compare, "reproduce": _reproduce, "report": _report}.get(options.command, _study)
+        try:
+            serve(options)
+        except ExperimentError as error:
+            return _fail(str(error), code=2)
+        except (Interrupted, KeyboardInterrupt):
+            return _fail(
+                "interrupted; what is finished is kept, and the same command goes on from there", code=130
+            )
+        except OSError as error:
+            where = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+            return _fail(
+                f"cannot read or write{where}: {reason(error)}; what is finished is kept, and once that is "
+                "mended the same command goes on from there",
+                code=2,
+            )
+    except ModuleNotFoundError as error:
+        return _fail(f"this command needs {error.name}: pip install 'layernorm[experiments]'", code=2)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from layernorm.experiments import task as tasks
+    from layernorm.experiments.commands.compare import Comparison, compare
+    from layernorm.experiments.run import processes
+
+    task = tasks.find(options.task)
+    comparison = Comparison(
+        task=task.name,
+        preset=_changed(options, task.presets[options.preset]),
+        preset_name=options.preset,
+        out=options.out or Path("runs") / task.name,
+        device=options.device,
+        precision=options.precision,
+        save_weights=options.save_weights,
+        tensorboard=options.tensorboard,
+        command=_typed(),
+    )
+    with processes.joined(options.device) as device:
+        comparison = dataclasses.replace(comparison, device=str(device))
+        compare(comparison, _console(processes.rank() == 0), _sweep(options))
+
+
+def _changed(options: argparse.Namespace, preset: Any) -> Any:
+    """A preset with what the command line says."""
+    changes = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(preset)
+        if getattr(options, field.name, None) is not None
+    }
+    sizes = dict(preset.sizes)
+    for name, text in options.size:
+        sizes[name] = _converted(name, text, sizes)
+    return dataclasses.replace(preset, **changes, sizes=sizes)
+
+
+def _converted(name: str, text: str, sizes: Mapping[str, Any]) -> Any:
+    """The value of a size, of the type of the one it replaces."""
+    from layernorm.experiments.task import ExperimentError
+
+    if name not in sizes:
+        known = ", ".join(sizes) or "none"
+        raise ExperimentError(f"--size: unknown size {name!r}; this task has: {known}")
+    kind = type(sizes[name])
+    try:
+        return kind(text) if kind is not bool else {"true": True, "false": False}[text.lower()]
+    except (ValueError, KeyError) as error:
+        raise ExperimentError(f"--size: {name} must be of type {kind.__name__}, got {text!r}") from error
+
+
+def _study(options: argparse.Namespace) -> None:
+    from layernorm.experiments.commands import study
+
+    out = options.out or Path("runs") / options.command
+    study.run(options.command, out, _console(), options.preset)
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    from layernorm.experiments.commands import reproduce
+    from layernorm.experiments.task import ExperimentError
+
+    for name in options.names:
+        if name not in reproduce.EXPERIMENTS:
+            known = ", ".join(reproduce.EXPERIMENTS)
+            raise ExperimentError(f"unknown experiment {name!r}; expected some of {known}")
+    reproduce.reproduce(
+        options.names or reproduce.EXPERIMENTS,
+        options.out,
+        _console(),
+        options.preset,
+        options.device,
+        _sweep(options),
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from layernorm.experiments.commands import reproduce
+
+    path = reproduce.write(options.folder, options.out)
+    say(_console(), f"Report: {path}")
+
+
+def _sweep(options: argparse.Namespace) -> Callable[..., None] | None:
+    from layernorm.experiments.run import processes
+    from layernorm.experiments.task import ExperimentError
+
+    if options.ray is None:
+        for name in ("cpus_per_run", "gpus_per_run"):
+            if getattr(options, name) is not None:
+                raise ExperimentError(f"--{name.replace('_', '-')} is for --ray, which is not given")
+        return None
+    if processes.count() > 1:
+        raise ExperimentError(
+            "--ray: either Ray trains the runs side by side or torchrun shares their batches"
+        )
+    from layernorm.experiments.commands.sweep import RaySweep
+
+    address = None if options.ray == "local" else options.ray
+    return RaySweep(address, options.cpus_per_run or 1, options.gpus_per_run or 0.0)
+
+
+def _console(speaks: bool = True) -> Any:
+    from rich.console import Console
+
+    return Console(quiet=not speaks)
+
+
+def _typed() -> str:
+    """What was typed, as the README writes it."""
+    return (
+        shlex.join(("layernorm", *sys.argv[1:]))
+        if Path(sys.argv[0]).stem in ("layernorm", "__main__")
+        else ""
+    )
+
+
+def _size(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not (name and sign and value):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"layernorm: {plain(message)}\n")
+    return code

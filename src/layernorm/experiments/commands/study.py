@@ -1,0 +1,103 @@
+"""Runs a study into its folder, which the report reads again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from layernorm.arguments import say
+from layernorm.experiments import task as tasks
+from layernorm.experiments.report import drawing
+from layernorm.experiments.report import page as report
+from layernorm.experiments.results import folder
+from layernorm.experiments.results import table as results
+from layernorm.experiments.section import Card, Section, Table
+
+
+def run(
+    name: str, out: Path, console: Console, preset: str = "small", sizes: Mapping[str, Any] | None = None
+) -> Path:
+    """Measures what is not yet measured, writes the report, prints the tables and the cards.
+
+    Args:
+        name: of the study.
+        out: its folder.
+        console: where progress, tables and cards go.
+        preset: its size.
+        sizes: what replaces the preset's.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ExperimentError: something that the user can mend, or another command in the folder.
+        OSError: a file cannot be written.
+    """
+    study = tasks.find_study(name)
+    chosen = {**study.presets[preset], **(sizes or {})}
+    settings = {"study": name, "preset": preset, "sizes": chosen}
+    with folder.opened(out):
+        if damage := folder.check(out, settings, ("study", "sizes")):
+            say(console, f"{damage}; it is written anew")
+        folder.write(out, settings, shlex.join(("layernorm", name, "--preset", preset)))
+        study.run(out, partial(say, console), **chosen)
+        section = read(out)
+        for chart in section.charts:
+            drawing.save(chart, out)
+        path = report.write(out / "report.html", f"layernorm {name}", [section])
+    for table in section.tables:
+        show(console, table)
+    show_cards(console, section.cards)
+    say(console, f"Report: {path}")
+    return path
+
+
+def read(out: Path) -> Section:
+    """What the report shows of a study's folder.
+
+    Raises:
+        ExperimentError: the folder holds none, or is damaged.
+    """
+    config = folder.read(out)
+    section = tasks.find_study(config["study"]).read(out)
+    return Section(
+        **{
+            **vars(section),
+            "command": config["command"],
+            "facts": (*section.facts, *results.facts(config)),
+        }
+    )
+
+
+def show(console: Console, table: Table) -> None:
+    """Prints a table."""
+    console.print()
+    say(console, table.caption)
+    shown = RichTable(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in table.columns:
+        shown.add_column(Text(column))
+    for row in table.rows:
+        shown.add_row(*map(Text, row))
+    console.print(shown, highlight=False)
+    if table.note:
+        console.print(Text(table.note, "dim"))
+
+
+def show_cards(console: Console, cards: Sequence[Card]) -> None:
+    """Prints what was claimed, what was measured, and whether the two agree."""
+    shown = RichTable(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in ("verdict", "claim", "measured"):
+        shown.add_column(heading)
+    for card in cards:
+        remark = f" {card.remark}" if card.remark else ""
+        texts = card.verdict, f"{card.claim} ({card.section})", f"{card.figure}{remark}"
+        shown.add_row(*map(Text, texts))
+    console.print()
+    console.print(shown, highlight=False)

@@ -1,0 +1,1 @@
+"""Networks with each norm of a comparison, which several tasks share."""

@@ -1,0 +1,1 @@
+"""One training run: the trainer, its checkpoints, its processes and what it tells."""

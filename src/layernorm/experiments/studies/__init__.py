@@ -1,0 +1,1 @@
+"""The studies, which compare no norms, a file or folder each."""

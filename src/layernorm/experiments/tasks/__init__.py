@@ -1,0 +1,1 @@
+"""The tasks that compare norms, a file or folder each."""
