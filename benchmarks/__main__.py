@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from benchmarks.core import command
+from benchmarks.core.benchmark import in_checkout
 from layernorm.arguments import Parser
-from layernorm.bench import command
-from layernorm.bench.benchmark import in_checkout
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "python -m benchmarks"

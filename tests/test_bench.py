@@ -17,13 +17,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.core import command, report, timing, workers
+from benchmarks.core.benchmark import in_checkout
+from benchmarks.core.subjects import Subject
+from benchmarks.core.table import Table, TableError, measures, read
+from benchmarks.core.timing import Samples, interleaved, order
+from benchmarks.norms import measure as norms
+from benchmarks.norms import peers as norms_peers
+from benchmarks.norms import report as norms_report
 
 from layernorm import backends, machine
-from layernorm.bench import command, norms, norms_peers, norms_report, report, timing, workers
-from layernorm.bench.benchmark import in_checkout
-from layernorm.bench.subjects import Subject
-from layernorm.bench.table import Table, TableError, measures, read
-from layernorm.bench.timing import Samples, interleaved, order
 from layernorm.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -241,7 +244,7 @@ def test_the_other_peers_give_the_same_results(peer):
         *norms.grid(["layer_norm"], ["bfloat16"], [(5, 48)], norms.MODES),
         *norms.grid(["add_rms_norm"], ["float32"], [(5, 48)], norms.MODES),
     ]
-    events = list(workers.events("layernorm.bench.norms", job(points, ["layernorm", "torch", peer]), 1))
+    events = list(workers.events("benchmarks.norms.measure", job(points, ["layernorm", "torch", peer]), 1))
     assert [e["note"] for e in events if "note" in e and "is not supported" not in e["note"]] == []
     found = [e for e in events if "rows" in e]
     for point, event in zip(points, found, strict=True):
@@ -458,7 +461,7 @@ def test_info_imports_nothing_that_only_benchmarks_need():
 )
 def test_a_worker_that_dies_is_reported(ending, text, tmp_path, monkeypatch):
     code = (
-        "import os, signal, sys\nfrom layernorm.bench.workers import serve\n"
+        "import os, signal, sys\nfrom benchmarks.core.workers import serve\n"
         "def measure(job, emit):\n"
         "    print('noise')\n"
         "    emit({'threads': job['threads'], 'size': job['size']})\n"

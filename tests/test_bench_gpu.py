@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.core import cuda, report
+from benchmarks.core.benchmark import in_folder
+from benchmarks.core.table import Table
+from benchmarks.gpu_norms import measure as gpu
+from benchmarks.gpu_norms import peers as gpu_peers
+from benchmarks.gpu_norms import report as gpu_report
+from benchmarks.norms.peers import make_case
 
 from layernorm import machine
-from layernorm.bench import cuda, gpu, gpu_peers, gpu_report, report
-from layernorm.bench.benchmark import in_folder
-from layernorm.bench.norms_peers import make_case
-from layernorm.bench.table import Table
 from layernorm.cli import main
 
 PEERS = ["layernorm", "torch", "liger", "quack", "apex", "flash-attention"]

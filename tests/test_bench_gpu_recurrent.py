@@ -9,22 +9,19 @@ from types import ModuleType
 
 import pytest
 import torch
+from benchmarks.core import command, cuda
+from benchmarks.core.benchmark import in_folder
+from benchmarks.core.subjects import Subject, difference
+from benchmarks.core.table import Table, read
+from benchmarks.gpu_norms import measure as gpu
+from benchmarks.gpu_recurrent import measure as gpu_recurrent
+from benchmarks.gpu_recurrent import peers as gpu_recurrent_peers
+from benchmarks.gpu_recurrent import report as gpu_recurrent_report
+from benchmarks.recurrent import loops as recurrent_loops
+from benchmarks.recurrent import measure as recurrent
+from benchmarks.recurrent import peers as recurrent_peers
 
 from layernorm import machine
-from layernorm.bench import (
-    command,
-    cuda,
-    gpu,
-    gpu_recurrent,
-    gpu_recurrent_peers,
-    gpu_recurrent_report,
-    recurrent,
-    recurrent_loops,
-    recurrent_peers,
-)
-from layernorm.bench.benchmark import in_folder
-from layernorm.bench.subjects import Subject, difference
-from layernorm.bench.table import Table, read
 from layernorm.cli import _parser, main
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,14 +14,19 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from benchmarks.core import limits, workers
+from benchmarks.core.benchmark import Work
+from benchmarks.core.command import BENCHMARKS, latest
+from benchmarks.core.memory import bytes_of, kept_for_backward
+from benchmarks.core.subjects import Subject, difference
+from benchmarks.core.table import Table, read
+from benchmarks.core.timing import Samples
+from benchmarks.recurrent import loops as recurrent_loops
+from benchmarks.recurrent import measure as recurrent
+from benchmarks.recurrent import peers as recurrent_peers
+from benchmarks.stream import measure as stream
+from benchmarks.stream import peers as stream_peers
 
-from layernorm.bench import limits, recurrent, recurrent_loops, recurrent_peers, stream, stream_peers, workers
-from layernorm.bench.benchmark import Work
-from layernorm.bench.command import BENCHMARKS, latest
-from layernorm.bench.memory import bytes_of, kept_for_backward
-from layernorm.bench.subjects import Subject, difference
-from layernorm.bench.table import Table, read
-from layernorm.bench.timing import Samples
 from layernorm.cli import _parser, main
 from layernorm.variants import GATES
 
@@ -52,7 +57,7 @@ def installed(peers):
 def test_all_peers_compute_the_same_function(cell):
     peers = installed(p for p in recurrent_peers.PEERS if p != "compile")
     points = recurrent.grid([cell], ["float32", "bfloat16"], [3], [16], 5, recurrent.MODES)
-    events = list(workers.events("layernorm.bench.recurrent", job(points, peers), 1))
+    events = list(workers.events("benchmarks.recurrent.measure", job(points, peers), 1))
     rows = [row for event in events for row in event.get("rows", ())]
     assert [event["note"] for event in events if "note" in event and "failed" in event["note"]] == []
     for row in rows:
@@ -75,7 +80,7 @@ def test_all_peers_compute_the_same_function(cell):
 def test_all_peers_take_the_same_steps(cell):
     peers = installed(stream_peers.PEERS)
     points = stream.grid([cell], ["float32", "bfloat16"], [1, 3], [16])
-    events = list(workers.events("layernorm.bench.stream", job(points, peers), 1))
+    events = list(workers.events("benchmarks.stream.measure", job(points, peers), 1))
     assert [event["note"] for event in events if "note" in event and "failed" in event["note"]] == []
     for row in (row for event in events for row in event.get("rows", ())):
         if row["status"] == "measured":

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarks.core import workers
+from benchmarks.core.table import Table, read
+from benchmarks.updates import measure as updates
 
-from layernorm.bench import updates, workers
-from layernorm.bench.table import Table, read
 from layernorm.cli import main
 from layernorm.experiments import task as tasks
 from layernorm.experiments.run.training import Run, Trainer
@@ -36,7 +37,7 @@ def measured(points, rounds=3):
 
 def here(module, job, threads, limit):
     """In place of ``workers.events``: the worker's work in this process."""
-    assert module == "layernorm.bench.updates"
+    assert module == "benchmarks.updates.measure"
     events = []
     updates.measure({**job, "threads": threads}, events.append)
     yield from events

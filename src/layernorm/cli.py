@@ -16,7 +16,6 @@ import torch
 import layernorm
 from layernorm import backends, ops
 from layernorm.arguments import Parser, plain
-from layernorm.bench import command as bench
 from layernorm.experiments.commands import options as experiments
 from layernorm.variants import resolve
 
@@ -59,7 +58,7 @@ def _run(options: argparse.Namespace) -> int:
         print(info())  # noqa: T201
         return 0
     if options.command == "bench":
-        return bench.run(options, None, "layernorm")
+        return _fail("the benchmarks moved to a checkout of the source: python -m benchmarks NAME", code=2)
     return experiments.run(options)
 
 
@@ -121,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=layernorm.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     experiments.add_to(commands)
-    bench.add_to(commands)
+    commands.add_parser("bench")  # where it went; without help it is not listed
     commands.add_parser("info", help="versions, and which kernel serves which operator here and why")
     return parser
 

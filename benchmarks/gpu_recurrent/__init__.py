@@ -1,0 +1,1 @@
+"""The recurrent layers on GPUs."""
