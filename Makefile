@@ -6,8 +6,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-CSRC := $(wildcard csrc/*.* csrc/torch/*.*)
-CPP := $(CSRC) $(wildcard src/layernorm/gpu/persistent/*.cu*) $(wildcard tests/*.cpp tests/emulator/*)
+CSRC := $(wildcard csrc/*/*.*)
+CPP := $(CSRC) $(wildcard src/layernorm/gpu/persistent/*.cu*) $(wildcard tests/*/*.cpp tests/gpu/persistent/emulator/*)
 NATIVE_SOURCES := CMakeLists.txt $(CSRC)
 
 .PHONY: install demo test sanitize gpu lint format docs clean
@@ -43,8 +43,8 @@ SANITIZED_PYTHON = PYTHONPATH=$(SANITIZE)/site:$(wildcard $(CURDIR)/.venv/lib/py
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(SANITIZE)/venv/bin/python
 sanitize: install
 	@mkdir -p $(SANITIZE)
-	$(CXX) -std=c++20 -O1 -g1 -fsanitize=thread -DLAYERNORM_ISA=threads -DLAYERNORM_SANITIZE -ffp-contract=off -Wno-psabi \
-		tests/threads.cpp csrc/recurrent.cpp csrc/team.cpp csrc/sequence_shapes.cpp -o $(SANITIZE)/threads
+	$(CXX) -std=c++20 -O1 -g1 -fsanitize=thread -DLAYERNORM_ISA=threads -DLAYERNORM_SANITIZE -ffp-contract=off -Wno-psabi -Icsrc \
+		tests/recurrent/threads.cpp $(wildcard csrc/recurrent/*.cpp) -o $(SANITIZE)/threads
 	setarch $(shell uname -m) -R $(SANITIZE)/threads
 	$(BIN)/python -m venv --without-pip $(SANITIZE)/venv
 	LAYERNORM_NATIVE=1 CXX=$(CXX) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
@@ -52,22 +52,21 @@ sanitize: install
 		-C install.strip=false -C cmake.define.LAYERNORM_SANITIZE=ON .
 	@$(SANITIZED_PYTHON) -c 'from layernorm import ops; path = ops.native.__file__; \
 		assert b"__asan_init" in open(path, "rb").read(), path; print("sanitized:", path)'
-	$(SANITIZED_PYTHON) -m pytest -n auto --exitfirst --capture sys tests/test_norms.py tests/test_norm_extremes.py tests/test_norm_kernels.py \
-		tests/test_recurrent_kernels.py tests/test_recurrent_promises.py tests/test_recurrent_operators.py \
-		tests/test_activations.py tests/test_gates.py tests/test_resets.py tests/test_streaming.py -k 'not (interpreted or looped or test_float32 or opcheck or both_orders)'
+	$(SANITIZED_PYTHON) -m pytest -n auto --exitfirst --capture sys $(wildcard tests/norms/test_norm*.py) \
+		$(wildcard tests/recurrent/test_recurrent_*.py) $(addprefix tests/recurrent/test_,activations.py gates.py resets.py) \
+		tests/streaming/test_streaming.py -k 'not (interpreted or looped or test_float32 or opcheck or both_orders)'
 
 # Where there is a GPU: its tests, again under NVIDIA's checkers of memory and races where
 # they are installed, and the benchmark, which writes the published files.
-GPU_TESTS := $(BIN)/python -m pytest tests/test_norm_kernels.py tests/test_gpu.py tests/test_recurrent_gpu.py \
-	tests/test_persistent.py tests/test_persistent_backward.py tests/test_bench_gpu.py tests/test_bench_gpu_recurrent.py
+GPU_TESTS := $(BIN)/python -m pytest tests/norms/test_norm_kernels.py tests/gpu $(wildcard tests/benchmarks/test_bench_gpu*.py)
 gpu: install
 	TRITON_INTERPRET=0 $(GPU_TESTS) -k 'on_gpu or gpu'
 	@for tool in memcheck racecheck; do command -v compute-sanitizer > /dev/null || continue; \
 		check="compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all $(BIN)/python -m pytest"; \
 		export TRITON_INTERPRET=0; \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $$check tests/test_norm_kernels.py \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $$check tests/norms/test_norm_kernels.py \
 			-k 'on_gpu and (1025 or add_forms or strides)' && \
-		$$check tests/test_recurrent_gpu.py tests/test_persistent.py -k 'on_gpu and (packed or kept)' || exit 1; done
+		$$check tests/gpu/recurrent/test_recurrent_gpu.py tests/gpu/persistent/test_persistent.py -k 'on_gpu and (packed or kept)' || exit 1; done
 	$(BIN)/python -m benchmarks gpu
 
 lint: install

@@ -7,7 +7,7 @@
 
 #include <limits>
 
-#include "../capability.hpp"
+#include "isa/capability.hpp"
 #include "operators.hpp"
 #include "stream.hpp"
 

@@ -4,8 +4,8 @@
 #include <ATen/ops/ones_like.h>
 #include <torch/library.h>
 
-#include "../capability.hpp"
-#include "../huge_pages.hpp"
+#include "isa/capability.hpp"
+#include "isa/huge_pages.hpp"
 #include "operators.hpp"
 #include "parallel.hpp"
 

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "../huge_pages.hpp"
+#include "isa/huge_pages.hpp"
 #include "parallel.hpp"
 
 namespace layernorm {

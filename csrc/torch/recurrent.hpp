@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-#include "../capability.hpp"
+#include "isa/capability.hpp"
 #include "operators.hpp"
 
 namespace layernorm {

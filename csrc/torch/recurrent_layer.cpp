@@ -6,7 +6,7 @@
 #include <map>
 #include <mutex>
 
-#include "../huge_pages.hpp"
+#include "isa/huge_pages.hpp"
 #include "recurrent.hpp"
 
 namespace layernorm {

@@ -25,7 +25,7 @@ ALLOWED = (TypeError, ValueError, RuntimeError)
 #: The slowest of these calls take milliseconds.
 SECONDS_PER_CALL = 0.1
 CHILD = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from fuzz import arguments; "
+    "import sys; sys.path.insert(0, sys.argv[1]); from tests.fuzz import arguments; "
     "arguments.child(int(sys.argv[2]), int(sys.argv[3]))"
 )
 
@@ -210,7 +210,7 @@ def failures(first: int, last: int) -> list[tuple[int, str]]:
     """Return the seeds of [first, last) whose calls did what they must not, and what that was."""
     found = []
     while first < last:
-        command = [sys.executable, "-c", CHILD, str(Path(__file__).parents[1]), str(first), str(last)]
+        command = [sys.executable, "-c", CHILD, str(Path(__file__).parents[2]), str(first), str(last)]
         try:
             limit = 60 + SECONDS_PER_CALL * (last - first)
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit)

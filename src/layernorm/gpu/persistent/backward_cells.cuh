@@ -1,5 +1,5 @@
 // From the gradient of a step's state to those of its gates and of W_hh h. Of
-// backward.cu, which tells the whole; csrc/cells_backward.hpp has the same for a CPU.
+// backward.cu, which tells the whole; csrc/recurrent/cells_backward.hpp has the same for a CPU.
 #pragma once
 
 namespace layernorm {

@@ -1,5 +1,5 @@
 // From the product of a step to the next state: norms, gates, the cell. Of forward.cu, which
-// tells the whole; csrc/cells.hpp has the same for a CPU.
+// tells the whole; csrc/recurrent/cells.hpp has the same for a CPU.
 #pragma once
 
 namespace layernorm {

@@ -1,5 +1,5 @@
 // What forward.cu needs of a device, in PTX: NVRTC finds no CUDA headers where a user runs it.
-// tests/emulator/device.hpp has the same names for a CPU.
+// tests/gpu/persistent/emulator/device.hpp has the same names for a CPU.
 //
 // The instructions are those of the PTX ISA 8.0 (sm_90): mma.sync.m16n8k16, mapa,
 // st.shared::cluster, mbarrier, fence.mbarrier_init and barrier.cluster.

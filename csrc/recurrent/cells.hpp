@@ -1,0 +1,415 @@
+// One row of one step: the norms of what meets at the gates, the gates and the new state; forward.
+//
+// A is the type computed in, T that of states and parameters. Rows are contiguous. The words are
+// those of src/layernorm/variants.py: x is W_ih x, and where Inputs are summed the sum; h is W_hh
+// h.
+#pragma once
+
+#include "isa/activation.hpp"
+#include "norm/extreme_row.hpp"
+#include "norm/row_norm.hpp"
+#include "recurrent.hpp"
+
+namespace layernorm::LAYERNORM_ISA {
+
+// Calls body(i, part) for vectors of [0, count): kVectors together as often as that goes, then one,
+// the last one perhaps in part.
+template <typename A, int kVectors, typename Body>
+LAYERNORM_INLINE void each_block(int64_t count, Body&& body) {
+  int64_t i = 0;
+  for (; i + kVectors * kLanes<A> <= count; i += kVectors * kLanes<A>) body(i, Block<kVectors>{});
+  if constexpr (kVectors > 1)
+    for (; i + kLanes<A> <= count; i += kLanes<A>) body(i, Block<1>{});
+  if (i < count) body(i, First{count - i});
+}
+template <typename A, typename Body>
+LAYERNORM_INLINE void each_vector(int64_t count, Body&& body) {
+  each_block<A, 1>(count, body);
+}
+
+template <typename T>
+LAYERNORM_INLINE void put(T* p, const auto& a, auto part) {
+  store<false>(p, a, part);
+}
+
+// The vectors of some parts as one part, and part number `which` of such.
+template <typename A, int k, typename... Parts>
+LAYERNORM_INLINE auto join(const Part<A, k>& first, const Parts&... others) {
+  const Part<A, k> all[] = {first, others...};
+  return each<A, k* static_cast<int>(1 + sizeof...(others))>(
+      [&](int i) { return all[i / k].v[i % k]; });
+}
+template <int k, typename A, int kAll>
+LAYERNORM_INLINE Part<A, k> piece(const Part<A, kAll>& all, int which) {
+  return each<A, k>([&](int i) { return all.v[which * k + i]; });
+}
+template <typename A, int k>
+LAYERNORM_INLINE Part<A, k> one_minus(const Part<A, k>& a) {
+  return each<A, k>([&](int i) { return splat(A{1}) - a.v[i]; });
+}
+template <typename A, int k>
+LAYERNORM_INLINE Part<A, k> one_minus_square(const Part<A, k>& a) {
+  return each<A, k>([&](int i) { return fma(-a.v[i], a.v[i], splat(A{1})); });
+}
+
+// The features that share statistics: `count` groups, all of them `size` wide but the first.
+struct Groups {
+  int64_t first, size;
+  int count;
+  [[nodiscard]] int64_t begin(int g) const { return g == 0 ? 0 : first + (g - 1) * size; }
+  [[nodiscard]] int64_t width(int g) const { return g == 0 ? first : size; }
+};
+
+inline Groups groups_of(const Recurrent& r) {
+  const int64_t hidden = r.hidden_size;
+  if (r.norm == NormKind::kNone) return {0, 0, 0};
+  if (r.scope == Scope::kGate) return {hidden, hidden, static_cast<int>(r.gates)};
+  if (r.scope == Scope::kMatrix && r.cell == CellKind::kGru) return {2 * hidden, hidden, 2};
+  return {r.gates * hidden, 0, 1};
+}
+
+// The norm of a row as it meets the gates: for each gate the numbers of the group it is in, with
+// which n = (a - mean)·rstd + rest.
+template <typename A>
+struct GateNorm {
+  A mean[4], rstd[4], rest[4];
+};
+
+template <typename A>
+[[gnu::noinline, gnu::cold]] RowStats<A> normalize_extreme(A* a, int64_t width, double eps,
+                                                           bool centred, A& rstd) {
+  const auto stats = centred ? extreme_statistics<A, true>(a, width, eps)
+                             : extreme_statistics<A, false>(a, width, eps);
+  extreme_output<A, A>(a, nullptr, nullptr, a, width, stats);
+  rstd = static_cast<A>(stats.rstd * stats.scale);
+  return {A{0}, A{0}, A{1}};  // it is normalized already
+}
+
+// Statistics of `kRows` rows, and rstd of each apart: a row that A cannot square is normalized in
+// place, and its statistics are those of what is normalized already.
+template <typename A, bool kCentred, int kRows>
+void measure_as(A* const* rows, int64_t width, double eps, RowStats<A>* stats, A* rstd) {
+  const A* a[kRows];
+  RowStats<A> found[kRows];
+  for (int i = 0; i < kRows; ++i) a[i] = rows[i];
+  if (!row_statistics<A, kCentred, kRows>(a, width, eps, found)) {
+    if constexpr (kRows == 1) {
+      stats[0] = normalize_extreme(rows[0], width, eps, kCentred, rstd[0]);
+    } else {
+      for (int i = 0; i < kRows; ++i)
+        measure_as<A, kCentred, 1>(rows + i, width, eps, stats + i, rstd + i);
+    }
+    return;
+  }
+  for (int i = 0; i < kRows; ++i) {
+    stats[i] = found[i];
+    if (!kCentred) stats[i].mean = stats[i].rest = A{0};
+    rstd[i] = found[i].rstd;
+  }
+}
+// Of at most kTogether rows.
+template <typename A>
+void measure(const Recurrent& r, A* const* rows, int count, int64_t width, RowStats<A>* stats,
+             A* rstd) {
+  const bool centred = r.norm == NormKind::kLayer;
+  if (count == kTogether)
+    return centred ? measure_as<A, true, kTogether>(rows, width, r.eps, stats, rstd)
+                   : measure_as<A, false, kTogether>(rows, width, r.eps, stats, rstd);
+  for (int i = 0; i < count; ++i)
+    centred ? measure_as<A, true, 1>(rows + i, width, r.eps, stats + i, rstd + i)
+            : measure_as<A, false, 1>(rows + i, width, r.eps, stats + i, rstd + i);
+}
+
+// The norms of at most kTogether rows; rstd of each group to kept[i], unless that is null.
+template <typename A>
+void measure_groups(const Recurrent& r, const Groups& groups, A* const* rows, int count,
+                    GateNorm<A>* norms, A* const* kept) {
+  for (int g = 0; g < groups.count; ++g) {
+    A* begins[kTogether];
+    RowStats<A> stats[kTogether];
+    A rstd[kTogether];
+    for (int i = 0; i < count; ++i) begins[i] = rows[i] + groups.begin(g);
+    measure(r, begins, count, groups.width(g), stats, rstd);
+    const int first = static_cast<int>(groups.begin(g) / r.hidden_size);
+    const int last = first + static_cast<int>(groups.width(g) / r.hidden_size);
+    for (int i = 0; i < count; ++i) {
+      if (kept[i] != nullptr) kept[i][g] = rstd[i];
+      for (int gate = first; gate < last; ++gate) {
+        norms[i].mean[gate] = stats[i].mean;
+        norms[i].rstd[gate] = stats[i].rstd;
+        norms[i].rest[gate] = -stats[i].rest * stats[i].rstd;
+      }
+    }
+  }
+}
+
+// n = (a - mean)·rstd in place of a; returns rstd.
+template <typename A>
+A normalize(const Recurrent& r, A* a, int64_t width) {
+  RowStats<A> s;
+  A rstd;
+  measure(r, &a, 1, width, &s, &rstd);
+  each_vector<A>(width, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    put(a + i, fma(load(a + i, part) - s.mean, s.rstd, -s.rest * s.rstd), part);
+  });
+  return rstd;
+}
+// Groups [begin, end) of a row; rstd of each to stats, unless that is null.
+template <typename A>
+void normalize_groups(const Recurrent& r, const Groups& groups, int begin, int end, A* row,
+                      A* stats) {
+  for (int g = begin; g < end; ++g) {
+    const A rstd = normalize(r, row + groups.begin(g), groups.width(g));
+    if (stats != nullptr) stats[g] = rstd;
+  }
+}
+
+// Gains and biases in the type computed in: 1 and 0 where the variant or the caller has none. Where
+// one row reaches the gates, gain_x is its gain.
+template <typename A>
+struct Vectors {
+  const A *gain_x, *gain_h, *bias, *bias_hn, *gain_cell, *bias_cell;
+};
+
+// What one row of one step reads and writes.
+template <typename T>
+struct RowStep {
+  using A = Accumulate<T>;
+  A* x;  // [G·H], the products; normalized in the end if `keep`
+  A* h;  // [G·H], likewise, where it reaches the gates
+  GateNorm<A> norm_x, norm_h;
+  A* stats;  // rstd of the groups of x, then of h; or null
+  bool keep;
+  const T* c_prev;  // LSTM
+  const T* h_prev;
+  T* c;          // LSTM: what is carried on
+  T* hidden;     // h before any projection
+  A* below_out;  // [H], LSTM: working memory for what divides the output gate, and
+  A* cell;       // [H]
+};
+
+// A candidate that is summed after the reset: both norms in place, the reset gate's first.
+template <typename T>
+void normalize_late(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& vectors,
+                    const RowStep<T>& row) {
+  using A = Accumulate<T>;
+  const int64_t size = r.hidden_size;
+  each_vector<A>(2 * size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    put(row.x + i, load(row.x + i, part) + load(row.h + i, part), part);
+  });
+  normalize_groups(r, groups, 0, groups.count - 1, row.x, row.stats);
+  each_vector<A>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    const auto reset = sigmoid(
+        fma(load(row.x + i, part), load(vectors.gain_x + i, part), load(vectors.bias + i, part)));
+    const int64_t n = 2 * size + i;
+    put(row.x + n, fma(reset, load(row.h + n, part), load(row.x + n, part)), part);
+  });
+  normalize_groups(r, groups, groups.count - 1, groups.count, row.x, row.stats);
+}
+
+// The normalized n at feature k, which is in this gate; kNorm where the row is not normalized yet.
+template <bool kNorm, typename A>
+LAYERNORM_INLINE auto normalized_at(auto* a, const GateNorm<A>* norm, int gate, int64_t k,
+                                    bool keep, auto part) {
+  auto n = load(a + k, part);
+  if constexpr (kNorm) {
+    n = fma(n - norm->mean[gate], norm->rstd[gate], norm->rest[gate]);
+    if (keep) put(a + k, n, part);
+  }
+  return n;
+}
+// A gate's value at feature i of it, before its nonlinearity; of x alone, or of both.
+template <bool kTwo, bool kNorm, typename A>
+LAYERNORM_INLINE auto gate_at(const Vectors<A>& v, const auto& row, int gate, int64_t size,
+                              int64_t i, auto part) {
+  const int64_t k = gate * size + i;
+  bool keep = false;
+  const GateNorm<A>*norm_x = nullptr, *norm_h = nullptr;
+  if constexpr (kNorm) keep = row.keep, norm_x = &row.norm_x, norm_h = &row.norm_h;
+  const auto x = normalized_at<kNorm>(row.x, norm_x, gate, k, keep, part);
+  const auto a = fma(x, load(v.gain_x + k, part), load(v.bias + k, part));
+  if constexpr (kTwo) {
+    const auto h = normalized_at<kNorm>(row.h, norm_h, gate, k, keep, part);
+    return fma(h, load(v.gain_h + k, part), a);
+  }
+  return a;
+}
+
+// Rounds to T and back.
+template <typename T, int k>
+LAYERNORM_INLINE Part<Accumulate<T>, k> rounded(const Part<Accumulate<T>, k>& a) {
+  if constexpr (sizeof(T) == 2)
+    return each<float, k>([&](int i) { return widen(narrow(a.v[i], T{}), T{}); });
+  return a;
+}
+
+// Input gate, forget gate, candidate and output gate, in the order of memory.
+template <bool kTwo, bool kNorm, typename A>
+LAYERNORM_INLINE auto lstm_gates(const Vectors<A>& v, const auto& row, int64_t size, int64_t i,
+                                 auto part) {
+  const auto gate = [&](int which) LAYERNORM_LAMBDA {
+    return gate_at<kTwo, kNorm>(v, row, which, size, i, part);
+  };
+  return activation<4U>(join(gate(0), gate(1), gate(2), gate(3)));
+}
+
+template <typename T, bool kTwo, bool kNorm>
+void lstm_cell(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowStep<T>& row) {
+  using A = Accumulate<T>;
+  const bool normed = r.cell_norm != CellNorm::kNone;
+  each_vector<A>(r.hidden_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    const auto gates = lstm_gates<kTwo, kNorm>(v, row, r.hidden_size, i, part);
+    const auto above = [&](int which) { return piece<1>(gates.above, which); };
+    const auto below = [&](int which) { return piece<1>(gates.below, which); };
+    const auto entering = above(2) / (below(0) * below(2));
+    const auto forget = above(1) / below(1);
+    const auto c = rounded<T>(fma(forget, load(row.c_prev + i, part), entering));
+    if (normed) put(row.cell + i, c, part);
+    put(row.below_out + i, below(3), part);
+    put(row.c + i, c, part);
+  });
+}
+
+// h = σ(o)·tanh(seen) at feature i.
+LAYERNORM_INLINE void put_hidden(const auto& row, const auto& seen, int64_t i, auto part) {
+  const auto shown = activation<~0U>(seen);
+  put(row.hidden + i, shown.above / (shown.below * load(row.below_out + i, part)), part);
+}
+
+// The cell's norm, and what is seen of it.
+template <typename T>
+void lstm_output(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowStep<T>& row,
+                 const RowStats<Accumulate<T>>& s) {
+  using A = Accumulate<T>;
+  const bool carried = r.cell_norm == CellNorm::kCarried;
+  const A rest = -s.rest * s.rstd;
+  each_block<A, 4>(r.hidden_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    const auto n = fma(load(row.cell + i, part) - s.mean, s.rstd, rest);
+    auto seen = fma(n, load(v.gain_cell + i, part), load(v.bias_cell + i, part));
+    if (carried) {
+      seen = rounded<T>(seen);
+      put(row.c + i, seen, part);
+    }
+    put_hidden(row, seen, i, part);
+  });
+}
+
+template <typename T>
+void lstm_steps(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowStep<T>* rows,
+                int count) {
+  using A = Accumulate<T>;
+  for (int i = 0; i < count; ++i) {
+    if (r.norm == NormKind::kNone)
+      lstm_cell<T, false, false>(r, v, rows[i]);
+    else if (r.inputs == Inputs::kSeparate)
+      lstm_cell<T, true, true>(r, v, rows[i]);
+    else
+      lstm_cell<T, false, true>(r, v, rows[i]);
+  }
+  if (r.cell_norm == CellNorm::kNone) {
+    for (int i = 0; i < count; ++i)
+      each_block<A, 4>(r.hidden_size, [&](int64_t k, auto part) LAYERNORM_LAMBDA {
+        put_hidden(rows[i], load(rows[i].c + k, part), k, part);
+      });
+    return;
+  }
+  A* cells[kTogether];
+  RowStats<A> stats[kTogether];
+  A rstd[kTogether];
+  for (int i = 0; i < count; ++i) cells[i] = rows[i].cell;
+  measure(r, cells, count, r.hidden_size, stats, rstd);
+  for (int i = 0; i < count; ++i) lstm_output<T>(r, v, rows[i], stats[i]);
+}
+
+// The gates of a GRU, and what the reset gate multiplies.
+template <typename A, int k>
+struct GruGates {
+  Part<A, k> reset, update, candidate, reset_of;
+};
+template <bool kNorm, typename A>
+LAYERNORM_INLINE auto gru_gates(const Recurrent& r, const Vectors<A>& v, const auto& row, int64_t i,
+                                auto part) {
+  constexpr int k = part.kVectors;
+  const int64_t size = r.hidden_size;
+  const int64_t n = 2 * size + i;
+  GruGates<A, k> gates;
+  if (r.inputs == Inputs::kSeparate) {
+    const auto both = sigmoid(join(gate_at<true, kNorm>(v, row, 0, size, i, part),
+                                   gate_at<true, kNorm>(v, row, 1, size, i, part)));
+    gates.reset = piece<k>(both, 0);
+    gates.update = piece<k>(both, 1);
+    const GateNorm<A>* norm = nullptr;
+    bool keep = false;
+    if constexpr (kNorm) norm = &row.norm_h, keep = row.keep;
+    const auto h = normalized_at<kNorm>(row.h, norm, 2, n, keep, part);
+    gates.reset_of = fma(h, load(v.gain_h + n, part), load(v.bias_hn + i, part));
+    const auto x = gate_at<false, kNorm>(v, row, 2, size, i, part);
+    gates.candidate = tanh(fma(gates.reset, gates.reset_of, x));
+    return gates;
+  }
+  const auto both = sigmoid(join(gate_at<false, kNorm>(v, row, 0, size, i, part),
+                                 gate_at<false, kNorm>(v, row, 1, size, i, part)));
+  gates.reset = piece<k>(both, 0);
+  gates.update = piece<k>(both, 1);
+  const auto last = gate_at<false, kNorm>(v, row, 2, size, i, part);
+  const bool late = r.inputs == Inputs::kLate;
+  gates.reset_of = late ? load(row.h + n, part) : last;
+  gates.candidate = tanh(late ? last : gates.reset * last);
+  return gates;
+}
+
+template <typename T, bool kNorm>
+void gru_step(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowStep<T>& row) {
+  using A = Accumulate<T>;
+  each_block<A, 2>(r.hidden_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    const auto gates = gru_gates<kNorm>(r, v, row, i, part);
+    const auto& n = gates.candidate;
+    put(row.hidden + i, fma(gates.update, load(row.h_prev + i, part) - n, n), part);
+  });
+}
+
+template <typename T, bool kTwo, bool kNorm>
+void rnn_step(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowStep<T>& row) {
+  using A = Accumulate<T>;
+  each_block<A, 4>(r.hidden_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    const auto a = gate_at<kTwo, kNorm>(v, row, 0, r.hidden_size, i, part);
+    if (r.relu)
+      put(row.hidden + i, each<A, part.kVectors>([&](int k) { return at_least(a.v[k], A{0}); }),
+          part);
+    else
+      put(row.hidden + i, tanh(a), part);
+  });
+}
+
+// The new states of at most kTogether rows. The norms of x are there where inputs are separate.
+template <typename T>
+void cell_steps(const Recurrent& r, const Groups& groups, const Vectors<Accumulate<T>>& v,
+                RowStep<T>* rows, int count) {
+  using A = Accumulate<T>;
+  const bool separate = r.inputs == Inputs::kSeparate;
+  if (r.inputs == Inputs::kLate) {
+    for (int i = 0; i < count; ++i) normalize_late(r, groups, v, rows[i]);
+  } else if (r.norm != NormKind::kNone) {
+    A* of[kTogether];
+    A* kept[kTogether];
+    GateNorm<A> norms[kTogether];
+    for (int i = 0; i < count; ++i) {
+      of[i] = separate ? rows[i].h : rows[i].x;
+      kept[i] = rows[i].stats == nullptr ? nullptr : rows[i].stats + (separate ? groups.count : 0);
+    }
+    measure_groups(r, groups, of, count, norms, kept);
+    for (int i = 0; i < count; ++i) (separate ? rows[i].norm_h : rows[i].norm_x) = norms[i];
+  }
+  if (r.cell == CellKind::kLstm) return lstm_steps<T>(r, v, rows, count);
+  const bool normed = r.norm != NormKind::kNone && r.inputs != Inputs::kLate;
+  for (int i = 0; i < count; ++i) {
+    if (r.cell == CellKind::kGru)
+      normed ? gru_step<T, true>(r, v, rows[i]) : gru_step<T, false>(r, v, rows[i]);
+    else if (separate)
+      rnn_step<T, true, true>(r, v, rows[i]);
+    else
+      normed ? rnn_step<T, false, true>(r, v, rows[i]) : rnn_step<T, false, false>(r, v, rows[i]);
+  }
+}
+
+}  // namespace layernorm::LAYERNORM_ISA

@@ -1,0 +1,305 @@
+// Matrix products with few rows: one register tile, and operands packed in the order in which it
+// reads them.
+//
+// Each element of a product is the sum over k of one product after another, in blocks of kBlock
+// that are added up in order. That order is the same in every tile, so a row of the result has the
+// same bits alone, in any batch and in any thread.
+#pragma once
+
+#include "isa/simd.hpp"
+
+namespace layernorm::LAYERNORM_ISA {
+
+// The tile: up to kTileRows rows times kTileVectors vectors of columns, in registers.
+#if defined(LAYERNORM_AVX512)
+inline constexpr int kTileVectors = 4;
+#elif defined(__ARM_NEON)
+inline constexpr int kTileVectors = 4;
+#else
+inline constexpr int kTileVectors = 2;
+#endif
+inline constexpr int kTileRows = 6;
+// Columns of a panel of the right operand: those of one tile.
+template <typename A>
+inline constexpr int64_t kPanel = kTileVectors * kLanes<A>;
+
+// What a tile multiplies: numbers, or pairs of bfloat16 that meet in one instruction.
+template <typename A>
+struct Numbers {
+  using Element = A;
+  using Sum = A;
+  static constexpr int64_t kBlock = 4096 / sizeof(A) / 2;
+  static constexpr int kPerElement = 1;
+  LAYERNORM_INLINE static Vec<A> splat_of(const Element* p) { return splat(*p); }
+  LAYERNORM_INLINE static Vec<A> multiply_add(Vec<A> a, Vec<A> b, Vec<A> c) { return fma(a, b, c); }
+};
+#if defined(LAYERNORM_AVX512) && defined(__AVX512BF16__)
+#define LAYERNORM_PAIRS 1
+struct Pairs {
+  using Element = uint32_t;
+  using Sum = float;
+  static constexpr int64_t kBlock = 512;
+  static constexpr int kPerElement = 2;
+  LAYERNORM_INLINE static Vec<float> splat_of(const Element* p) {
+    Element pair;  // a row may begin at an odd element
+    std::memcpy(&pair, p, sizeof pair);
+    return reinterpret_cast<Vec<float>>(_mm512_set1_epi32(static_cast<int>(pair)));
+  }
+  LAYERNORM_INLINE static Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+};
+// What rows of type T are multiplied as by the weights.
+template <typename T>
+using Operand = std::conditional_t<std::is_same_v<T, bfloat16>, Pairs, Numbers<Accumulate<T>>>;
+#else
+template <typename T>
+using Operand = Numbers<Accumulate<T>>;
+#endif
+// What gradients of products are kept as, which are multiplied as the rows are.
+template <typename T>
+using Grad = std::conditional_t<Operand<T>::kPerElement == 2, T, Accumulate<T>>;
+
+// What a product is added to: nothing, one row for all of its rows, or what is there.
+enum class Onto { kZero, kBias, kSelf };
+
+// c = onto + a·b over `count` elements of k, for the `columns` first columns of the panel b. The
+// rows of a and c begin at a[r] + k and c[r] + column; elements of a row of a are kStride apart.
+template <typename O, int kRows, int kStride>
+[[gnu::noinline]] void tile(const typename O::Element* const* a, int64_t k,
+                            const typename O::Element* b, int64_t count, Onto onto,
+                            const typename O::Sum* bias, typename O::Sum* const* c, int64_t column,
+                            int64_t columns) {
+  using A = typename O::Sum;
+  using V = Vec<A>;
+  V sum[kRows][kTileVectors] = {};
+  const typename O::Element* row[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) row[r] = a[r] + k;
+  for (int64_t i = 0; i < count; ++i) {
+    V right[kTileVectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < kTileVectors; ++j)
+      std::memcpy(&right[j], b + i * kPanel<A> + j * kLanes<A>, sizeof(V));
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const V left = O::splat_of(row[r] + i * kStride);
+#pragma GCC unroll 8
+      for (int j = 0; j < kTileVectors; ++j) sum[r][j] = O::multiply_add(left, right[j], sum[r][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    A* const to = c[r] + column;
+    const A* const base = onto == Onto::kSelf ? to : bias + column;
+    if (columns == kPanel<A>) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kTileVectors; ++j) {
+        Part<A, 1> v{{sum[r][j]}};
+        if (onto != Onto::kZero) v = load(base + j * kLanes<A>, Whole{}) + v;
+        store<false>(to + j * kLanes<A>, v, Whole{});
+      }
+    } else {
+      alignas(kVectorBytes) A all[kPanel<A>];
+      std::memcpy(all, sum[r], sizeof all);
+      for (int64_t i = 0; i < columns; ++i) to[i] = onto == Onto::kZero ? all[i] : base[i] + all[i];
+    }
+  }
+}
+
+template <typename O, int kStride, typename... Arguments>
+LAYERNORM_INLINE void tile_of(int64_t rows, const Arguments&... arguments) {
+  switch (rows) {
+    case 1:
+      return tile<O, 1, kStride>(arguments...);
+    case 2:
+      return tile<O, 2, kStride>(arguments...);
+    case 3:
+      return tile<O, 3, kStride>(arguments...);
+    case 4:
+      return tile<O, 4, kStride>(arguments...);
+    case 5:
+      return tile<O, 5, kStride>(arguments...);
+    default:
+      return tile<O, 6, kStride>(arguments...);
+  }
+}
+
+inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The right operand of a product, [depth, columns], in panels of kPanel columns; within a panel the
+// rows follow one another. What is beyond the last column is 0, and so is the second half of the
+// last pair where depth is odd.
+template <typename O>
+struct Packed {
+  using Element = typename O::Element;
+  static constexpr int64_t kWidth = kPanel<typename O::Sum>;
+  Element* data = nullptr;
+  int64_t depth = 0;  // in elements: numbers or pairs
+  int64_t columns = 0;
+
+  Packed(int64_t numbers, int64_t all_columns)
+      : depth(parts_of(numbers, O::kPerElement)), columns(all_columns) {}
+  [[nodiscard]] int64_t panels() const { return parts_of(columns, kWidth); }
+  [[nodiscard]] int64_t elements() const { return panels() * depth * kWidth; }
+  [[nodiscard]] Element* panel(int64_t p) const { return data + p * depth * kWidth; }
+  [[nodiscard]] int64_t columns_of(int64_t p) const { return least(kWidth, columns - p * kWidth); }
+};
+
+// c = onto + a·b for the columns of the panels [panel_begin, panel_end); a[i] and c[i] are where
+// the rows begin.
+template <typename O>
+void product(int64_t rows, const typename O::Element* const* a, const Packed<O>& b, Onto onto,
+             const typename O::Sum* bias, typename O::Sum* const* c, int64_t panel_begin,
+             int64_t panel_end) {
+  using A = typename O::Sum;
+  const int64_t blocks = parts_of(rows, kTileRows);
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
+    for (int64_t k = 0; k == 0 || k < b.depth; k += O::kBlock) {
+      const int64_t count = least(O::kBlock, b.depth - k);
+      int64_t row = 0;
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t next = (block + 1) * rows / blocks;  // tiles of about the same height
+        tile_of<O, 1>(next - row, a + row, k, b.panel(p) + k * kPanel<A>, count,
+                      k == 0 ? onto : Onto::kSelf, bias, c + row, p * kPanel<A>, b.columns_of(p));
+        row = next;
+      }
+    }
+  }
+}
+
+// ---- packing ----
+
+// Where lanes l and l ^ s of two vectors change places, the result for a or for b.
+template <int s, bool kFirst, typename V, int... l>
+LAYERNORM_INLINE V exchanged(V a, V b, std::integer_sequence<int, l...>) {
+  constexpr int kCount = sizeof...(l);
+  if constexpr (kFirst)
+    return __builtin_shufflevector(a, b, ((l & s) == 0 ? l : kCount + (l ^ s))...);
+  else
+    return __builtin_shufflevector(a, b, ((l & s) != 0 ? kCount + l : (l ^ s))...);
+}
+template <int s, typename V, int kCount>
+LAYERNORM_INLINE void transpose_by(V (&v)[kCount]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) {
+    if ((i & s) != 0) continue;
+    using Lanes = std::make_integer_sequence<int, kCount>;
+    const V a = exchanged<s, true>(v[i], v[i ^ s], Lanes{});
+    v[i ^ s] = exchanged<s, false>(v[i], v[i ^ s], Lanes{});
+    v[i] = a;
+  }
+  if constexpr (s > 1) transpose_by<s / 2>(v);
+}
+
+// Packs panel p of the transpose of `matrix`, [columns, depth]: a row of it is a column here.
+template <typename O, typename T>
+void pack_transposed(const T* matrix, int64_t numbers, const Packed<O>& b, int64_t p) {
+  using E = typename O::Element;
+  constexpr int kCount = kLanes<typename O::Sum>;
+  using V = typename VectorOf<E, kVectorBytes>::type;
+  constexpr bool kNumbers = O::kPerElement == 1;
+  E* const panel = b.panel(p);
+  for (int64_t group = 0; group < b.kWidth; group += kCount) {
+    const int64_t first = p * b.kWidth + group;
+    for (int64_t k = 0; k < b.depth; k += kCount) {
+      V v[kCount];
+      const int64_t count = least(kCount * O::kPerElement, numbers - k * O::kPerElement);
+      for (int i = 0; i < kCount; ++i) {
+        v[i] = V{};
+        if (first + i >= b.columns) continue;
+        const T* const from = matrix + (first + i) * numbers + k * O::kPerElement;
+        // Rows are too many for the processor to foresee; into the second cache, since a power of
+        // two between them brings all to the same place in the first.
+        __builtin_prefetch(from + 16 * kCount * O::kPerElement, 0, 2);
+        if constexpr (!kNumbers)
+          std::memcpy(&v[i], from, static_cast<size_t>(count) * sizeof(T));
+        else
+          v[i] = count == kCount ? load(from, Whole{}).v[0] : load(from, First{count}).v[0];
+      }
+      transpose_by<kCount / 2>(v);
+      for (int64_t i = 0; i < least(kCount, b.depth - k); ++i)
+        std::memcpy(panel + (k + i) * b.kWidth + group, &v[i], sizeof(V));
+    }
+  }
+}
+
+// Packs columns [begin, begin + count) of `depth` rows that begin at row(k) as a panel of a right
+// operand; what is beyond count is 0.
+template <typename O, typename T, typename Row>
+void pack_rows(int64_t depth, const Row& row, int64_t begin, int64_t count,
+               typename O::Element* to) {
+  using A = typename O::Sum;
+  constexpr int64_t kWidth = kPanel<A>;
+  for (int64_t k = 0; k < depth; k += O::kPerElement, to += kWidth) {
+    const T* const from = row(k) + begin;
+    if constexpr (O::kPerElement == 2) {
+      const bool last = k + 1 == depth;
+      const T* const second = last ? nullptr : row(k + 1) + begin;
+      if (count == kWidth && !last) {
+        for (int64_t i = 0; i < kWidth; ++i)
+          to[i] = from[i].bits | static_cast<uint32_t>(second[i].bits) << 16U;
+        continue;
+      }
+      for (int64_t i = 0; i < kWidth; ++i) {
+        const uint32_t low = i < count ? from[i].bits : 0U;
+        const uint32_t high = i < count && !last ? second[i].bits : 0U;
+        to[i] = low | high << 16U;
+      }
+    } else if (count == kWidth) {
+      store<false>(to, load(from, Block<kTileVectors>{}), Block<kTileVectors>{});
+    } else {
+      for (int64_t i = 0; i < kWidth; ++i)
+        to[i] = i < count ? load(from + i, First{1}).v[0][0] : A{0};
+    }
+  }
+}
+
+// Packs columns [begin, end) of rows `stride` apart, depth of them, as left operands of tiles: of
+// kTileRows columns each, within a tile row after row. Beyond the end of the last one is nothing.
+template <typename O, typename T>
+void pack_columns(int64_t depth, const T* rows, int64_t stride, int64_t begin, int64_t end,
+                  typename O::Element* to) {
+  constexpr int64_t kAtOnce = 8;  // tiles, so that a line of a cache is read once
+  const int64_t elements = parts_of(depth, O::kPerElement);
+  const int64_t tile = kTileRows * elements;
+  for (; begin < end; begin += kAtOnce * kTileRows, to += kAtOnce * tile) {
+    const int64_t whole = least(kAtOnce, (end - begin) / kTileRows);
+    const int64_t rest = least(kAtOnce * kTileRows, end - begin) - whole * kTileRows;
+    for (int64_t k = 0; k < elements; ++k) {
+      const T* const from = rows + k * O::kPerElement * stride + begin;
+      auto* const line = to + k * kTileRows;
+      const bool last = (k + 1) * O::kPerElement >= depth;
+      const bool half = O::kPerElement == 2 && last && depth % 2 != 0;  // of the last pair
+      const auto copy = [&](typename O::Element* at, const T* p, auto count) LAYERNORM_LAMBDA {
+        if constexpr (O::kPerElement == 1) {
+          std::memcpy(at, p, static_cast<size_t>(count) * sizeof(T));
+        } else {
+          const T* const second = half ? p : p + stride;
+          for (int64_t i = 0; i < count; ++i)
+            at[i] = p[i].bits | (half ? 0U : static_cast<uint32_t>(second[i].bits) << 16U);
+        }
+      };
+      // What is copied too much is written again with the next row; the last row has none.
+      constexpr std::integral_constant<int64_t, 8> kCopied;
+      constexpr std::integral_constant<int64_t, kTileRows> kExactly;
+      for (int64_t i = 0; i < whole; ++i) {
+        if (last)
+          copy(line + i * tile, from + i * kTileRows, kExactly);
+        else
+          copy(line + i * tile, from + i * kTileRows, kCopied);
+      }
+      copy(line + whole * tile, from + whole * kTileRows, rest);
+    }
+  }
+}
+
+// Packs panel p of a matrix [numbers, columns] as it is.
+template <typename O, typename T>
+void pack_matrix(const T* matrix, int64_t numbers, const Packed<O>& b, int64_t p) {
+  const auto row = [&](int64_t k) { return matrix + k * b.columns; };
+  pack_rows<O, T>(numbers, row, p * b.kWidth, b.columns_of(p), b.panel(p));
+}
+
+}  // namespace layernorm::LAYERNORM_ISA

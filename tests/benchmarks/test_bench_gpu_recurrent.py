@@ -1,0 +1,453 @@
+"""The recurrent rows of the GPU benchmark: worker on the CPU, peers' layouts, command, page."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, replace
+from functools import partial
+from types import ModuleType
+
+import pytest
+import torch
+
+from benchmarks.core import command, cuda
+from benchmarks.core.benchmark import in_folder
+from benchmarks.core.subjects import Subject, difference
+from benchmarks.core.table import Table, read
+from benchmarks.gpu_norms import measure as gpu
+from benchmarks.gpu_recurrent import measure as gpu_recurrent
+from benchmarks.gpu_recurrent import peers as gpu_recurrent_peers
+from benchmarks.gpu_recurrent import report as gpu_recurrent_report
+from benchmarks.recurrent import loops as recurrent_loops
+from benchmarks.recurrent import measure as recurrent
+from benchmarks.recurrent import peers as recurrent_peers
+from layernorm import machine
+from layernorm.cli import _parser, main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EVERYWHERE = list(gpu_recurrent.EVERYWHERE)
+SHORT = ["--rounds", "2", "--time", "0.01"]
+TINY = ["bench", "gpu", "--batches", "2", "--steps", "4", *SHORT, "--peers", "layernorm-persistent,loop"]
+
+
+def job(points, peers, **changes):
+    """What a worker is told: one round, on the CPU."""
+    settings = {"rounds": 1, "each": 0.01, "budget": 1.0, "device": "cpu", "threads": 1}
+    told = {"points": [asdict(point) for point in points], "peers": list(peers), **settings}
+    return told | {"all": True, "firsts": False} | changes
+
+
+def measured(points, peers, **changes):
+    events = []
+    gpu_recurrent.measure(job(points, peers, **changes), events.append)
+    notes = [event["note"] for event in events if "note" in event]
+    return [row for event in events for row in event.get("rows", ())], notes
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
+# Tracing a step looks at the gradient of its state, which has none.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("cell", recurrent.CELLS)
+def test_peers_compute_the_same_function(cell, no_compiler):
+    others = {*gpu_recurrent_peers.KERNELS, "layernorm-persistent"}
+    peers = [name for name in gpu_recurrent_peers.PEERS if name not in others]
+    dtypes = ["float32", "bfloat16"] if cell == "lstm" else ["float32"]
+    points = recurrent.grid([cell], dtypes, [3], [16], 5, recurrent.MODES)
+    rows, notes = measured(points, peers)
+    assert notes == []
+    for row in rows:
+        assert row["status"] == "measured"
+        # Some units in the last place, 1.2e-7 and 7.8e-3, over five steps.
+        assert row["difference"] < {"float32": 1e-5, "bfloat16": 8e-2}[row["dtype"]], row
+        assert row["over_products"] > 0
+        assert row["peak_bytes"] == ""  # the CPU has no such counter
+        assert ("compile_s" in row) == (row["peer"] in ("compile-step", "scan"))
+    shown = [row["peer"] for row in rows if (row["mode"], row["dtype"]) == ("inference", "float32")]
+    assert shown == [name for name in peers if name != "layernorm-recompute"]
+
+
+def test_the_parts_of_a_cell_have_all_its_weights():
+    for cell, parts in recurrent_loops.PARTS.items():
+        case = recurrent_peers.make_case(cell, 1, 4, 1, training=False)
+        assert sorted(case.normalized) == sorted((*parts.project_weights, *parts.step_weights))
+
+
+def flashrnn_like(Wx, R, b, states=None, function="lstm", backend="", dtype=""):  # noqa: N803
+    """FlashRNN's function, written after its documentation; its shapes are BTGHD, GHDP, GHD and SBTHD."""
+    rows, steps, _, heads, size = Wx.shape
+    assert (heads, backend, dtype) == (1, "vanilla", str(Wx.dtype).removeprefix("torch."))
+    h = c = Wx.new_zeros(rows, size)
+    outputs = []
+    for t in range(steps):
+        w, r = Wx[:, t, :, 0], torch.einsum("gdp,np->ngd", R[:, 0], h)
+        if function == "lstm":
+            i, f, z, o = (w + r + b[:, 0]).unbind(1)
+            c = f.sigmoid() * c + i.sigmoid() * z.tanh()
+            h = o.sigmoid() * c.tanh()
+        else:
+            reset, update = (w[:, k] + r[:, k + 1] + b[k + 1, 0] for k in (0, 1))
+            new = w[:, 2] + b[3, 0] + reset.sigmoid() * (r[:, 0] + b[0, 0])
+            h = update.sigmoid() * h + (1 - update.sigmoid()) * new.tanh()
+        outputs.append(h)
+    return torch.stack(outputs, 1)[None, :, :, None], None
+
+
+def torchrl_like(cell, x, *arguments, compute_dtype):
+    """TorchRL's functions: sequences first, the state to begin with at each step, where sequences begin."""
+    *states, w_ih, w_hh, b_ih, b_hh, is_init = arguments
+    assert x.is_contiguous()
+    assert (compute_dtype, len(states)) == (x.dtype, {"lstm": 2, "gru": 1}[cell])
+    assert is_init.dtype == torch.bool
+    assert is_init.sum() == len(x)
+    assert is_init[:, 0].all()
+    start = tuple(s[:, 0].contiguous()[None] for s in states)
+    function = {"lstm": torch.lstm, "gru": torch.gru}[cell]
+    hx = start if cell == "lstm" else start[0]
+    return function(x, hx, [w_ih, w_hh, b_ih, b_hh], True, 1, 0.0, True, False, True)
+
+
+@pytest.mark.parametrize("peer", gpu_recurrent_peers.KERNELS)
+@pytest.mark.parametrize("mode", recurrent.MODES)
+@pytest.mark.parametrize("cell", recurrent.CELLS)
+def test_the_kernels_of_others_get_the_layouts_they_want(cell, mode, peer, monkeypatch):
+    flashrnn, kernels = ModuleType("flashrnn"), ModuleType("kernels")
+    flashrnn.flashrnn = flashrnn_like
+    kernels.lstm_triton, kernels.gru_triton = partial(torchrl_like, "lstm"), partial(torchrl_like, "gru")
+    name = "torchrl.modules.tensordict_module._rnn_triton"
+    for key, value in (("flashrnn", flashrnn), (name, kernels)):
+        monkeypatch.setitem(sys.modules, key, value)
+    for parent in ("torchrl", "torchrl.modules", "torchrl.modules.tensordict_module"):
+        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    rows, notes = measured(recurrent.grid([cell], ["float32"], [3], [16], 5, [mode]), ["torch", peer])
+    assert notes == []
+    assert rows[1]["status"] == ("not supported" if cell == "rnn" else "measured")
+    assert cell == "rnn" or rows[1]["difference"] < 1e-5
+
+
+def test_peers_whose_packages_are_missing_are_listed(monkeypatch):
+    for name in gpu_recurrent_peers.KERNELS:
+        monkeypatch.setitem(sys.modules, name, None)
+    points = list(recurrent.grid(["lstm"], ["float32"], [2], [8], 3, ["inference"]))
+    rows, _ = measured(points, ["layernorm", "torch", *gpu_recurrent_peers.KERNELS])
+    assert [row["status"] for row in rows] == ["measured", "measured", "not installed", "not installed"]
+
+
+def test_a_point_without_enough_memory_is_listed_and_the_next_is_measured(monkeypatch):
+    def known(device):
+        def expected(point):
+            if point.hidden == 16:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
+            return right(point)
+
+        right = original(device)
+        return expected
+
+    original = recurrent.known
+    monkeypatch.setattr(recurrent, "known", known)
+    rows, notes = measured(recurrent.grid(["gru"], ["float32"], [2], [16, 8], 3, ["inference"]), EVERYWHERE)
+    assert [row["status"] for row in rows] == [
+        *["out of memory"] * 4,
+        *("measured", "not supported", "measured", "measured"),
+    ]
+    assert notes == ["gru float32 batch 2 hidden 16 inference: CUDA out of memory."]
+
+
+def test_a_point_that_pytorch_cannot_compute_is_listed(monkeypatch):
+    def unsupported(case):
+        raise RuntimeError("cuDNN has no bfloat16")
+
+    monkeypatch.setitem(gpu_recurrent_peers.PEERS, "torch", unsupported)
+    rows, notes = measured(recurrent.grid(["gru"], ["bfloat16"], [2], [8], 3, ["inference"]), EVERYWHERE)
+    assert [row["status"] for row in rows] == ["not measured"] * 4
+    assert [note.partition(": ")[2] for note in notes] == [
+        "torch failed: cuDNN has no bfloat16",
+        "torch itself cannot be measured at gru bfloat16 batch 2 hidden 8 inference",
+    ]
+
+
+def test_the_first_call_is_timed_in_a_fresh_process(monkeypatch):
+    monkeypatch.setattr(gpu_recurrent, "FEW", ("float32", 2, 8))
+    points = recurrent.grid(["lstm"], ["float32"], [2], [8, 16], 3, recurrent.MODES)
+    rows, notes = measured(points, EVERYWHERE, firsts=True)
+    assert notes == []
+    timed = {(row["mode"], row["hidden"], row["peer"]): row["first_s"] for row in rows if "first_s" in row}
+    assert list(timed) == [("training", 8, "layernorm"), ("training", 8, "torch")]
+    assert all(0 < seconds < 60 for seconds in timed.values())
+
+
+def test_a_first_call_that_fails_is_noted(monkeypatch):
+    def events(*arguments):
+        raise gpu_recurrent.WorkerError("the worker failed")
+        yield
+
+    monkeypatch.setattr(gpu_recurrent.workers, "events", events)
+    monkeypatch.setattr(gpu_recurrent, "FEW", ("float32", 2, 8))
+    points = recurrent.grid(["gru"], ["float32"], [2], [8], 3, ["training"])
+    rows, notes = measured(points, EVERYWHERE, firsts=True)
+    assert [row.get("first_s") for row in rows] == ["", None, "", None]
+    assert notes[0].endswith("training: the first call of layernorm: the worker failed")
+
+
+def works(*arguments, table=gpu_recurrent.GPU_RECURRENT):
+    return table.works(_parser().parse_args(["bench", "gpu", *arguments]))
+
+
+def test_the_default_grid_is_what_the_help_says(monkeypatch):
+    main_work, *own = works()
+    assert len(main_work.points) == 2 * 4 * 5 * 2 * 2
+    assert {point.steps for point in main_work.points} == {512}
+    assert main_work.job["all"] is False
+    assert main_work.job["device"] == "cuda"
+    assert set(EVERYWHERE) <= set(main_work.job["peers"])
+    names = [work.only for work in own]
+    missing = [name for name in gpu_recurrent_peers.KERNELS if gpu_recurrent_peers.is_missing(name)]
+    assert list(dict.fromkeys(names)) == [n for n in gpu_recurrent_peers.ALONE if n not in missing]
+    assert set(missing) <= set(main_work.job["peers"])  # which says that they are
+    few = {(work.points[0].dtype, work.points[0].batch, work.points[0].hidden) for work in own}
+    assert few == {gpu_recurrent.FEW}
+    assert names.count("scan") == 4
+    assert own[0].job["peers"] == ["layernorm", "torch", own[0].only]
+    assert not own[0].job["firsts"]
+    named = works("--peers", "scan", "--batches", "1", "--hidden", "8", "--compile-limit", "7")
+    assert [(len(work.points), work.only, work.limit) for work in named[1:]] == [(1, "scan", 7.0)] * 8
+    assert named[0].job["all"]
+    assert len(works("--quick")) == 1
+
+
+def test_the_options_choose_norms_or_recurrent_layers():
+    def counts(*arguments):
+        return [len(works(*arguments, table=table)[0].points) for table in gpu.GPU.tables]
+
+    assert counts() == [2 * 2 * 2 * 6, 160]
+    assert counts("--operator", "rms_norm") == [24, 0]
+    assert counts("--operator", "rnn") == [0, 80]
+    assert counts("--operator", "rnn,rms_norm", "--modes", "inference") == [0, 40]
+    assert counts("--operator", "rnn,rms_norm", "--modes", "training", "--quick") == [4, 4]
+
+
+def test_peers_that_are_not_named_are_measured_at_few_points(monkeypatch):
+    monkeypatch.setattr(gpu_recurrent, "FEW", ("float32", 2, 8))
+    points = recurrent.grid(["lstm"], ["float32"], [2], [8, 16], 3, ["inference"])
+    rows, _ = measured(points, [*EVERYWHERE, "layernorm-none"], all=False)
+    assert [row["peer"] for row in rows[:5]] == [*EVERYWHERE, "layernorm-none"]
+    assert [row["peer"] for row in rows[5:]] == EVERYWHERE
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The command measures on the CPU."""
+
+    def there(benchmark):
+        def works(options):
+            return [
+                replace(work, threads=1, job=work.job | {"device": "cpu", "firsts": False})
+                for work in benchmark.works(options)
+            ]
+
+        return replace(benchmark, works=works, problem=lambda: None, also=tuple(map(there, benchmark.also)))
+
+    monkeypatch.setitem(command.BENCHMARKS, "gpu", there(gpu.GPU))
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_the_command_writes_table_picture_and_page_and_goes_on(tmp_path, capsys):
+    arguments = [*TINY, "--operator", "lstm", "--out", str(tmp_path)]
+    assert main([*arguments, "--hidden", "8"]) == 0
+    image = "bench-gpu-recurrent.png"
+    assert {p.name for p in tmp_path.iterdir()} == {"gpu_recurrent.csv", image, "benchmarks.md"}
+    path = tmp_path / "gpu_recurrent.csv"
+    rows = read(path, gpu_recurrent.COLUMNS)
+    assert [(row["mode"], row["dtype"], row["peer"]) for row in rows] == [
+        (mode, dtype, peer) for mode in recurrent.MODES for dtype in recurrent.DTYPES for peer in EVERYWHERE
+    ]
+    assert {row["status"] for row in rows} == {"measured", "not supported"}
+    text = capsys.readouterr().out
+    assert "[4/4] lstm bfloat16 batch 2 hidden 8 training, 1 thread: " in text
+    assert "\nlstm, training, bfloat16: speed over torch.nn, un-normalized " in text
+    page = (tmp_path / "benchmarks.md").read_text()
+    start = "layernorm bench gpu --operator lstm --batches 2 --hidden 8 --steps 4 "
+    assert f"{start}--rounds 2\n" in page  # peers that every point has need not be named
+    assert "## Recurrent networks on a GPU" in page
+    assert f"]({image})" in page
+    before = path.read_text().splitlines()
+    assert main([*arguments, "--hidden", "8,16", "--modes", "training", "--resume"]) == 0
+    after = path.read_text().splitlines()
+    assert after[: len(before)] == before
+    assert len(after) == len(before) + 2 * len(EVERYWHERE)
+    # Without --resume only the points of the run are replaced.
+    assert main([*arguments, "--hidden", "16", "--modes", "training", "--dtypes", "float32"]) == 0
+    assert len(path.read_text().splitlines()) == len(after)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_one_command_measures_norms_and_recurrent_layers(tmp_path):
+    arguments = [*TINY, "--operator", "layer_norm,gru", "--hidden", "8", "--sizes", "4x8"]
+    arguments += ["--dtypes", "float32", "--modes", "forward,inference", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert len(read(tmp_path / "gpu.csv", gpu.COLUMNS)) == 2
+    assert len(read(tmp_path / "gpu_recurrent.csv", gpu_recurrent.COLUMNS)) == len(EVERYWHERE)
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "layernorm bench gpu --operator layer_norm --dtypes float32" in page
+    assert "layernorm bench gpu --operator gru --dtypes float32" in page
+    assert page.index("## Norm operators on a GPU") < page.index("## Recurrent networks on a GPU")
+    (tmp_path / "gpu.csv").unlink()
+    (tmp_path / "bench-gpu-recurrent.png").unlink()
+    assert main(["bench", "gpu", "--report-only", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "bench-gpu-recurrent.png").is_file()
+    assert "## Norm operators on a GPU" not in (tmp_path / "benchmarks.md").read_text()
+
+
+def test_a_report_without_a_table_says_so(tmp_path, capsys):
+    assert main(["bench", "gpu", "--report-only", "--out", str(tmp_path)]) == 2
+    assert "gpu.csv: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--operator", "mgu"], "--operator: expected some of layer_norm, rms_norm, add_layer_norm, "),
+        (["--modes", "backward"], "--modes: expected some of forward, inference, training"),
+        (["--batches", "0"], "--batches: expected a whole number of at least 1, got '0'"),
+        (["--hidden", "8x8"], "--hidden: expected a whole number of at least 1, got '8x8'"),
+        (["--steps", "-1"], "--steps: expected a whole number"),
+        (["--time", "0"], "--time: expected a number of seconds greater than 0"),
+        (["--compile-limit", "inf"], "--compile-limit: expected a number of seconds"),
+        (["--peers", "onnxruntime"], "got 'onnxruntime'"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(arguments, text, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "gpu", *arguments])
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("layernorm bench gpu: error: argument --")
+    assert text in errors
+    assert errors.count("\n") == 1
+
+
+def fixed(path):
+    """A table of two points: ours twice and half as fast as PyTorch's; by hand and others are slower."""
+    common = dict.fromkeys((*gpu_recurrent.COLUMNS,), "") | {
+        "cell": "lstm",
+        "dtype": "bfloat16",
+        "batch": 64,
+        "steps": 512,
+        "mode": "training",
+        "threads": 1,
+        "status": "measured",
+        "kernel": "triton",
+        "rounds": 15,
+        "gpu": "A GPU, 141 GiB",
+        "date": "2026-01-02T03:04:05Z",
+    }
+    rows = []
+    for hidden, ratio in ((256, 2.0), (512, 0.5)):
+        times = {"layernorm": 1024.0, "torch": 1024.0 * ratio, "loop": 4096.0}
+        if hidden == 512:
+            times |= {"scan": 3072.0, "flashrnn": 2048.0}
+        for peer, time_us in times.items():
+            own = times["torch"] / time_us
+            figures = {"median_us": time_us, "ratio_to_torch": own, "ratio_q25": own, "ratio_q75": own}
+            figures |= {"products_us": 512.0, "over_products": time_us / 512.0, "peak_bytes": 2.5e6}
+            if peer == "scan":
+                figures["compile_s"] = 21.5
+            elif hidden == 512 and peer != "flashrnn":
+                figures["first_s"] = 0.25
+            rows.append(common | figures | {"hidden": hidden, "peer": peer})
+        rows.append(common | {"hidden": hidden, "peer": "layernorm-persistent", "status": "not supported"})
+    rows.append(common | {"hidden": 512, "peer": "torchrl", "status": "not installed", "rounds": ""})
+    with Table(path, gpu_recurrent.COLUMNS, keep=lambda row: False) as table:
+        table.add(rows)
+
+
+def test_the_page_sums_up(tmp_path, capsys):
+    fixed(tmp_path / "gpu_recurrent.csv")
+    assert main(["bench", "gpu", "--report-only", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith(
+        "lstm, training, bfloat16: speed over torch.nn, un-normalized 1.00 (0.50), best by hand 3.46 (3.00), "
+        "others' kernels, un-normalized 2.00 (2.00), share of the products' limit 0.50 (0.50): geometric mean"
+    )
+    page = (tmp_path / "benchmarks.md").read_text()
+    for text in (
+        "A GPU, 141 GiB. Python",
+        "| lstm | training | bfloat16 | 2 | 1.00 (0.50) | 3.46 (3.00) | 2.00 (2.00) | 0.50 (0.50) |",
+        "slower than `torch.nn`'s un-normalized layer at 1 of 2 points, at this most:",
+        "| lstm | bfloat16 | training | 64 | 512 | 0.50 (0.50–0.50) |",
+        "| lstm | bfloat16 | 64 | 256 | 2.5 | 2.5 | 2.5 | – | – |",
+        "| bfloat16 | training | 64 | 512 | triton | 1,024 | not supported | 512 | 4,096 | 3,072 | 2,048 | "
+        "not installed | 512 | 2.00 | 0.50 | 0.50 (0.50–0.50) |",
+        "| lstm | bfloat16 | training | 64 | 512 | scan | – | 21.5 |",
+        "| lstm | bfloat16 | training | 64 | 512 | layernorm | 0.25 | – |",
+        "bench gpu --operator lstm --dtypes bfloat16 --batches 64 --hidden 256,512 --modes training\n",
+        "`layernorm`, `layernorm-persistent`, `torch`, `loop` are measured at every point",
+    ):
+        assert text in page
+    fixed(tmp_path / "gpu_recurrent.csv")
+
+
+def test_nothing_measured_is_a_page_too(tmp_path):
+    point = next(recurrent.grid(["lstm"], ["float32"], [1], [8], 3, ["training"]))
+    row = dict.fromkeys(gpu_recurrent.COLUMNS, "") | asdict(point) | {"threads": 1, "date": "2026-01-02"}
+    with Table(tmp_path / "gpu_recurrent.csv", gpu_recurrent.COLUMNS, keep=lambda row: False) as table:
+        table.add([row | {"peer": peer, "status": "out of memory"} for peer in ("layernorm", "torch")])
+    assert main(["bench", "gpu", "--report-only", "--out", str(tmp_path)]) == 0
+    assert "| out of memory | out of memory | – |" in (tmp_path / "benchmarks.md").read_text()
+    assert not (tmp_path / "bench-gpu-recurrent.png").exists()
+
+
+def test_predictions_have_a_column_for_each_model(monkeypatch):
+    def seconds(point):
+        return 2e-3 if point.batch == 1 else None
+
+    models = gpu_recurrent_report.PREDICTED
+    monkeypatch.setattr(gpu_recurrent_report, "PREDICTED", models | {"a model": seconds})
+    table = gpu_recurrent_report.predictions()
+    lines = table.splitlines()
+    assert len(lines) == 2 + 160
+    assert all(line.split(" | ")[6] != "–" for line in lines[2:])  # Triton serves every point
+    assert lines[0].endswith(
+        "| hidden | GFLOP | Triton, µs a step | persistent, µs a step | a model, µs a step |"
+    )
+    gflop = recurrent.Point("lstm", "float32", 1, 128, 512, "inference").gflop
+    # The persistent kernel has no float32.
+    line = next(line for line in lines if line.startswith("| lstm | float32 | inference | 1 | 128 |"))
+    assert line.split(" | ")[5] == f"{gflop:.1f}"
+    assert line.endswith(" | – | 3.9 |")
+    known = [line for line in lines if "–" not in line and line.startswith("| lstm | ")]
+    assert [line.split(" | ")[1:5] for line in known] == [
+        ["bfloat16", mode, "1", hidden] for hidden in ("128", "256", "512") for mode in recurrent.MODES
+    ]
+
+
+def test_the_documented_predictions_are_the_programs():
+    page = (machine.Path(__file__).parents[2] / "docs" / "gpu_recurrent.md").read_text("utf-8")
+    assert gpu_recurrent_report.predictions() in page
+
+
+def test_columns_of_the_machine_are_in_the_table():
+    assert set(machine.GPU_COLUMNS) | set(machine.COLUMNS) <= set(gpu_recurrent.COLUMNS)
+    assert in_folder(machine.Path()).table("gpu_recurrent").name == "gpu_recurrent.csv"
+
+
+def test_releasing_frees_the_gradients():
+    case = recurrent_peers.make_case("gru", 2, 4, 3, training=True)
+    made = recurrent_peers.PEERS["torch"](case)
+    assert len(made.results()) == 2 + len(case.plain)
+    made.release()
+    assert difference(made.results(), made.results()) == 0
+    assert cuda.peak_bytes(made, "cpu") is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_graphs_and_peaks_are_the_gpus():
+    x, y = torch.ones(2**20, device="cuda"), torch.zeros(2**20, device="cuda")
+    replay = cuda.in_graph(lambda: y.add_(x), "cuda")
+    y.zero_()
+    replay()
+    assert float(y.sum()) == 2**20
+    made = Subject(lambda: x.exp().neg(), list)
+    assert cuda.peak_bytes(made, "cuda") == 2 * x.nbytes

@@ -1,0 +1,239 @@
+"""The benchmark of training updates: the same batches for both, missing data, the page, the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.core import workers
+from benchmarks.core.table import Table, read
+from benchmarks.updates import measure as updates
+from layernorm.cli import main
+from layernorm.experiments import task as tasks
+from layernorm.experiments.run.training import Run, Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALLEST = updates.Point("digits-rows", "small", 4)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_problems():
+    updates._problem.cache_clear()
+
+
+def measured(points, rounds=3):
+    """The rows of these points, and the notes."""
+    job = {"points": [asdict(point) for point in points], "peers": list(updates.PEERS), "rounds": rounds}
+    events = []
+    updates.measure(job | {"budget": 1.0, "threads": 1}, events.append)
+    rows = [row for event in events for row in event.get("rows", ())]
+    return rows, [event["note"] for event in events if "note" in event]
+
+
+def here(module, job, threads, limit):
+    """In place of ``workers.events``: the worker's work in this process."""
+    assert module == "benchmarks.updates.measure"
+    events = []
+    updates.measure({**job, "threads": threads}, events.append)
+    yield from events
+
+
+@pytest.fixture
+def without_data(monkeypatch):
+    """The data of DRAW is missing."""
+
+    def problem(**sizes):
+        raise tasks.MissingData("the digits are not here: get them elsewhere")
+
+    monkeypatch.setattr(
+        importlib.import_module("layernorm.experiments.tasks.draw.task"),
+        "TASK",
+        dataclasses.replace(tasks.find("draw"), problem=problem),
+    )
+
+
+def test_the_tasks_are_all_that_are_recurrent():
+    others = {"convnet", "digits", "mnist", "permuted-mnist"}
+    assert set(updates.TASKS) == set(tasks.TASKS) - others
+    for name in updates.TASKS:
+        assert set(updates.PEERS.values()) <= set(tasks.find(name).norms)
+        assert set(updates.PRESETS) <= set(tasks.find(name).presets)
+
+
+def test_the_points_are_the_presets_batch_sizes():
+    points = list(updates.grid(["sequential-mnist", "digits-rows"], ["small", "paper"]))
+    assert [point.name for point in points] == [
+        "sequential-mnist small batch 64",
+        "sequential-mnist paper batch 100",
+        "digits-rows small batch 128",
+        "digits-rows small batch 4",
+    ]  # the sizes of "digits-rows" are the same
+
+
+def test_both_make_updates_on_the_same_cases_in_each_round(monkeypatch):
+    seen = {}
+    step = Trainer.step
+
+    def recorded(self, cases, stop=False):
+        seen.setdefault(self.run.norm, []).append(tuple(cases.tolist()))
+        return step(self, cases, stop)
+
+    monkeypatch.setattr(Trainer, "step", recorded)
+    rows, notes = measured([SMALLEST], rounds=4)
+    assert notes == []
+    assert [(row["peer"], row["status"], row["rounds"]) for row in rows] == [
+        ("layernorm", "measured", 4),
+        ("torch", "measured", 4),
+    ]
+    assert rows[0]["median_us"] > 0 < rows[0]["ratio_to_torch"]
+    assert rows[1]["ratio_to_torch"] == 1.0
+    # How many updates a sample takes is each one's own; the check, the calibration and the rounds are not.
+    batches = {norm: list(dict.fromkeys(cases)) for norm, cases in seen.items()}
+    assert batches["layer"] == batches["none"]
+    assert [len(batch) for batch in batches["layer"]] == [4] * 6
+    assert len({case for batch in batches["layer"] for case in batch}) == 24
+
+
+def test_batches_begin_again_after_an_epoch():
+    trainer = SimpleNamespace(run=Run("none", 3, 0), per_epoch=2, order=lambda epoch: torch.arange(8))
+    batches = updates._batches(trainer)
+    assert [next(batches).tolist() for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("scale", [0.0, float("nan")])
+def test_updates_that_do_not_train_have_failed(scale, monkeypatch):
+    step = Trainer.step
+
+    def wrong(self, cases, stop=False):
+        before = [parameter.detach().clone() for parameter in self.network.parameters()]
+        result = step(self, cases, stop)
+        if self.run.norm == "layer":
+            with torch.no_grad():
+                for parameter, start in zip(self.network.parameters(), before, strict=True):
+                    parameter.copy_(start + scale)
+        return result
+
+    monkeypatch.setattr(Trainer, "step", wrong)
+    rows, notes = measured([SMALLEST], rounds=1)
+    assert [row["status"] for row in rows] == ["failed", "measured"]
+    assert notes == [f"{SMALLEST.name}: layernorm failed: an update changes its parameters by {scale:g}"]
+
+
+def test_a_task_without_data_is_listed_and_the_others_are_measured(
+    without_data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(workers, "events", here)
+    arguments = ["--tasks", "digits-rows,draw", "--threads", "1", "--rounds", "1"]
+    assert main(["bench", "updates", *arguments, "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path / "updates.csv", updates.COLUMNS)
+    assert [(row["task"], row["batch"], row["peer"], row["status"]) for row in rows] == [
+        (task, batch, peer, status)
+        for task, batch, status in (
+            ("digits-rows", "128", "measured"),
+            ("digits-rows", "4", "measured"),
+            ("draw", "128", "no data"),
+        )
+        for peer in updates.PEERS
+    ]
+    text = capsys.readouterr().out
+    assert "draw small batch 128: the digits are not here: get them elsewhere" in text
+    assert "draw small batch 128, 1 thread: layernorm no data; torch no data" in text
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "layernorm bench updates --tasks draw,digits-rows --threads 1 --rounds 1\n" in page
+    assert "| 1 | small | draw | 128 | no data | no data | – |" in page
+    assert "](bench-updates.png)" in page
+    assert (tmp_path / "bench-updates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_data_at_all_gives_a_page_too(without_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workers, "events", here)
+    assert main(["bench", "updates", "--tasks", "draw", "--threads", "1", "--out", str(tmp_path)]) == 0
+    assert "1 thread, small: – times the speed" in capsys.readouterr().out
+
+
+def test_data_that_cannot_be_used_does_not_end_the_run(monkeypatch):
+    def problem(name, preset):
+        raise tasks.ExperimentError("the file is damaged")
+
+    monkeypatch.setattr(updates, "_problem", problem)
+    rows, notes = measured([SMALLEST])
+    assert [row["status"] for row in rows] == ["failed", "failed"]
+    assert notes == [f"{SMALLEST.name}: the file is damaged"]
+
+
+def fixed(path):
+    """A table of three points: twice PyTorch's speed, 0.95 and 0.8 of it."""
+    common = dict.fromkeys(updates.COLUMNS, "") | {
+        "task": "draw",
+        "threads": 2,
+        "status": "measured",
+        "rounds": updates.ROUNDS,
+        "machine": "A processor",
+        "date": "2026-01-02T03:04:05Z",
+    }
+    rows = []
+    for preset, batch, ratio in (("paper", 128, 0.8), ("small", 128, 2.0), ("small", 4, 0.95)):
+        for peer, own in (("layernorm", ratio), ("torch", 1.0)):
+            figures = {"median_us": 1e4 / own, "ratio_to_torch": own, "ratio_q25": own, "ratio_q75": own}
+            rows.append(common | figures | {"preset": preset, "batch": batch, "peer": peer})
+    with Table(path, updates.COLUMNS, keep=lambda row: False) as table:
+        table.add(rows)
+
+
+def test_the_page_sums_up(tmp_path, capsys):
+    fixed(tmp_path / "updates.csv")
+    assert main(["bench", "updates", "--report-only", "--out", str(tmp_path)]) == 0
+    slow = (
+        "An update takes more than 1.1 times as long as that of torch.nn without norm at 1 of 3 points "
+        "(draw, batch 128, paper, 2 threads: 1.25 times)."
+    )
+    assert capsys.readouterr().out.startswith(
+        "2 threads, small: 1.38 (0.95) times the speed of torch.nn without norm: the geometric mean (the "
+        f"least)\n2 threads, paper: 0.80 (0.80) times the speed of torch.nn without norm: the geometric mean "
+        f"(the least)\n{slow}\n"
+    )
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert f"{slow}\n" in page
+    assert "layernorm bench updates --tasks draw --presets small,paper --threads 2\n" in page
+    lines = page.splitlines()
+    assert "| 2 | small | 2 | 1.38 (0.95) |" in lines
+    table = [line for line in lines if line.startswith("| 2 ") and "| draw |" in line]
+    assert table == [
+        "| 2 | small | draw | 4 | 10,526 | 10,000 | 0.95 (0.95–0.95) |",
+        "| 2 | small | draw | 128 | 5,000 | 10,000 | 2.00 (2.00–2.00) |",
+        "| 2 | paper | draw | 128 | 12,500 | 10,000 | 0.80 (0.80–0.80) |",
+    ]
+
+
+def test_packages_that_are_missing_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(updates, "find_spec", lambda name: None if name == "sklearn" else name)
+    assert main(["bench", "updates", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        "layernorm: this benchmark needs sklearn: pip install 'layernorm[bench,experiments]'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--tasks", "mnist"], "--tasks: expected some of order-embeddings, attentive-reader, "),
+        (
+            ["--presets", "large"],
+            "--presets: expected some of small, paper, separated by commas; got 'large'",
+        ),
+        (["--rounds", "0"], "--rounds: expected a whole number of at least 1, got '0'"),
+        (["--peers", "torch"], "unrecognized arguments: --peers torch"),  # there are no others to choose
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(arguments, text, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "updates", *arguments])
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert text in errors
+    assert errors.count("\n") == 1
