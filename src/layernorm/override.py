@@ -1,4 +1,4 @@
-"""The override of the choice of kernels, which belongs to a context: ``use``, and what it says here.
+"""The override of the choice of kernels: ``use`` for a context, the environment for the process.
 
 A context is what ``contextvars`` has: a thread's own, or an asyncio task's. So blocks that overlap in several
 threads or tasks never meet.
@@ -6,15 +6,29 @@ threads or tasks never meet.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
 KERNELS: Final = ("native", "triton", "persistent", "torch", "reference")
+#: The variable that overrides the choice for the process.
+VARIABLE: Final = "LAYERNORM_BACKEND"
+
+
+class Choice(NamedTuple):
+    """The kernel that computes a call, and the reason in one line."""
+
+    kernel: str
+    reason: str
+
+
+# What the process asks for.
+process: str | None = os.environ.get(VARIABLE) or None
 
 
 class _Block:
@@ -36,8 +50,13 @@ _traced: tuple[str, ...] = ()
 _this_module: Final[Any] = sys.modules[__name__]
 
 
+def asked_for() -> str | None:
+    """Return the kernel that the block around this call or else the process asks for, or None."""
+    return (used and current()) or process
+
+
 def current() -> str | None:
-    """The kernel that the innermost block around this call asks for, or None."""
+    """Return the kernel that the innermost block around this call asks for, or None."""
     if torch.compiler.is_dynamo_compiling():
         # Dynamo cannot read a context variable, but guards on attributes of modules: a change recompiles.
         return _traced[-1] if _traced else _this_module.outside

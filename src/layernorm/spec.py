@@ -1,0 +1,232 @@
+"""The whole description of one recurrent layer, made once and read by everything that computes it.
+
+``LayerSpec`` holds what a layer is (its cell and its ``Variant``) and every fact that follows from that. The
+reference, the operators, their fake kernels and the code for CPU and GPU read these facts; none derives one
+again. Operators take the description as a list of small numbers, ``codes``, and ``eps``:
+``csrc/recurrent/spec.cpp`` decodes it in C++.
+
+A new field goes into ``Variant`` and ``codes`` here, into the decoder in C++, and into the reference and the
+kernels that compute it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Self, get_args
+
+from torch import Tensor
+
+from layernorm.variants import (
+    GATES,
+    Cell,
+    CellNorm,
+    Inputs,
+    Kind,
+    Scope,
+    Variant,
+    parameter_shapes,
+)
+
+#: The nonlinearity of an RNN.
+Nonlinearity = Literal["tanh", "relu"]
+#: How W_ih x and W_hh h meet: each normalized by itself; added first; or added first but for a GRU's candidate,
+#: whose part of W_hh h is multiplied with the reset gate before it is added.
+Products = Literal["separate", "summed", "late"]
+
+#: The parameters of a layer in the order in which the operators list them. Where the inputs are summed, the
+#: one ``gain`` takes the place of ``gain_ih``.
+PARAMETERS: Final = (
+    "weight_ih",
+    "weight_hh",
+    "weight_hr",
+    "bias_ih",
+    "bias_hh",
+    "gain_ih",
+    "gain_hh",
+    "bias",
+    "bias_hn",
+    "gain_cell",
+    "bias_cell",
+)
+#: Those among them that ``lstm_gates`` takes, in their order.
+GATES_PARAMETERS: Final = tuple(name for name in PARAMETERS if not name.startswith("weight") and name != "bias_hn")
+
+# What each of ``codes`` stands for, in order.
+_CODES: Final[Mapping[str, tuple[Any, ...]]] = {
+    "cell": ("lstm", "gru", "rnn_tanh", "rnn_relu"),
+    "kind": get_args(Kind),
+    "inputs": get_args(Inputs),
+    "scope": get_args(Scope),
+    "cell_norm": get_args(CellNorm),
+    "projection_bias": (False, True),
+}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one recurrent layer computes, apart from its sizes.
+
+    Args:
+        cell: ``"lstm"``, ``"gru"`` or ``"rnn"``.
+        variant: how it is normalized.
+        nonlinearity: of an RNN, ``"tanh"`` or ``"relu"``.
+
+    Attributes:
+        gates: G, the gates of the cell.
+        groups: how many neighboring gates share statistics, group by group; none without a norm.
+        products: how W_ih x and W_hh h meet: ``"separate"``, ``"summed"`` or ``"late"``.
+        normalizes_cell: whether an LSTM's cell is normalized.
+        names: the name of each of ``PARAMETERS`` in this variant, whether or not a layer has it.
+        codes: the numbers by which the operators know this description, without eps.
+
+    Examples:
+        >>> from layernorm.spec import LayerSpec
+        >>> from layernorm.variants import resolve
+        >>> spec = LayerSpec("gru", resolve("paper", "gru"))
+        >>> spec.gates, spec.groups, spec.products
+        (3, (2, 1), 'separate')
+    """
+
+    cell: Cell
+    variant: Variant
+    nonlinearity: Nonlinearity = "tanh"
+
+    gates: int = field(init=False, compare=False, repr=False)
+    groups: tuple[int, ...] = field(init=False, compare=False, repr=False)
+    products: Products = field(init=False, compare=False, repr=False)
+    normalizes_cell: bool = field(init=False, compare=False, repr=False)
+    names: tuple[str, ...] = field(init=False, compare=False, repr=False)
+    codes: tuple[int, ...] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        facts: dict[str, Any] = {
+            "gates": GATES[self.cell],
+            "groups": _groups(self.cell, self.variant),
+            "products": _products(self.cell, self.variant),
+            "normalizes_cell": self.cell == "lstm" and self.variant.cell != "none",
+            "names": _names(self.variant),
+            "codes": _encode(self.cell, self.variant, self.nonlinearity),
+        }
+        for name, fact in facts.items():
+            object.__setattr__(self, name, fact)
+
+    @property
+    def operation(self) -> str:
+        """The cell, and of an RNN the nonlinearity too: ``"lstm"``, ``"gru"``, ``"rnn_tanh"``, ``"rnn_relu"``."""
+        return _operation(self.cell, self.nonlinearity)
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance, or to the mean square."""
+        return self.variant.eps
+
+    @property
+    def saved_h_gates(self) -> int:
+        """How many gates of W_hh h are kept for backward: (rows, saved_h_gates·H)."""
+        return {"separate": self.gates, "summed": 0, "late": 1}[self.products]
+
+    @property
+    def statistics(self) -> int:
+        """How many statistics of a row are kept for backward."""
+        return len(self.groups) * (2 if self.products == "separate" else 1)
+
+    def parameter_shapes(
+        self, input_size: int, hidden_size: int, *, proj_size: int = 0, bias: bool = True
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the parameters of a layer of these sizes; see ``layernorm.variants.parameter_shapes``."""
+        return parameter_shapes(
+            self.cell, self.variant, input_size, hidden_size, proj_size=proj_size, bias=bias
+        )
+
+    def listed(self, weights: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """Return the parameters in the order of ``PARAMETERS``, None for those that the layer does not have."""
+        return [weights.get(name) for name in self.names]
+
+    def listed_for_gates(self, weights: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """Return the parameters in the order of ``GATES_PARAMETERS``."""
+        return [
+            weights.get(name)
+            for name, parameter in zip(self.names, PARAMETERS, strict=True)
+            if parameter in GATES_PARAMETERS
+        ]
+
+    def named(
+        self, tensors: Sequence[Tensor | None], parameters: Sequence[str] = PARAMETERS
+    ) -> dict[str, Tensor]:
+        """Return by name what ``parameters`` lists, without those that are None."""
+        names = dict(zip(PARAMETERS, self.names, strict=True))
+        return {
+            names[parameter]: tensor
+            for parameter, tensor in zip(parameters, tensors, strict=True)
+            if tensor is not None
+        }
+
+    @classmethod
+    def decode(cls, codes: Sequence[int], eps: float) -> Self:
+        """Return the spec that an operator was given.
+
+        Raises:
+            RuntimeError: these are no codes of a spec.
+        """
+        return cls._decode(tuple(codes), eps)
+
+    @classmethod
+    @functools.cache
+    def _decode(cls, codes: tuple[int, ...], eps: float) -> Self:
+        if len(codes) != len(_CODES):
+            raise RuntimeError(
+                f"layernorm: spec must be a list of {len(_CODES)} codes ({', '.join(_CODES)}), got {list(codes)}"
+            )
+        fields = {}
+        for (name, choices), code in zip(_CODES.items(), codes, strict=True):
+            if not 0 <= code < len(choices):
+                raise RuntimeError(
+                    f"layernorm: the code of {name} in spec must be in [0, {len(choices)}), got {code}"
+                )
+            fields[name] = choices[code]
+        cell, _, nonlinearity = fields.pop("cell").partition("_")
+        variant = Variant(cell=fields.pop("cell_norm"), eps=eps, **fields)
+        return cls(cell, variant, nonlinearity or "tanh")
+
+
+def _groups(cell: Cell, variant: Variant) -> tuple[int, ...]:
+    gates = GATES[cell]
+    if variant.kind == "none":
+        return ()
+    if variant.scope == "gate":
+        return (1,) * gates
+    return (2, 1) if variant.scope == "matrix" and cell == "gru" else (gates,)
+
+
+def _products(cell: Cell, variant: Variant) -> Products:
+    if variant.kind == "none":  # nothing tells the products apart but a GRU's candidate
+        return "separate" if cell == "gru" else "summed"
+    if cell == "gru" and variant.inputs == "summed" and variant.scope != "all":
+        return "late"
+    return variant.inputs
+
+
+def _names(variant: Variant) -> tuple[str, ...]:
+    summed = variant.kind != "none" and variant.inputs == "summed"
+    return tuple("gain" if summed and name == "gain_ih" else name for name in PARAMETERS)
+
+
+def _operation(cell: Cell, nonlinearity: Nonlinearity) -> str:
+    return f"rnn_{nonlinearity}" if cell == "rnn" else cell
+
+
+def _encode(cell: Cell, variant: Variant, nonlinearity: Nonlinearity) -> tuple[int, ...]:
+    values = {
+        "cell": _operation(cell, nonlinearity),
+        "kind": variant.kind,
+        "inputs": variant.inputs,
+        "scope": variant.scope,
+        "cell_norm": variant.cell,
+        "projection_bias": variant.projection_bias,
+    }
+    return tuple(choices.index(values[name]) for name, choices in _CODES.items())
+
+
+__all__ = ["GATES_PARAMETERS", "PARAMETERS", "LayerSpec", "Nonlinearity", "Products"]
