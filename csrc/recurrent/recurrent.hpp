@@ -33,7 +33,8 @@ struct Recurrent {
   Inputs inputs;
   Scope scope;
   CellNorm cell_norm;
-  bool relu;  // of an RNN
+  bool projection_bias;  // the products have biases, inside the norms
+  bool relu;             // of an RNN
   bool reverse;
   double eps;
 

@@ -26,11 +26,10 @@ enum Tensors {
   const Tensor &input_gates, const Tensor &hidden_gates, const Tensor &c,                          \
       const OptionalTensor &bias_ih, const OptionalTensor &bias_hh, const OptionalTensor &gain_ih, \
       const OptionalTensor &gain_hh, const OptionalTensor &bias, const OptionalTensor &gain_cell,  \
-      const OptionalTensor &bias_cell, std::string_view kind, std::string_view inputs,             \
-      std::string_view scope, std::string_view cell_norm, double eps
+      const OptionalTensor &bias_cell, at::IntArrayRef spec, double eps
 #define LAYERNORM_GATES_PASSED                                                                  \
   input_gates, hidden_gates, c, bias_ih, bias_hh, gain_ih, gain_hh, bias, gain_cell, bias_cell, \
-      kind, inputs, scope, cell_norm, eps
+      spec, eps
 
 using GatesOp = TensorPair(LAYERNORM_GATES_ARGUMENTS);
 using GatesGrads =
@@ -62,7 +61,8 @@ struct GatesLayer {
     require(hidden_gates, "hidden_gates");
     require(c, "c");
     held_.type = type = c.scalar_type();
-    read_spec({"lstm", kind, inputs, scope, cell_norm, eps, false}, r);
+    read_spec(spec, eps, r);
+    TORCH_CHECK(r.cell == CellKind::kLstm, "layernorm: spec must be of an LSTM");
     TORCH_CHECK(
         is_supported(type) && c.dim() == 2 && c.size(1) > 0,
         "layernorm: c must have two dimensions, of float32, float64, bfloat16 or float16; got ",
@@ -84,7 +84,8 @@ struct GatesLayer {
     r.gain_cell = held_.hold(gain_cell, "gain_cell", r.hidden_size);
     r.bias_cell = held_.hold(bias_cell, "bias_cell", r.hidden_size);
     // A gradient is summed where the parameter is used, and nowhere else.
-    TORCH_CHECK((r.norm != NormKind::kNone || (!r.gain_ih && !r.bias)) &&
+    TORCH_CHECK((r.projection_bias || (!r.bias_ih && !r.bias_hh)) &&
+                    (r.norm != NormKind::kNone || (!r.gain_ih && !r.bias)) &&
                     (r.inputs == Inputs::kSeparate || !r.gain_hh) &&
                     (r.cell_norm != CellNorm::kNone || (!r.gain_cell && !r.bias_cell)),
                 "layernorm: there is a gain or bias that this variant does not have");
@@ -192,7 +193,7 @@ GatesGrads lstm_gates_backward(const Tensor& grad_hidden, const OptionalTensor& 
 struct GatesNode : Node<GatesNode> {
   std::array<SavedVariable, kAll> saved;
   std::array<bool, kAll> given{};
-  std::string kind, inputs, scope, cell_norm;
+  std::vector<int64_t> spec;
   double eps = 0;
 
   [[nodiscard]] std::string name() const override { return "LayerNormLSTMGatesBackward"; }
@@ -202,8 +203,7 @@ struct GatesNode : Node<GatesNode> {
   }
   void each_constant(const auto& visit) {
     for (auto& one : given) visit(one);
-    for (auto* word : {&kind, &inputs, &scope, &cell_norm}) visit(*word);
-    visit(eps);
+    visit(spec), visit(eps);
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -220,7 +220,7 @@ struct GatesNode : Node<GatesNode> {
     const OptionalTensor grad_c = grads[1].defined() ? OptionalTensor(grads[1]) : std::nullopt;
     const auto& op = wants_composite(grads) ? gates_composite_backward_op() : gates_backward_op();
     const auto found = op.call(grad_hidden, grad_c, *a[0], *a[1], *a[2], a[3], a[4], a[5], a[6],
-                               a[7], a[8], a[9], kind, inputs, scope, cell_norm, eps, wanted);
+                               a[7], a[8], a[9], spec, eps, wanted);
     const std::array<Tensor, kAll> all =
         std::apply([](const auto&... each) { return std::array<Tensor, kAll>{each...}; }, found);
     for (size_t i = 0; i < kAll; ++i)
@@ -257,10 +257,7 @@ TensorPair lstm_gates_autograd(LAYERNORM_GATES_ARGUMENTS) {
     node->given[i] = edges[i].defined();
     node->saved[i] = SavedVariable(edges[i], false);
   }
-  node->kind = kind;
-  node->inputs = inputs;
-  node->scope = scope;
-  node->cell_norm = cell_norm;
+  node->spec = spec.vec();
   node->eps = eps;
   return found;
 }

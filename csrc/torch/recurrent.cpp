@@ -100,11 +100,7 @@ RecurrentInputs inputs_of(LAYERNORM_RECURRENT_ARGUMENTS) {
   for (const std::optional<Tensor> one : weights) all.weights.push_back(one);
   all.resets = resets;
   if (batch_sizes.has_value()) all.batch_sizes = batch_sizes->vec();
-  all.cell = cell;
-  all.kind = kind;
-  all.inputs = inputs;
-  all.scope = scope;
-  all.cell_norm = cell_norm;
+  all.spec = spec.vec();
   all.eps = eps;
   all.reverse = reverse;
   return all;
@@ -140,14 +136,12 @@ void RecurrentLayer::forward(const Tensor& output, const Tensor& hn, const Tenso
 namespace {
 
 RecurrentOutputs recurrent(LAYERNORM_RECURRENT_ARGUMENTS, bool /*recompute*/) {
-  RecurrentLayer layer(inputs_of(input, h, c, weights, resets, batch_sizes, cell, kind, inputs,
-                                 scope, cell_norm, eps, reverse));
+  RecurrentLayer layer(inputs_of(LAYERNORM_RECURRENT_PASSED));
   return run_forward(layer);
 }
 
 RecurrentForwardOutputs recurrent_forward(LAYERNORM_RECURRENT_ARGUMENTS, bool recompute) {
-  RecurrentLayer layer(inputs_of(input, h, c, weights, resets, batch_sizes, cell, kind, inputs,
-                                 scope, cell_norm, eps, reverse));
+  RecurrentLayer layer(inputs_of(LAYERNORM_RECURRENT_PASSED));
   const Saved saved = layer.keep(recompute);
   const auto [output, hn, cn] = run_forward(layer);
   return {output, hn, cn, saved.x, saved.h, saved.c, saved.stats};
@@ -228,8 +222,7 @@ RecurrentGrads recurrent_backward(LAYERNORM_RECURRENT_ARGUMENTS, const OptionalT
                                   const Tensor& saved_h, const Tensor& saved_c,
                                   const Tensor& saved_stats,
                                   std::array<bool, 3 + kWeights> wanted) {
-  const auto all = inputs_of(input, h, c, weights, resets, batch_sizes, cell, kind, inputs, scope,
-                             cell_norm, eps, reverse);
+  const auto all = inputs_of(LAYERNORM_RECURRENT_PASSED);
   RecurrentLayer layer(all);
   auto& r = layer.r;
   const auto type = input.scalar_type();

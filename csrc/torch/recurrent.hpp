@@ -5,7 +5,6 @@
 #include <ATen/ops/empty.h>
 
 #include <memory>
-#include <string_view>
 #include <vector>
 
 #include "isa/capability.hpp"
@@ -31,13 +30,8 @@ enum Weight {
   kWeights,
 };
 
-// What is computed, in the words of src/layernorm/variants.py.
-struct RecurrentSpec {
-  std::string_view cell, kind, inputs, scope, cell_norm;
-  double eps;
-  bool reverse;
-};
-void read_spec(const RecurrentSpec& spec, Recurrent& r);
+// Decodes what a layer computes; raises for codes that are not known.
+void read_spec(at::IntArrayRef spec, double eps, Recurrent& r);
 // Of the instruction set in use.
 const RecurrentKernels& kernels_of(at::ScalarType type);
 
@@ -48,7 +42,7 @@ struct RecurrentInputs {
   std::vector<OptionalTensor> weights;  // [kWeights]
   OptionalTensor resets;
   std::optional<std::vector<int64_t>> batch_sizes;
-  std::string cell, kind, inputs, scope, cell_norm;
+  std::vector<int64_t> spec;
   double eps = 0;
   bool reverse = false;
 };
@@ -118,9 +112,9 @@ Tensor prepare(const RecurrentLayer& layer, bool backward);
 
 #define LAYERNORM_RECURRENT_ARGUMENTS                                                            \
   const Tensor &input, const Tensor &h, const OptionalTensor &c, const OptionalTensors &weights, \
-      const OptionalTensor &resets, at::OptionalIntArrayRef batch_sizes, std::string_view cell,  \
-      std::string_view kind, std::string_view inputs, std::string_view scope,                    \
-      std::string_view cell_norm, double eps, bool reverse
+      const OptionalTensor &resets, at::OptionalIntArrayRef batch_sizes, at::IntArrayRef spec,   \
+      double eps, bool reverse
+#define LAYERNORM_RECURRENT_PASSED input, h, c, weights, resets, batch_sizes, spec, eps, reverse
 
 using RecurrentOutputs = std::tuple<Tensor, Tensor, Tensor>;
 using RecurrentForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

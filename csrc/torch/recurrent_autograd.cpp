@@ -22,7 +22,7 @@ struct RecurrentNode : Node<RecurrentNode> {
   bool has_c = false;
   bool has_resets = false;
   std::optional<std::vector<int64_t>> batch_sizes;
-  std::string cell, kind, inputs, scope, cell_norm;
+  std::vector<int64_t> spec;
   double eps = 0;
   bool reverse = false;
   c10::VariableVersion output_version;
@@ -39,8 +39,8 @@ struct RecurrentNode : Node<RecurrentNode> {
   }
   void each_constant(const auto& visit) {
     for (auto& one : has_weight) visit(one);
-    visit(has_c), visit(has_resets), visit(batch_sizes), visit(eps), visit(reverse);
-    for (auto* word : {&cell, &kind, &inputs, &scope, &cell_norm}) visit(*word);
+    visit(has_c), visit(has_resets), visit(batch_sizes);
+    visit(spec), visit(eps), visit(reverse);
   }
 
   void save_output(const Tensor& tensor) {
@@ -82,18 +82,17 @@ struct RecurrentNode : Node<RecurrentNode> {
       forget_changed_output();
       Tensor given = output.unpack(getptr());
       if (given.defined()) return given;
-      return std::get<0>(recurrent_op().call(x, h0, c0, all, mask, sizes, cell, kind, inputs, scope,
-                                             cell_norm, eps, reverse, false));
+      return std::get<0>(
+          recurrent_op().call(x, h0, c0, all, mask, sizes, spec, eps, reverse, false));
     };
     const auto found =
         wants_composite(grads)
-            ? recurrent_composite_backward_op().call(x, h0, c0, all, mask, sizes, cell, kind,
-                                                     inputs, scope, cell_norm, eps, reverse,
-                                                     from_output, from_h, from_c, wanted)
-            : recurrent_backward_op().call(x, h0, c0, all, mask, sizes, cell, kind, inputs, scope,
-                                           cell_norm, eps, reverse, from_output, from_h, from_c,
-                                           given_output(), saved_x.unpack(), saved_h.unpack(),
-                                           saved_c.unpack(), saved_stats.unpack(), wanted);
+            ? recurrent_composite_backward_op().call(x, h0, c0, all, mask, sizes, spec, eps,
+                                                     reverse, from_output, from_h, from_c, wanted)
+            : recurrent_backward_op().call(x, h0, c0, all, mask, sizes, spec, eps, reverse,
+                                           from_output, from_h, from_c, given_output(),
+                                           saved_x.unpack(), saved_h.unpack(), saved_c.unpack(),
+                                           saved_stats.unpack(), wanted);
     const auto& [grad_input, grad_h, grad_c, grad_weights] = found;
     if (wanted[0]) result[0] = grad_input;
     if (wanted[1]) result[1] = grad_h;
@@ -110,8 +109,7 @@ RecurrentOutputs recurrent_autograd(LAYERNORM_RECURRENT_ARGUMENTS, bool recomput
   refuse_forward_mode(edges);
   if (!torch::autograd::compute_requires_grad(edges)) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return recurrent_op().call(input, h, c, weights, resets, batch_sizes, cell, kind, inputs, scope,
-                               cell_norm, eps, reverse, recompute);
+    return recurrent_op().call(LAYERNORM_RECURRENT_PASSED, recompute);
   }
   TORCH_CHECK(edges.size() == RecurrentNode::kEdges, "layernorm: weights must be a list of ",
               static_cast<int>(kWeights), ", got ", weights.size());
@@ -120,11 +118,10 @@ RecurrentOutputs recurrent_autograd(LAYERNORM_RECURRENT_ARGUMENTS, bool recomput
   RecurrentForwardOutputs found;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    found = recurrent_forward_op().call(input, h, c, weights, resets, batch_sizes, cell, kind,
-                                        inputs, scope, cell_norm, eps, reverse, recompute);
+    found = recurrent_forward_op().call(LAYERNORM_RECURRENT_PASSED, recompute);
   }
   auto& [output, hn, cn, saved_x, saved_h, saved_c, saved_stats] = found;
-  node->has_c = c.has_value() && cell == "lstm";
+  node->has_c = c.has_value() && cn.dim() == 2;  // an LSTM
   torch::autograd::set_history({output, hn, cn}, node);
   node->input = SavedVariable(input, false);
   node->h = SavedVariable(h, false);
@@ -141,11 +138,7 @@ RecurrentOutputs recurrent_autograd(LAYERNORM_RECURRENT_ARGUMENTS, bool recomput
     node->weights[i] = SavedVariable(edges[3 + i], false);
   }
   if (batch_sizes.has_value()) node->batch_sizes = batch_sizes->vec();
-  node->cell = cell;
-  node->kind = kind;
-  node->inputs = inputs;
-  node->scope = scope;
-  node->cell_norm = cell_norm;
+  node->spec = spec.vec();
   node->eps = eps;
   node->reverse = reverse;
   return {output, hn, cn};

@@ -1,25 +1,16 @@
 // A recurrent layer as the kernels see it: arguments checked, memory held.
 #include <ATen/ops/from_blob.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <mutex>
 
 #include "isa/huge_pages.hpp"
 #include "recurrent.hpp"
+#include "recurrent/spec.hpp"
 
 namespace layernorm {
 namespace {
-
-// The member of an enumeration that has this name in a list of all.
-template <typename Enum, size_t kCount>
-Enum named(std::string_view word, const char* what, const std::string_view (&names)[kCount]) {
-  const auto* const found = std::find(std::begin(names), std::end(names), word);
-  TORCH_CHECK(found != std::end(names), "layernorm: ", what, " must be one of ",
-              at::ArrayRef<std::string_view>(names), "; got ", word);
-  return static_cast<Enum>(found - std::begin(names));
-}
 
 ElementType element_type(at::ScalarType type) {
   switch (type) {
@@ -75,30 +66,9 @@ class Blocks {
 
 }  // namespace
 
-void read_spec(const RecurrentSpec& spec, Recurrent& r) {
-  static constexpr std::string_view kCells[] = {"lstm", "gru", "rnn_tanh", "rnn_relu"};
-  static constexpr std::string_view kKinds[] = {"layer", "rms", "none"};
-  static constexpr std::string_view kInputs[] = {"separate", "summed"};
-  static constexpr std::string_view kScopes[] = {"matrix", "all", "gate"};
-  static constexpr std::string_view kCellNorms[] = {"output", "carried", "none"};
-  const int cell = named<int>(spec.cell, "cell", kCells);
-  r.relu = cell == 3;
-  r.cell = static_cast<CellKind>(std::min(cell, 2));
-  r.norm = named<NormKind>(spec.kind, "kind", kKinds);
-  r.scope = named<Scope>(spec.scope, "scope", kScopes);
-  r.cell_norm = named<CellNorm>(spec.cell_norm, "cell_norm", kCellNorms);
-  r.inputs = named<Inputs>(spec.inputs, "inputs", kInputs);
-  r.gates = r.cell == CellKind::kLstm ? 4 : r.cell == CellKind::kGru ? 3 : 1;
-  const bool gru = r.cell == CellKind::kGru;
-  if (r.norm == NormKind::kNone) {
-    // Nothing distinguishes the products but the candidate of a GRU.
-    r.inputs = gru ? Inputs::kSeparate : Inputs::kSummed;
-    r.cell_norm = CellNorm::kNone;
-  } else if (gru && r.inputs == Inputs::kSummed && r.scope != Scope::kAll) {
-    r.inputs = Inputs::kLate;
-  }
-  r.eps = spec.eps;
-  r.reverse = spec.reverse;
+void read_spec(at::IntArrayRef spec, double eps, Recurrent& r) {
+  const std::string problem = decode_spec(spec.data(), static_cast<int64_t>(spec.size()), eps, r);
+  TORCH_CHECK(problem.empty(), "layernorm: ", problem);
 }
 
 const RecurrentKernels& kernels_of(at::ScalarType type) {
@@ -142,9 +112,8 @@ const void* Held::hold(const OptionalTensor& tensor, const char* name, at::IntAr
 }
 
 RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
-  read_spec({inputs.cell, inputs.kind, inputs.inputs, inputs.scope, inputs.cell_norm, inputs.eps,
-             inputs.reverse},
-            r);
+  read_spec(inputs.spec, inputs.eps, r);
+  r.reverse = inputs.reverse;
   require(inputs.input, "input");
   require(inputs.h, "h");
   const Tensor& input = inputs.input;
@@ -224,7 +193,8 @@ RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
   const bool two = r.inputs == Inputs::kSeparate && r.norm != NormKind::kNone;
   const bool normed = r.norm != NormKind::kNone;
   const bool cell_normed = r.cell == CellKind::kLstm && r.cell_norm != CellNorm::kNone;
-  TORCH_CHECK((normed || (!r.gain_ih && !r.bias)) && (two || !r.gain_hh) &&
+  TORCH_CHECK((r.projection_bias || (!r.bias_ih && !r.bias_hh)) &&
+                  (normed || (!r.gain_ih && !r.bias)) && (two || !r.gain_hh) &&
                   ((two && r.cell == CellKind::kGru) || !r.bias_hn) &&
                   (cell_normed || (!r.gain_cell && !r.bias_cell)),
               "layernorm: weights has a gain or bias that this variant does not have");

@@ -31,17 +31,26 @@ std::vector<OptionalTensor> weights_of(PyObject* list) {
   return weights;
 }
 
-// Stream(weights, h, c, cell, kind, inputs, scope, cell_norm, eps): lists of weights, and the state
-// (layers, N, size) that the steps write to.
+// The codes of a layer's spec.
+std::vector<int64_t> codes_of(PyObject* tuple) {
+  std::vector<int64_t> codes;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) {
+    codes.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i)));
+    if (PyErr_Occurred()) throw python_error();
+  }
+  return codes;
+}
+
+// Stream(weights, h, c, spec, eps): lists of weights, the state (layers, N, size) that the steps
+// write to, and the spec of every layer.
 PyObject* create(PyTypeObject* type, PyObject* arguments, PyObject* /*keywords*/) {
   HANDLE_TH_ERRORS
-  PyObject *lists = nullptr, *hidden = nullptr, *cell_state = nullptr;
-  const char *cell = nullptr, *kind = nullptr, *inputs = nullptr, *scope = nullptr,
-             *cell_norm = nullptr;
+  PyObject *lists = nullptr, *hidden = nullptr, *cell_state = nullptr, *codes = nullptr;
   double eps = 0;
-  if (!PyArg_ParseTuple(arguments, "O!OOsssssd", &PyList_Type, &lists, &hidden, &cell_state, &cell,
-                        &kind, &inputs, &scope, &cell_norm, &eps))
+  if (!PyArg_ParseTuple(arguments, "O!OOO!d", &PyList_Type, &lists, &hidden, &cell_state,
+                        &PyTuple_Type, &codes, &eps))
     return nullptr;
+  const std::vector<int64_t> spec = codes_of(codes);
   const auto h = optional_tensor(hidden, "h");
   const auto c = optional_tensor(cell_state, "c");
   const Py_ssize_t count = PyList_GET_SIZE(lists);
@@ -57,11 +66,7 @@ PyObject* create(PyTypeObject* type, PyObject* arguments, PyObject* /*keywords*/
     layer.input = at::empty({1, h->size(1), layer.weights[kWeightIh]->size(1)}, h->options());
     layer.h = h->select(0, i);
     if (c) layer.c = c->select(0, i);
-    layer.cell = cell;
-    layer.kind = kind;
-    layer.inputs = inputs;
-    layer.scope = scope;
-    layer.cell_norm = cell_norm;
+    layer.spec = spec;
     layer.eps = eps;
     layers.push_back(std::move(layer));
   }

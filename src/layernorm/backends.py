@@ -1,4 +1,4 @@
-"""Which kernel serves which operator, why, and how to choose another.
+"""Which kernel computes which operator, why, and how to choose another.
 
 There are five kernels: ``native``, this package's compiled ones on the CPU; ``triton``, those on GPUs;
 ``persistent``, a recurrent layer's on GPUs that keeps the weights on the chip, for sizes that fit there;
@@ -13,25 +13,33 @@ one thread or asyncio task. ``LAYERNORM_CPU_CAPABILITY`` chooses the instruction
 
 from __future__ import annotations
 
-import functools
+import importlib
 import importlib.util
-import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_compiling
 
-from layernorm import ops, override
-from layernorm.gpu import settings
+from layernorm import checks, ops, override
+from layernorm.gpu import tiers
 from layernorm.override import KERNELS as KERNELS
+from layernorm.override import VARIABLE as VARIABLE
+from layernorm.override import Choice as Choice
+from layernorm.override import asked_for
 from layernorm.override import use as use
+from layernorm.pytorch_internals import (
+    FakeTensor,
+    FunctionalTensor,
+    are_transforms_active,
+    is_in_forward_mode,
+    is_jit_tracing,
+)
+from layernorm.spec import LayerSpec
 from layernorm.variants import Variant
 
 #: Those that this package's operators have.
@@ -42,25 +50,95 @@ RECURRENT: Final = ("lstm", "gru", "rnn")
 GATES: Final = "lstm_gates"
 NATIVE_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-VARIABLE: Final = "LAYERNORM_BACKEND"
 _HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
 _PLAIN: Final = (Tensor, torch.nn.Parameter)
 # What stands for them while a program is traced.
 _TRACED: Final = (*_PLAIN, FakeTensor, FunctionalTensor)
 
-# Of the process; ``override`` has those of contexts.
-_override: str | None = os.environ.get(VARIABLE) or None
+
+class Call(NamedTuple):
+    """What the choice depends on."""
+
+    operator: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether a norm is called."""
+        return self.operator in NORMS
 
 
-class Choice(NamedTuple):
-    """The kernel that serves a call, and the reason in one line."""
+class Row(NamedTuple):
+    """A kernel, when it is the one, and why; a reason may depend on the call."""
 
-    kernel: str
-    reason: str
+    kernel: str | None  # None where this package has none: PyTorch's norm, or the reference
+    applies: Callable[[Call], bool]
+    reason: str | Callable[[Call], str]
+
+
+_FUSED: Final = Row(
+    None,
+    lambda call: call.is_norm and is_compiling(),
+    "inside torch.compile PyTorch's norm fuses with its neighbours",
+)
+_TRANSFORMED: Final = Row(None, lambda call: are_transforms_active(), "torch.func transforms")
+_FORWARD_MODE: Final = Row(
+    None, lambda call: not call.is_norm and is_in_forward_mode(), "forward-mode derivatives"
+)
+_JIT: Final = Row(None, lambda call: is_jit_tracing(), "torch.jit.trace records PyTorch's operators")
+
+#: The choice on a CPU and on any device but a GPU: the first row that applies.
+ON_CPU: Final = (
+    Row(
+        None,
+        lambda call: not _is_native(call.device, call.dtype),
+        "the compiled kernels are for floating-point tensors on the CPU",
+    ),
+    Row(
+        None,
+        lambda call: ops.NATIVE_PROBLEM is not None,
+        lambda call: f"no compiled kernels: {ops.NATIVE_PROBLEM}",
+    ),
+    _FUSED,
+    _TRANSFORMED,
+    _FORWARD_MODE,
+    _JIT,
+    Row("native", lambda call: True, "compiled for the CPU"),
+)
+
+#: The choice on a GPU.
+ON_GPU: Final = (
+    Row(
+        None,
+        lambda call: triton_problem(call.dtype) is not None,
+        lambda call: str(triton_problem(call.dtype)),
+    ),
+    _FUSED,
+    _TRANSFORMED,
+    Row(
+        "torch",
+        lambda call: call.is_norm and tiers.measured(*call) is None,
+        lambda call: f"the Triton kernels have not been measured on {tiers.name_of(call.device)} yet",
+    ),
+    Row(
+        "torch",
+        lambda call: call.is_norm and not tiers.measured(*call),
+        lambda call: f"measured as faster on {tiers.name_of(call.device)}",
+    ),
+    Row(
+        "triton",
+        lambda call: call.is_norm,
+        lambda call: f"measured as at least as fast as PyTorch's on {tiers.name_of(call.device)}",
+    ),
+    _FORWARD_MODE,
+    _JIT,
+    Row("triton", lambda call: True, "Triton's, for any size and variant"),
+)
 
 
 def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    """The kernel for ``operator`` on tensors of this device and dtype, here and now.
+    """Return the kernel for ``operator`` on tensors of this device and dtype, here and now.
 
     Args:
         operator: one of ``NORMS`` or ``RECURRENT``, or ``GATES``.
@@ -85,46 +163,42 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
     for name, given, kind in (("device", device, torch.device), ("dtype", dtype, torch.dtype)):
         if not isinstance(given, kind):
             raise TypeError(f"{name} must be a torch.{kind.__name__}, got {type(given).__name__}")
-    return _chosen(operator, device, dtype)
+    return _choose(Call(operator, device, dtype))
 
 
-def _chosen(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    if operator == GATES and device.type == "cuda":
+def _choose(call: Call) -> Choice:
+    on_gpu = call.device.type == "cuda"
+    if on_gpu and call.operator == GATES:
         return Choice("reference", "it has no kernel for GPUs")
-    if (kernel := _asked_for()) is not None:
-        return _forced(override.checked(kernel, VARIABLE), operator, device, dtype)
-    other = "torch" if operator in NORMS else "reference"
-    if device.type == "cuda":
-        return _on_gpu(operator, device, dtype, other)
-    if not _has_native(device, dtype):
-        return Choice(other, "the compiled kernels are for floating-point tensors on the CPU")
-    if ops.NATIVE_PROBLEM is not None:
-        return Choice(other, f"no compiled kernels: {ops.NATIVE_PROBLEM}")
-    if is_compiling() and operator in NORMS:
-        return Choice(other, "inside torch.compile PyTorch's norm fuses with its neighbours")
-    if torch._C._are_functorch_transforms_active():
-        return Choice(other, "torch.func transforms")
-    if operator not in NORMS and _in_forward_mode():
-        return Choice(other, "forward-mode derivatives")
-    if is_traced():
-        return Choice(other, "torch.jit.trace records PyTorch's operators")
-    return Choice("native", "compiled for the CPU")
+    if (kernel := asked_for()) is not None:
+        return _forced(override.checked(kernel, VARIABLE), call)
+    for row in ON_GPU if on_gpu else ON_CPU:
+        if row.applies(call):
+            kernel = row.kernel or ("torch" if call.is_norm else "reference")
+            return Choice(kernel, row.reason if isinstance(row.reason, str) else row.reason(call))
+    raise AssertionError("the last row of a table applies to every call")
 
 
-def _on_gpu(operator: str, device: torch.device, dtype: torch.dtype, other: str) -> Choice:
-    if (problem := triton_problem(dtype)) is not None:
-        return Choice(other, problem)
-    if is_compiling() and operator in NORMS:
-        return Choice(other, "inside torch.compile PyTorch's norm fuses with its neighbours")
-    if torch._C._are_functorch_transforms_active():
-        return Choice(other, "torch.func transforms")
-    if operator in NORMS:
-        return _measured(operator, device, dtype)
-    if _in_forward_mode():
-        return Choice(other, "forward-mode derivatives")
-    if is_traced():
-        return Choice(other, "torch.jit.trace records PyTorch's operators")
-    return Choice("triton", "Triton's, for any size and variant")
+def _forced(kernel: str, call: Call) -> Choice:
+    """Return the kernel that the override asks for, or the nearest to it; raise where it does not exist."""
+    if kernel == "torch" and not call.is_norm:
+        return Choice("reference", "the override asks for torch, which has no normalized recurrent operator")
+    if kernel == "persistent" and call.is_norm:
+        return Choice("torch", "the override asks for persistent, which is for recurrent operators")
+    if kernel == "native":
+        if not _is_native(call.device, call.dtype):
+            raise RuntimeError(
+                f"the override asks for the native kernel, and {call.operator} has none for {call.dtype} on "
+                f"{call.device.type}"
+            )
+        if ops.NATIVE_PROBLEM is not None:
+            raise RuntimeError(f"the override asks for the native kernel, but {ops.NATIVE_PROBLEM}")
+    if kernel in ("triton", "persistent"):
+        on_gpu = call.device.type == "cuda"
+        problem = triton_problem(call.dtype) if on_gpu else f"it has no kernel for {call.device.type}"
+        if problem is not None:
+            raise RuntimeError(f"the override asks for the {kernel} kernel of {call.operator}, but {problem}")
+    return Choice(kernel, "the override asks for it")
 
 
 def tier(
@@ -137,67 +211,24 @@ def tier(
     projected: bool = False,
     backward: bool = False,
 ) -> Choice:
-    """Of a recurrent layer that this package's kernels serve on a GPU: ``persistent`` or ``triton``, and why.
+    """Return which kernel computes a recurrent layer on a GPU, ``persistent`` or ``triton``, and why.
 
     Args:
-        cell: ``"lstm"``, ``"gru"``, ``"rnn"``, or the latter with its nonlinearity: ``"rnn_tanh"``.
+        cell: ``"lstm"``, ``"gru"``, ``"rnn"``, or the last with its nonlinearity: ``"rnn_relu"``.
         variant: the spec.
         hidden_size: H.
         dtype: of input and parameters.
         device: the GPU.
         projected: whether h is projected.
-        backward: of the derivative.
+        backward: whether the derivative is asked for.
     """
-    return _tier(cell, variant, hidden_size, dtype, device, projected, backward, _asked_for())
-
-
-@functools.cache
-def _tier(
-    cell: str,
-    variant: Variant,
-    hidden_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    projected: bool,
-    backward: bool,
-    override: str | None,
-) -> Choice:
-    from layernorm.gpu.persistent import launches as persistent
-
-    if override == "triton":
-        return Choice("triton", "the override asks for it")
-    architecture = torch.cuda.get_device_capability(device)
-    fields = (variant.kind, variant.inputs, variant.scope, variant.cell, hidden_size, projected, dtype)
-    ask = persistent.backward_problem if backward else persistent.problem
-    problem = ask(cell, *fields, 10 * architecture[0] + architecture[1])
-    if problem is not None:
-        return Choice("triton", problem)
-    if override == "persistent":
-        return Choice("persistent", "the override asks for it")
-    name = f"compute capability {architecture[0]}.{architecture[1]}"
-    faster = settings.PERSISTENT.get(architecture)
-    if faster is None:
-        return Choice("triton", f"the persistent kernel has not been measured on {name} yet")
-    if hidden_size > faster.get(cell, (0, 0))[backward]:
-        return Choice("triton", f"measured as faster on {name}")
-    return Choice("persistent", f"measured as faster on {name}")
-
-
-@functools.cache
-def _measured(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    """What the measurement on devices like this one says."""
-    architecture = torch.cuda.get_device_capability(device)
-    name = f"compute capability {architecture[0]}.{architecture[1]}"
-    faster = settings.FASTER.get(architecture)
-    if faster is None:
-        return Choice("torch", f"the Triton kernels have not been measured on {name} yet")
-    if (operator, str(dtype).removeprefix("torch.")) not in faster:
-        return Choice("torch", f"measured as faster on {name}")
-    return Choice("triton", f"measured as at least as fast as PyTorch's on {name}")
+    name, _, nonlinearity = cell.partition("_")
+    spec = LayerSpec(name, variant, checks.nonlinearity(nonlinearity or "tanh"))  # type: ignore[arg-type]
+    return tiers.tier(spec, hidden_size, dtype, device, projected=projected, backward=backward)
 
 
 def triton_problem(dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot serve tensors of this dtype on a GPU, or None."""
+    """Return why the Triton kernels cannot take tensors of this dtype on a GPU, or None."""
     if dtype not in TRITON_DTYPES:
         return "the Triton kernels are for float32, bfloat16 and float16"
     if not _HAS_TRITON:
@@ -208,7 +239,7 @@ def triton_problem(dtype: torch.dtype) -> str | None:
 
 
 def capability() -> str | None:
-    """The instruction set of the compiled kernels in use; None without compiled kernels.
+    """Return the instruction set of the compiled kernels in use; None without compiled kernels.
 
     ``"baseline"``, ``"avx2"``, ``"avx512"`` or ``"avx512_bf16"`` on x86-64, ``"neon"`` on ARM; the best
     that the machine can execute, unless ``LAYERNORM_CPU_CAPABILITY`` names another.
@@ -216,53 +247,43 @@ def capability() -> str | None:
     return None if ops.native is None else str(ops.native.capability())
 
 
-def plain() -> ModuleType | None:
-    """The compiled module, where nothing outside a call's own arguments speaks against it."""
-    if is_compiling() or _override is not None or (override.used and override.current()):
+def compiled_module() -> ModuleType | None:
+    """Return the compiled module where nothing but a call's own arguments speaks against its kernels."""
+    if is_compiling() or override.process is not None or (override.used and override.current()):
         return None
     return ops.native
 
 
-def _asked_for() -> str | None:
-    """The kernel that the block around this call or else the process asks for, if any."""
-    return (override.used and override.current()) or _override
-
-
-def foreign(input: object) -> bool:
-    """Return whether a tensor is for PyTorch's operators alone: a subclass, sparse, nested, or traced."""
-    if not isinstance(input, Tensor) or _asked_for() not in (None, "torch"):
-        return False
-    if is_traced():
-        return True  # and they alone know sizes that are traced themselves
-    return type(input) not in _PLAIN or input.layout != torch.strided or input.is_nested
-
-
-def is_traced() -> bool:
-    """Return whether ``torch.jit.trace`` records this call."""
-    return torch._C._get_tracing_state() is not None
-
-
-def distributed(input: object) -> ModuleType | None:
-    """``layernorm.distributed`` for a ``DTensor``, unless PyTorch's operators are asked for."""
+def distributed_module(input: object) -> ModuleType | None:
+    """Return ``layernorm.distributed`` for a ``DTensor``, unless PyTorch's operators are asked for."""
     module = sys.modules.get("torch.distributed.tensor")  # nobody has one who did not import it
-    if module is None or not isinstance(input, module.DTensor) or _asked_for() == "torch":
+    if module is None or not isinstance(input, module.DTensor) or asked_for() == "torch":
         return None
     return importlib.import_module("layernorm.distributed")
 
 
-def kernel_for(operator: str, input: Tensor) -> str:
-    """The kernel that ``choose`` names for this input.
+def is_for_pytorch_alone(input: object) -> bool:
+    """Return whether only PyTorch's operators take a tensor: a subclass, sparse, nested, or traced."""
+    if not isinstance(input, Tensor) or asked_for() not in (None, "torch"):
+        return False
+    if is_jit_tracing():
+        return True  # and they alone know sizes that are traced themselves
+    return type(input) not in _PLAIN or input.layout != torch.strided or input.is_nested
 
-    Warns, once in a process, where a compiled kernel would have served and there are none.
+
+def kernel_for(operator: str, input: Tensor) -> str:
+    """Return the kernel that ``choose`` names for this input.
+
+    Warns, once in a process, where a compiled kernel would have been chosen and there are none.
     """
-    kernel = _chosen(operator, input.device, input.dtype).kernel
-    if ops.NATIVE_PROBLEM is not None and _asked_for() is None and _has_native(input.device, input.dtype):
-        _say_once(f"no compiled kernels: {ops.NATIVE_PROBLEM}")
+    kernel = _choose(Call(operator, input.device, input.dtype)).kernel
+    if ops.NATIVE_PROBLEM is not None and asked_for() is None and _is_native(input.device, input.dtype):
+        _warn_once(f"no compiled kernels: {ops.NATIVE_PROBLEM}")
     return kernel
 
 
 def recurrent_kernel_for(operator: str, input: Tensor, others: Sequence[Tensor]) -> str:
-    """As ``kernel_for``, with the tensors beside the input.
+    """Return the kernel for this input together with other tensors.
 
     Where these differ in dtype or device it is the reference, for whose calls those are checked.
     """
@@ -274,43 +295,20 @@ def recurrent_kernel_for(operator: str, input: Tensor, others: Sequence[Tensor])
     for t in (input, *others):
         if t.device != device or not (autocast or t.dtype == dtype):
             return "reference"
-        if (type(t) not in _TRACED or t.layout != torch.strided) and _asked_for() is None:
+        if (type(t) not in _TRACED or t.layout != torch.strided) and asked_for() is None:
             return "reference"
     return kernel
 
 
-def _in_forward_mode() -> bool:
-    return torch.autograd.forward_ad._current_level >= 0
-
-
-def _forced(kernel: str, operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    if kernel == "torch" and operator not in NORMS:
-        return Choice("reference", "the override asks for torch, which has no normalized recurrent operator")
-    if kernel == "persistent" and operator in NORMS:
-        return Choice("torch", "the override asks for persistent, which is for recurrent operators")
-    if kernel == "native":
-        if not _has_native(device, dtype):
-            raise RuntimeError(
-                f"the override asks for the native kernel, and {operator} has none for {dtype} on "
-                f"{device.type}"
-            )
-        if ops.NATIVE_PROBLEM is not None:
-            raise RuntimeError(f"the override asks for the native kernel, but {ops.NATIVE_PROBLEM}")
-    if kernel in ("triton", "persistent"):
-        problem = triton_problem(dtype) if device.type == "cuda" else f"it has no kernel for {device.type}"
-        if problem is not None:
-            raise RuntimeError(f"the override asks for the {kernel} kernel of {operator}, but {problem}")
-    return Choice(kernel, "the override asks for it")
-
-
-def _has_native(device: torch.device, dtype: torch.dtype) -> bool:
+def _is_native(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether there are compiled kernels for such tensors."""
     return device.type == "cpu" and dtype in NATIVE_DTYPES
 
 
 _said: set[str] = set()
 
 
-def _say_once(problem: str) -> None:
+def _warn_once(problem: str) -> None:
     if problem not in _said:
         _said.add(problem)
         warnings.warn(

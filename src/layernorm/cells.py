@@ -1,129 +1,19 @@
-"""One step of a normalized LSTM, GRU or RNN: drop-in for ``torch.nn``'s cells.
-
-``Parametrized`` is what these cells share with the sequences of ``layernorm.recurrent``.
-"""
+"""One step of a normalized LSTM, GRU or RNN: drop-in for ``torch.nn``'s cells."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from layernorm import checks, functional, recurrent_checks
-from layernorm.variants import Cell, Variant, parameter_shapes, resolve
-
-State: TypeAlias = Tensor | tuple[Tensor, Tensor]
-
-
-class Parametrized(torch.nn.Module):
-    """What sequences and cells share: sizes, variant, and parameters that the variant defines."""
-
-    _cell: ClassVar[Cell]
-
-    input_size: int
-    hidden_size: int
-    variant: Variant
-    recompute: bool = False  # of the sequences
-    _names: tuple[str, ...]  # of a layer's parameters, without suffix
-
-    def __init__(self, input_size: int, hidden_size: int, bias: bool, variant: str | Variant) -> None:
-        super().__init__()
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self._has_bias = bias
-        self.variant = resolve(variant, self._cell)
-        self._variant_as_given = variant
-
-    def _register(self, suffix: str, input_size: int, proj_size: int, device: Any, dtype: Any) -> None:
-        shapes = parameter_shapes(
-            self._cell,
-            self.variant,
-            input_size,
-            self.hidden_size,
-            proj_size=proj_size,
-            bias=self._has_bias,
-        )
-        for name, shape in shapes.items():
-            parameter = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-            self.register_parameter(name + suffix, parameter)
-        self._names = tuple(shapes)
-
-    def reset_parameters(self) -> None:
-        """Weights uniform in ±1/√hidden_size, gains 1, biases 0; without a norm PyTorch's own."""
-        bound = 1.0 / math.sqrt(self.hidden_size)
-        for name, parameter in self.named_parameters():
-            # A parametrized weight is called parametrizations.weight_hh_l0.original0.
-            if "weight" in name or self.variant.kind == "none":
-                torch.nn.init.uniform_(parameter, -bound, bound)
-            elif "gain" in name:
-                torch.nn.init.ones_(parameter)
-            else:
-                torch.nn.init.zeros_(parameter)
-
-    def _weights(self, suffix: str = "") -> dict[str, Tensor]:
-        """The weights with this suffix, by their names without it.
-
-        Read as attributes, whatever they are: parameters, buffers, the plain tensors of a replica. A call
-        reads each once, for a parametrized one is computed anew each time, which may have side effects.
-        """
-        return {name: getattr(self, name + suffix) for name in self._names}
-
-    def _sequence(
-        self,
-        input: Tensor,
-        state: tuple[Tensor, ...],
-        suffix: str,
-        weights: dict[str, Tensor],
-        reverse: bool = False,
-        batch_sizes: Sequence[int] | None = None,
-        resets: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One layer and direction over time-major input; the state as a tuple."""
-        options: dict[str, Any] = {
-            "variant": self.variant,
-            "reverse": reverse,
-            "batch_sizes": batch_sizes,
-            "resets": resets,
-            "recompute": self.recompute,
-        }
-        if self._cell == "lstm":
-            h, c = state
-            return functional.lstm(input, (h, c), weights, **options)
-        if self._cell == "gru":
-            output, h = functional.gru(input, state[0], weights, **options)
-        else:
-            output, h = functional.rnn(
-                input, state[0], weights, nonlinearity=cast(str, self.nonlinearity), **options
-            )
-        return output, (h,)
-
-    def _check_dtype(self, input: Tensor, weight: torch.dtype) -> None:
-        if input.dtype != weight and not torch._C._is_any_autocast_enabled():
-            raise ValueError(
-                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight}). "
-                f"Convert input: input.to({weight}), or convert model: model.to({input.dtype})"
-            )
-
-    def _as_tuple(self, hx: State) -> tuple[Tensor, ...]:
-        """The state as a tuple of as many tensors as this cell has."""
-        if self._cell != "lstm":
-            if not isinstance(hx, Tensor):
-                raise TypeError(f"hx must be a Tensor h_0, got {type(hx).__name__}")
-            return (hx,)
-        if not isinstance(hx, tuple | list) or len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
-            got = type(hx).__name__ + (f" of {len(hx)}" if isinstance(hx, tuple | list) else "")
-            raise TypeError(f"hx must be a tuple (h_0, c_0) of two Tensors, got {got}")
-        return tuple(hx)
-
-    def _as_state(self, state: tuple[Tensor, ...]) -> State:
-        return cast(State, state if self._cell == "lstm" else state[0])
+from layernorm.parameters import RecurrentParameters, State
+from layernorm.spec import Nonlinearity
+from layernorm.variants import Variant
 
 
-class _SingleStep(Parametrized):
-    """One step of one layer."""
+class LayerNormRNNCellBase(RecurrentParameters):
+    """One step of one layer: the base of the cells below."""
 
     def __init__(
         self,
@@ -134,25 +24,26 @@ class _SingleStep(Parametrized):
         dtype: Any = None,
         *,
         variant: str | Variant = "paper",
+        nonlinearity: Nonlinearity = "tanh",
     ) -> None:
         # torch.nn's cells take any truth value for bias.
         checks.recurrent_sizes(input_size, hidden_size, bias=bool(bias))
-        super().__init__(input_size, hidden_size, bool(bias), variant)
-        self._register("", input_size, 0, device, dtype)
+        super().__init__(input_size, hidden_size, bool(bias), variant, nonlinearity)
+        self._register("", input_size, device, dtype)
         if "bias" not in self._parameters:
             # torch.nn's cells have the flag under this name, torch.nn.Linear None for no parameter.
             self.bias = self._has_bias if self.variant.kind == "none" else None
         self.reset_parameters()
 
     def forward(self, input: Tensor, hx: State | None = None, *, resets: Tensor | None = None) -> State:
-        """Takes one step; shapes as in the class docstring."""
+        """Take one step; shapes as in the class docstring."""
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
         name = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         count = 2 if self._cell == "lstm" else 1
-        state = None if hx is None else self._as_tuple(hx)
+        state = None if hx is None else self.as_tuple(hx)
         for index, tensor in enumerate(state or ()):
             if tensor.dim() not in (1, 2):
                 which = f"hx[{index}]" if count > 1 else "hidden"
@@ -163,13 +54,14 @@ class _SingleStep(Parametrized):
             state = (rows.new_zeros(rows.size(0), self.hidden_size),) * count
         elif not batched:
             state = tuple(s.unsqueeze(0) for s in state)
-        weights = self._weights()
-        self._check_dtype(rows, weights["weight_ih"].dtype)
+        weights = self.layer_weights()
+        self._check_dtype(rows, weights[0]["weight_ih"].dtype)
         self._check_step(rows, state)
         if resets is not None:
             resets = recurrent_checks.reset_mask(name, resets, input).reshape(1, -1)  # (T, N) of one step
-        _, state = self._sequence(rows.unsqueeze(0), state, "", weights, resets=resets)
-        return self._as_state(state if batched else tuple(s.squeeze(0) for s in state))
+        self._check_weights(weights)
+        _, state = functional.recurrent_layer(self.spec, rows.unsqueeze(0), state, weights[0], resets=resets)
+        return self.as_state(state if batched else tuple(s.squeeze(0) for s in state))
 
     def _check_step(self, rows: Tensor, state: tuple[Tensor, ...]) -> None:
         if rows.size(1) != self.input_size:
@@ -193,12 +85,12 @@ class _SingleStep(Parametrized):
                 )
 
     def extra_repr(self) -> str:
-        """The sizes, what differs from the defaults, and the variant."""
+        """Show the sizes, what differs from the defaults, and the variant."""
         bias = "" if self._has_bias else ", bias=False"
         return f"{self.input_size}, {self.hidden_size}{bias}, variant={self._variant_as_given!r}"
 
 
-class LayerNormLSTMCell(_SingleStep):
+class LayerNormLSTMCell(LayerNormRNNCellBase):
     """One step of ``LayerNormLSTM``, drop-in for ``torch.nn.LSTMCell``.
 
     Args:
@@ -236,7 +128,7 @@ class LayerNormLSTMCell(_SingleStep):
     _cell = "lstm"
 
 
-class LayerNormGRUCell(_SingleStep):
+class LayerNormGRUCell(LayerNormRNNCellBase):
     """One step of ``LayerNormGRU``, drop-in for ``torch.nn.GRUCell``.
 
     Arguments and errors are those of ``LayerNormLSTMCell``; the state is one tensor h (N, H).
@@ -251,7 +143,7 @@ class LayerNormGRUCell(_SingleStep):
     _cell = "gru"
 
 
-class LayerNormRNNCell(_SingleStep):
+class LayerNormRNNCell(LayerNormRNNCellBase):
     """One step of ``LayerNormRNN``, drop-in for ``torch.nn.RNNCell``.
 
     Arguments and errors are those of ``LayerNormLSTMCell`` with ``nonlinearity``, ``"tanh"`` or
@@ -277,10 +169,15 @@ class LayerNormRNNCell(_SingleStep):
         *,
         variant: str | Variant = "paper",
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype, variant=variant)
-        self.nonlinearity = checks.nonlinearity(nonlinearity)
+        name = checks.nonlinearity(nonlinearity)
+        super().__init__(input_size, hidden_size, bias, device, dtype, variant=variant, nonlinearity=name)
+
+    @property
+    def nonlinearity(self) -> Nonlinearity:
+        """``"tanh"`` or ``"relu"``."""
+        return self.spec.nonlinearity
 
     def extra_repr(self) -> str:
-        """The sizes, what differs from the defaults, and the variant."""
+        """Show the sizes, what differs from the defaults, and the variant."""
         extra = "" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity!r}"
         return super().extra_repr() + extra

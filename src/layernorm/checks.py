@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from layernorm.pytorch_internals import is_jit_tracing
+from layernorm.spec import Nonlinearity
+
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -25,7 +28,7 @@ def norm_arguments(
     bias: Tensor | None,
     eps: float | None,
 ) -> None:
-    """Raises what PyTorch would for arguments that do not fit together; ``shape`` is ``normalized_shape``."""
+    """Raise what PyTorch would for arguments that do not fit together; ``shape`` is ``normalized_shape``."""
     tensor(operator, "input", input)
     _eps(operator, eps)
     if not shape:
@@ -68,7 +71,7 @@ def _affine(
 
 
 def _eps(operator: str, eps: Any) -> None:
-    """Raises unless PyTorch would take it as a float."""
+    """Check that PyTorch would take eps as a float."""
     if eps is None and operator.endswith("rms_norm"):
         return
     if isinstance(eps, numbers.Real | torch.SymFloat | torch.SymInt):
@@ -106,7 +109,7 @@ def sizes(operator: str, name: str, given: Any) -> list[int]:
 def _size(operator: str, name: str, at: int, size: Any) -> Any:
     if type(size) is int or isinstance(size, torch.SymInt):
         return size
-    if isinstance(size, Tensor) and torch._C._get_tracing_state() is not None:
+    if isinstance(size, Tensor) and is_jit_tracing():
         return size  # what stands for a size of a traced tensor
     try:
         if not isinstance(size, bool):
@@ -117,7 +120,7 @@ def _size(operator: str, name: str, at: int, size: Any) -> Any:
 
 
 def floating_point(operator: str, name: str, given: Tensor) -> None:
-    """Raises unless a tensor is of a real floating-point dtype."""
+    """Check that a tensor is of a real floating-point dtype."""
     if given.is_floating_point():
         return
     fix = "give real and imaginary parts, for example torch.view_as_real({0})"
@@ -128,7 +131,7 @@ def floating_point(operator: str, name: str, given: Tensor) -> None:
 
 
 def same_device(operator: str, first: str, like: Tensor, name: str, given: Tensor) -> None:
-    """Raises unless two tensors are on one device."""
+    """Check that two tensors are on one device."""
     if given.device != like.device:
         raise RuntimeError(
             f"{operator}: Expected all tensors to be on the same device, but {first} is on {like.device} "
@@ -137,7 +140,7 @@ def same_device(operator: str, first: str, like: Tensor, name: str, given: Tenso
 
 
 def residual_argument(operator: str, residual: Tensor | None, input: Tensor) -> None:
-    """Raises unless ``residual`` is like ``input``, or float32 beside a half one."""
+    """Check that ``residual`` is like ``input``, or float32 with a half-precision one."""
     tensor(operator, "residual", residual)
     for what in ("shape", "dtype", "device"):
         got, expected = getattr(residual, what), getattr(input, what)
@@ -145,12 +148,12 @@ def residual_argument(operator: str, residual: Tensor | None, input: Tensor) -> 
             continue
         beside = ", or float32 beside a half input," if what == "dtype" else ","
         raise RuntimeError(
-            f"{operator}: Expected residual to be of the input's {what} {plain(expected)}{beside} but "
-            f"got {plain(got)}"
+            f"{operator}: Expected residual to be of the input's {what} {as_list(expected)}{beside} but "
+            f"got {as_list(got)}"
         )
 
 
-def plain(value: object) -> object:
+def as_list(value: object) -> object:
     """Return a shape as a list, as PyTorch's messages show it."""
     return list(value) if isinstance(value, tuple) else value
 
@@ -164,7 +167,7 @@ def recurrent_sizes(
     dropout: float = 0.0,
     proj_size: int = 0,
 ) -> None:
-    """Raises what ``torch.nn.RNNBase`` would for its constructor's arguments."""
+    """Raise what ``torch.nn.RNNBase`` would for its constructor's arguments."""
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         raise ValueError(
             "dropout should be a number in range [0, 1] representing the probability of an element "
@@ -191,23 +194,23 @@ def recurrent_sizes(
 
 
 def flag(name: str, value: bool) -> bool:
-    """Returns the value if it is a bool."""
+    """Return the value if it is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
     return value
 
 
-def nonlinearity(name: str) -> str:
-    """Returns the name if it is one an RNN knows."""
+def nonlinearity(name: str) -> Nonlinearity:
+    """Return the name if it is one that an RNN knows."""
     if not isinstance(name, str):
         raise TypeError(f"nonlinearity must be 'tanh' or 'relu', got {type(name).__name__}")
     if name not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{name}'. Select from 'tanh' or 'relu'.")
-    return name
+    return "tanh" if name == "tanh" else "relu"
 
 
 def module_argument(operator: str, model: object) -> None:
-    """Raises unless ``model`` is a module."""
+    """Check that ``model`` is a module."""
     if isinstance(model, type) and issubclass(model, torch.nn.Module):
         raise TypeError(
             f"{operator}: model must be a torch.nn.Module, got the class {model.__name__}; make an instance "

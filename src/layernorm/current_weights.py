@@ -8,19 +8,17 @@ other hook does cannot be known.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from layernorm.checks import plain
-from layernorm.variants import parameter_shapes
-
-if TYPE_CHECKING:
-    from layernorm.recurrent import _Sequence
+from layernorm.checks import as_list
+from layernorm.parameters import RecurrentParameters
+from layernorm.pytorch_internals import are_transforms_active, global_forward_pre_hooks
 
 # PyTorch's hooks that compute a weight, by module and class; nobody has one who did not import it.
 _COMPUTING: Final = (
@@ -32,7 +30,7 @@ _COMPUTING: Final = (
 _HARMLESS: Final = ("torch.distributed.", "torch.utils.", "torch.profiler.")
 
 
-def current_weights(module: _Sequence, operator: str) -> list[dict[str, Tensor]]:
+def current_weights(module: RecurrentParameters, operator: str) -> list[dict[str, Tensor]]:
     """Return the weights of each layer by their names without suffix, detached.
 
     Args:
@@ -48,21 +46,20 @@ def current_weights(module: _Sequence, operator: str) -> list[dict[str, Tensor]]
     with torch.inference_mode(False), torch.set_grad_enabled(grad), _unchanged(module):
         for hook in hooks:
             hook(module, ())
-        found = module._weights_of_layers()
+        found = module.layer_weights()
     layers = [{name: weight.detach() for name, weight in weights.items()} for weights in found]
     for layer, weights in enumerate(layers):
-        _check(module, operator, layer, weights)
+        _check(operator, layer, weights, module.layer_shapes()[layer])
     return layers
 
 
-def _hooks(module: _Sequence, operator: str) -> list[Callable[..., Any]]:
-    """The forward pre-hooks that compute weights, in their order; raises for those that may."""
+def _hooks(module: RecurrentParameters, operator: str) -> list[Callable[..., Any]]:
+    """Return the forward pre-hooks that compute weights, in their order; raise for those that may."""
     computing = tuple(
         getattr(sys.modules[name], hook) for name, hook in _COMPUTING if hasattr(sys.modules.get(name), hook)
     )
-    everywhere = getattr(torch.nn.modules.module, "_global_forward_pre_hooks", {})
     found = []
-    for hook in (*everywhere.values(), *module._forward_pre_hooks.values()):
+    for hook in (*global_forward_pre_hooks().values(), *module._forward_pre_hooks.values()):
         if isinstance(hook, computing):
             found.append(hook)
             continue
@@ -79,8 +76,8 @@ def _hooks(module: _Sequence, operator: str) -> list[Callable[..., Any]]:
 
 
 @contextmanager
-def _unchanged(module: _Sequence) -> Iterator[None]:
-    """Undoes what computing weights leaves on a module: attributes, and the vectors of power iterations."""
+def _unchanged(module: RecurrentParameters) -> Iterator[None]:
+    """Undo what computing weights leaves on a module: attributes, and the vectors of power iterations."""
     attributes = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
     computes = attributes or parametrize.is_parametrized(module)
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()] if computes else []
@@ -94,14 +91,10 @@ def _unchanged(module: _Sequence) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def _check(module: _Sequence, operator: str, layer: int, weights: dict[str, Tensor]) -> None:
-    """Raises for weights that are not whole."""
-    sizes = (module.hidden_size if layer else module.input_size, module.hidden_size)
-    if layer and module.proj_size:
-        sizes = (module.proj_size, module.hidden_size)
-    shapes = parameter_shapes(
-        module._cell, module.variant, *sizes, proj_size=module.proj_size, bias=module._has_bias
-    )
+def _check(
+    operator: str, layer: int, weights: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise for weights that are not whole."""
     tensors = sys.modules.get("torch.distributed.tensor")  # nobody has a DTensor who did not import it
     for name, weight in weights.items():
         if tensors is not None and isinstance(weight, tensors.DTensor):
@@ -116,9 +109,11 @@ def _check(module: _Sequence, operator: str, layer: int, weights: dict[str, Tens
                 "it in memory where a tool offloads it between calls"
             )
         if weight.shape != shapes[name] or not _has_memory(weight):
-            got = f"shape {plain(weight.shape)}" if weight.shape != shapes[name] else "memory that was freed"
+            got = (
+                f"shape {as_list(weight.shape)}" if weight.shape != shapes[name] else "memory that was freed"
+            )
             raise RuntimeError(
-                f"{operator}: {name}_l{layer} must have shape {plain(shapes[name])}, got {got}, as of "
+                f"{operator}: {name}_l{layer} must have shape {as_list(shapes[name])}, got {got}, as of "
                 "parameters that are sharded between calls; gather them first, for example with "
                 "FullyShardedDataParallel.summon_full_params, and make the stream there"
             )
@@ -128,7 +123,7 @@ def _has_memory(weight: Tensor) -> bool:
     """Return whether a tensor's elements exist: FSDP frees them between calls, and keeps the tensor."""
     if type(weight) is not Tensor or weight.layout != torch.strided or weight.numel() == 0:
         return True
-    if torch._C._are_functorch_transforms_active():
+    if are_transforms_active():
         return True
     last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
     needed = (weight.storage_offset() + last + 1) * weight.element_size()

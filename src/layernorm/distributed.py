@@ -11,7 +11,7 @@ backward one all-reduce adds the two sums that the gradient needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from layernorm import checks, functional
+from layernorm import checks
 
 
 class _Layout(NamedTuple):
@@ -41,6 +41,7 @@ class _Layout(NamedTuple):
 
 def norm(
     operator: str,
+    local: Callable[..., Any],
     input: DTensor,
     residual: Tensor | None,
     normalized_shape: list[int],
@@ -55,6 +56,7 @@ def norm(
 
     Args:
         operator: one of ``layernorm.backends.NORMS``.
+        local: computes the operator on plain tensors; called with all arguments but this one.
         input: (*, *normalized_shape).
         residual: of the input's shape, for an operator that adds one.
         normalized_shape: the sizes of the last dimensions.
@@ -95,10 +97,7 @@ def norm(
         )
         results = (output,) if other is None else (output, total)
     else:
-        shape = tuple(normalized_shape)
-        affine = (gain, offset) if operator.endswith("layer_norm") else (gain,)
-        rows = (x,) if other is None else (x, other)
-        found = getattr(functional, operator)(*rows, shape, *affine, eps)
+        found = local(operator, x, other, normalized_shape, gain, offset, eps)
         results = found if isinstance(found, tuple) else (found,)
     wrapped = tuple(_global(result, input, layout.rows) for result in results)
     return wrapped[0] if residual is None else wrapped

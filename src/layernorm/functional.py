@@ -8,15 +8,15 @@ holds rows. Each function checks its arguments and hands the call to the kernel 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from layernorm import backends, checks, recurrent_checks, recurrent_operator, reference
-from layernorm.variants import Cell, Variant, resolve
+from layernorm import backends, checks, ops, recurrent_checks, reference
+from layernorm.spec import LayerSpec
+from layernorm.variants import Variant, resolve
 
 
 def layer_norm(
@@ -53,25 +53,11 @@ def layer_norm(
         >>> output.mean().abs() < 1e-6, output.square().mean()
         (tensor(True), tensor(1.0000))
     """
-    output: Tensor
-    if (compiled := backends.plain()) is not None:
-        output = compiled.layer_norm(input, normalized_shape, weight, bias, eps)
-        if output is not NotImplemented:
-            return output
-    shape = checks.sizes("layer_norm", "normalized_shape", normalized_shape)
-    if (distributed := backends.distributed(input)) is not None:
-        output = distributed.norm("layer_norm", input, None, shape, weight, bias, eps)
-        return output
-    if backends.foreign(input):
-        return F.layer_norm(input, shape, weight, bias, eps)
-    checks.norm_arguments("layer_norm", input, shape, weight, bias, eps)
-    kernel = backends.kernel_for("layer_norm", input)
-    if kernel in backends.OPERATORS:
-        output = torch.ops.layernorm.layer_norm(input, shape, weight, bias, eps)
-        return output
-    if kernel == "torch":
-        return F.layer_norm(input, shape, weight, bias, eps)
-    return reference.layer_norm(input, shape, weight, bias, eps)
+    if (compiled := backends.compiled_module()) is not None:
+        result: Tensor = compiled.layer_norm(input, normalized_shape, weight, bias, eps)
+        if result is not NotImplemented:
+            return result
+    return _norm("layer_norm", input, None, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
 
 
 def rms_norm(
@@ -104,23 +90,11 @@ def rms_norm(
         >>> LF.rms_norm(torch.tensor([[3.0, -3.0]]), (2,))
         tensor([[ 1., -1.]])
     """
-    output: Tensor
-    if (compiled := backends.plain()) is not None:
-        output = compiled.rms_norm(input, normalized_shape, weight, eps)
-        if output is not NotImplemented:
-            return output
-    shape = checks.sizes("rms_norm", "normalized_shape", normalized_shape)
-    if (distributed := backends.distributed(input)) is not None:
-        output = distributed.norm("rms_norm", input, None, shape, weight, None, eps)
-        return output
-    if backends.foreign(input):
-        return F.rms_norm(input, shape, weight, eps)
-    checks.norm_arguments("rms_norm", input, shape, weight, None, eps)
-    kernel = backends.kernel_for("rms_norm", input)
-    if kernel in backends.OPERATORS:
-        output = torch.ops.layernorm.rms_norm(input, shape, weight, _eps(eps, input))
-        return output
-    return _rms_norm(kernel, input, shape, weight, eps)
+    if (compiled := backends.compiled_module()) is not None:
+        result: Tensor = compiled.rms_norm(input, normalized_shape, weight, eps)
+        if result is not NotImplemented:
+            return result
+    return _norm("rms_norm", input, None, normalized_shape, weight, None, eps)  # type: ignore[no-any-return]
 
 
 def add_layer_norm(
@@ -156,32 +130,13 @@ def add_layer_norm(
         >>> x, residual = torch.randn(2, 8), torch.randn(2, 8)
         >>> output, residual = LF.add_layer_norm(x, residual, (8,))
     """
-    outputs: tuple[Tensor, Tensor]
-    if (compiled := backends.plain()) is not None:
-        outputs = compiled.add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
-        if outputs is not NotImplemented:
-            return outputs
-    shape = checks.sizes("add_layer_norm", "normalized_shape", normalized_shape)
-    if (distributed := backends.distributed(input)) is not None:
-        outputs = distributed.norm("add_layer_norm", input, residual, shape, weight, bias, eps)
-        return outputs
-    if backends.foreign(input):
-        total = input + residual
-        return F.layer_norm(total, shape, weight, bias, eps), total
-    checks.norm_arguments("add_layer_norm", input, shape, weight, bias, eps)
-    checks.residual_argument("add_layer_norm", residual, input)
-    kernel = backends.kernel_for("add_layer_norm", input)
-    if residual.dtype != input.dtype and kernel != "triton":
-        total = input + residual
-        gain, offset = (None if t is None else t.to(total.dtype) for t in (weight, bias))
-        return layer_norm(total, shape, gain, offset, eps).to(input.dtype), total
-    if kernel in backends.OPERATORS:
-        outputs = torch.ops.layernorm.add_layer_norm(input, residual, shape, weight, bias, eps)
-        return outputs
-    if kernel == "torch":
-        total = input + residual
-        return F.layer_norm(total, shape, weight, bias, eps), total
-    return reference.add_layer_norm(input, residual, shape, weight, bias, eps)
+    if (compiled := backends.compiled_module()) is not None:
+        result: tuple[Tensor, Tensor] = compiled.add_layer_norm(
+            input, residual, normalized_shape, weight, bias, eps
+        )
+        if result is not NotImplemented:
+            return result
+    return _norm("add_layer_norm", input, residual, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
 
 
 def add_rms_norm(
@@ -201,48 +156,76 @@ def add_rms_norm(
         >>> x, residual = torch.randn(2, 8), torch.randn(2, 8)
         >>> output, residual = LF.add_rms_norm(x, residual, (8,))
     """
-    outputs: tuple[Tensor, Tensor]
-    if (compiled := backends.plain()) is not None:
-        outputs = compiled.add_rms_norm(input, residual, normalized_shape, weight, eps)
-        if outputs is not NotImplemented:
-            return outputs
-    shape = checks.sizes("add_rms_norm", "normalized_shape", normalized_shape)
-    if (distributed := backends.distributed(input)) is not None:
-        outputs = distributed.norm("add_rms_norm", input, residual, shape, weight, None, eps)
-        return outputs
-    if backends.foreign(input):
+    if (compiled := backends.compiled_module()) is not None:
+        result: tuple[Tensor, Tensor] = compiled.add_rms_norm(input, residual, normalized_shape, weight, eps)
+        if result is not NotImplemented:
+            return result
+    return _norm("add_rms_norm", input, residual, normalized_shape, weight, None, eps)  # type: ignore[no-any-return]
+
+
+def _norm(
+    operator: str,
+    input: Tensor,
+    residual: Tensor | None,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+) -> Any:
+    """Compute a norm by the kernel that serves it, its arguments checked."""
+    shape = checks.sizes(operator, "normalized_shape", normalized_shape)
+    if (distributed := backends.distributed_module(input)) is not None:
+        return distributed.norm(operator, _norm, input, residual, shape, weight, bias, eps)
+    adds = operator.startswith("add_")
+    if backends.is_for_pytorch_alone(input):
+        return _norm_by_pytorch(operator, input, residual, shape, weight, bias, eps)
+    checks.norm_arguments(operator, input, shape, weight, bias, eps)
+    if adds:
+        checks.residual_argument(operator, residual, input)
+    kernel = backends.kernel_for(operator, input)
+    if residual is not None and residual.dtype != input.dtype and kernel != "triton":
         total = input + residual
-        return F.rms_norm(total, shape, weight, eps), total
-    checks.norm_arguments("add_rms_norm", input, shape, weight, None, eps)
-    checks.residual_argument("add_rms_norm", residual, input)
-    kernel = backends.kernel_for("add_rms_norm", input)
-    if residual.dtype != input.dtype and kernel != "triton":
-        total = input + residual
-        gain = None if weight is None else weight.to(total.dtype)
+        gain, offset = (None if t is None else t.to(total.dtype) for t in (weight, bias))
+        if operator == "add_layer_norm":
+            return layer_norm(total, shape, gain, offset, eps).to(input.dtype), total  # type: ignore[arg-type]
         return rms_norm(total, shape, gain, eps).to(input.dtype), total
+    if kernel == "torch" and not _is_promoted_by_pytorch(operator, input, weight):
+        return _norm_by_pytorch(operator, input, residual, shape, weight, bias, eps)
+    rows = (input,) if residual is None else (input, residual)
+    affine = (weight, bias) if operator.endswith("layer_norm") else (weight,)
     if kernel in backends.OPERATORS:
-        outputs = torch.ops.layernorm.add_rms_norm(input, residual, shape, weight, _eps(eps, input))
-        return outputs
-    if kernel == "torch":
-        total = input + residual
-        return _rms_norm(kernel, total, shape, weight, eps), total
-    return reference.add_rms_norm(input, residual, shape, weight, eps)
+        return getattr(torch.ops.layernorm, operator)(*rows, shape, *affine, _eps(eps, input))
+    return getattr(reference, operator)(*rows, shape, *affine, eps)
 
 
 def _eps(eps: float | None, input: Tensor) -> float:
-    """``eps``, or the machine epsilon of the dtype computed in."""
+    """Return ``eps``, or the machine epsilon of the dtype computed in."""
     if eps is not None:
         return eps
     return torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
 
 
-def _rms_norm(
-    kernel: str, input: Tensor, shape: list[int], weight: Tensor | None, eps: float | None
-) -> Tensor:
-    # PyTorch's operator promotes a half input to the dtype of a float32 gain, and warns.
-    if kernel == "torch" and (weight is None or weight.dtype == input.dtype or input.is_complex()):
-        return F.rms_norm(input, shape, weight, eps)
-    return reference.rms_norm(input, shape, weight, eps)
+def _norm_by_pytorch(
+    operator: str,
+    input: Tensor,
+    residual: Tensor | None,
+    shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+) -> Any:
+    total = input if residual is None else input + residual
+    if operator.endswith("layer_norm"):
+        output = F.layer_norm(total, shape, weight, bias, eps)  # type: ignore[arg-type]
+    else:
+        output = F.rms_norm(total, shape, weight, eps)
+    return output if residual is None else (output, total)
+
+
+def _is_promoted_by_pytorch(operator: str, input: Tensor, weight: Tensor | None) -> bool:
+    """Return whether PyTorch's RMS norm would promote the input to the gain's dtype, and warn."""
+    is_rms = operator.endswith("rms_norm")
+    return is_rms and weight is not None and weight.dtype != input.dtype and not input.is_complex()
 
 
 def lstm(
@@ -294,20 +277,18 @@ def lstm(
         >>> output.shape
         torch.Size([7, 2, 5])
     """
-    checks.flag("reverse", reverse)
-    checks.flag("recompute", recompute)
-    kernels, state, spec, sizes = _sequence("lstm", input, state, weights, variant, batch_sizes, resets)
-    result: tuple[Tensor, tuple[Tensor, Tensor]] = kernels.lstm(
+    spec = LayerSpec("lstm", resolve(variant, "lstm"))
+    output, (h, c) = _sequence(
+        spec,
         input,
         state,
         weights,
-        spec,
         reverse=reverse,
-        batch_sizes=sizes,
+        batch_sizes=batch_sizes,
         resets=resets,
         recompute=recompute,
     )
-    return result
+    return output, (h, c)
 
 
 def gru(
@@ -334,20 +315,18 @@ def gru(
         >>> weights = {name: torch.randn(shape) for name, shape in shapes.items()}
         >>> output, h = LF.gru(torch.randn(7, 2, 3), torch.zeros(2, 5), weights)
     """
-    checks.flag("reverse", reverse)
-    checks.flag("recompute", recompute)
-    kernels, _, spec, sizes = _sequence("gru", input, state, weights, variant, batch_sizes, resets)
-    result: tuple[Tensor, Tensor] = kernels.gru(
+    spec = LayerSpec("gru", resolve(variant, "gru"))
+    output, (h,) = _sequence(
+        spec,
         input,
         state,
         weights,
-        spec,
         reverse=reverse,
-        batch_sizes=sizes,
+        batch_sizes=batch_sizes,
         resets=resets,
         recompute=recompute,
     )
-    return result
+    return output, h
 
 
 def rnn(
@@ -375,21 +354,18 @@ def rnn(
         >>> weights = {name: torch.randn(shape) for name, shape in shapes.items()}
         >>> output, h = LF.rnn(torch.randn(7, 2, 3), torch.zeros(2, 5), weights)
     """
-    checks.flag("reverse", reverse)
-    checks.flag("recompute", recompute)
-    kernels, _, spec, sizes = _sequence("rnn", input, state, weights, variant, batch_sizes, resets)
-    result: tuple[Tensor, Tensor] = kernels.rnn(
+    spec = LayerSpec("rnn", resolve(variant, "rnn"), checks.nonlinearity(nonlinearity))
+    output, (h,) = _sequence(
+        spec,
         input,
         state,
         weights,
-        spec,
-        nonlinearity=checks.nonlinearity(nonlinearity),
         reverse=reverse,
-        batch_sizes=sizes,
+        batch_sizes=batch_sizes,
         resets=resets,
         recompute=recompute,
     )
-    return result
+    return output, h
 
 
 def lstm_gates(
@@ -432,32 +408,57 @@ def lstm_gates(
         >>> h.shape
         torch.Size([2, 5])
     """
-    spec = resolve(variant, "lstm")
-    recurrent_checks.gates_arguments("lstm_gates", input_gates, hidden_gates, c, weights, spec)
+    spec = LayerSpec("lstm", resolve(variant, "lstm"))
+    recurrent_checks.gates_arguments(spec, input_gates, hidden_gates, c, weights)
     kernel = backends.recurrent_kernel_for(backends.GATES, c, (input_gates, hidden_gates, *weights.values()))
     if kernel in backends.OPERATORS:
-        return recurrent_operator.lstm_gates(input_gates, hidden_gates, c, weights, spec)
+        return ops.lstm_gates(spec, input_gates, hidden_gates, c, weights)
     named = {"c": c, "input_gates": input_gates, "hidden_gates": hidden_gates, **weights}
-    recurrent_checks.numbers_of_one_kind("lstm_gates", spec, named, one_dtype=False)
-    h, c = reference.lstm_gates(input_gates, hidden_gates, c, weights, spec)
-    return h, c
+    recurrent_checks.numbers_of_one_kind(backends.GATES, spec.variant, named, one_dtype=False)
+    return reference.lstm_gates(spec, input_gates, hidden_gates, c, weights)
 
 
 def _sequence(
-    cell: Cell,
+    spec: LayerSpec,
     input: Tensor,
     state: Any,
     weights: Mapping[str, Tensor],
-    variant: str | Variant,
+    *,
+    reverse: bool,
     batch_sizes: Sequence[int] | None,
     resets: Tensor | None,
-) -> tuple[ModuleType, Any, Variant, list[int] | None]:
-    """Checks a sequence call; returns the module whose function serves it, state, spec and batch sizes."""
-    spec = resolve(variant, cell)
-    given, sizes = recurrent_checks.layer_arguments(cell, input, state, weights, spec, batch_sizes, resets)
-    kernel = backends.recurrent_kernel_for(cell, input, (*given, *weights.values()))
+    recompute: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Check the arguments of a sequence, then compute it."""
+    checks.flag("reverse", reverse)
+    checks.flag("recompute", recompute)
+    given, sizes = recurrent_checks.layer_arguments(spec, input, state, weights, batch_sizes, resets)
+    return recurrent_layer(spec, input, given, weights, reverse, sizes, resets, recompute)
+
+
+def recurrent_layer(
+    spec: LayerSpec,
+    input: Tensor,
+    state: Sequence[Tensor],
+    weights: Mapping[str, Tensor],
+    reverse: bool = False,
+    batch_sizes: Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Compute one layer and direction by the kernel that serves it: the one door to all of them.
+
+    Shapes, names and types have been checked; whether the numbers are of one kind is checked here, where no
+    kernel takes them. Arguments and results are those of ``layernorm.reference.recurrent_layer`` and of
+    ``lstm``.
+
+    Raises:
+        RuntimeError: a tensor is on another device than the input or, outside of autocast, of another dtype,
+            or not of a floating-point dtype.
+    """
+    kernel = backends.recurrent_kernel_for(spec.cell, input, (*state, *weights.values()))
     if kernel in backends.OPERATORS:
-        return recurrent_operator, given, spec, sizes
-    named = {"input": input, **dict(zip(("h", "c"), given, strict=False)), **weights}
-    recurrent_checks.numbers_of_one_kind(cell, spec, named, one_dtype=True)
-    return reference, given, spec, sizes
+        return ops.recurrent_layer(spec, input, state, weights, reverse, batch_sizes, resets, recompute)
+    named = {"input": input, **dict(zip(("h", "c"), state, strict=False)), **weights}
+    recurrent_checks.numbers_of_one_kind(spec.cell, spec.variant, named, one_dtype=True)
+    return reference.recurrent_layer(spec, input, state, weights, reverse, batch_sizes, resets)

@@ -15,6 +15,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from layernorm.pytorch_internals import context_of_backward
+
 KERNELS: Final = ("native", "triton", "persistent", "torch", "reference")
 #: The variable that overrides the choice for the process.
 VARIABLE: Final = "LAYERNORM_BACKEND"
@@ -71,10 +73,9 @@ def __getattr__(name: str) -> Any:
 
 def _of_this_context() -> str | None:
     blocks = _blocks.get()
-    if blocks is None and torch._C._is_key_in_tls("context"):
-        # PyTorch's threads for backward on other devices have empty contexts, and it gives them this one,
-        # that of the call of backward.
-        blocks = torch._C._get_obj_in_tls("context").get(_blocks)
+    if blocks is None and (context := context_of_backward()) is not None:
+        # PyTorch's threads for backward on other devices have empty contexts.
+        blocks = context.get(_blocks)
     for block in reversed(blocks or ()):
         if not block.left:
             return block.kernel

@@ -18,14 +18,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from layernorm import checks, recurrent_checks
-from layernorm.cells import Parametrized, State
+from layernorm import checks, functional, recurrent_checks
+from layernorm.parameters import RecurrentParameters, State
+from layernorm.pytorch_internals import is_any_autocast_enabled
+from layernorm.spec import Nonlinearity
 from layernorm.streaming import Stream
 from layernorm.variants import Variant
 
 
-class _Sequence(Parametrized):
-    """Layers and directions of one cell over whole sequences."""
+class LayerNormRNNBase(RecurrentParameters):
+    """Layers and directions of one cell over whole sequences: the base of the modules below."""
+
+    # Computes one layer and direction.
+    _compute = staticmethod(functional.recurrent_layer)
 
     def __init__(
         self,
@@ -42,9 +47,10 @@ class _Sequence(Parametrized):
         *,
         variant: str | Variant = "paper",
         recompute: bool = False,
+        nonlinearity: Nonlinearity = "tanh",
     ) -> None:
         checks.recurrent_sizes(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
-        super().__init__(input_size, hidden_size, bias, variant)
+        super().__init__(input_size, hidden_size, bias, variant, nonlinearity)
         self.bias = bias
         self.num_layers = num_layers
         self.batch_first = batch_first
@@ -63,7 +69,7 @@ class _Sequence(Parametrized):
         for layer in range(num_layers):
             for direction in self._directions:
                 size = input_size if layer == 0 else output_size
-                self._register(f"_l{layer}{direction}", size, proj_size, device, dtype)
+                self._register(f"_l{layer}{direction}", size, device, dtype)
         self.reset_parameters()
 
     @property
@@ -73,18 +79,10 @@ class _Sequence(Parametrized):
     @property
     def all_weights(self) -> list[list[Tensor]]:
         """The parameters of each layer and direction, in the order of their registration."""
-        return [list(weights.values()) for weights in self._weights_of_layers()]
-
-    def _weights_of_layers(self) -> list[dict[str, Tensor]]:
-        """Those of each layer and direction."""
-        return [
-            self._weights(f"_l{layer}{direction}")
-            for layer in range(self.num_layers)
-            for direction in self._directions
-        ]
+        return [list(weights.values()) for weights in self.layer_weights()]
 
     def flatten_parameters(self) -> None:
-        """Does nothing, as in ``torch.nn`` where cuDNN does not serve: no copy is kept."""
+        """Do nothing, as in ``torch.nn`` where cuDNN is not used: no copy is kept."""
 
     def forward(
         self,
@@ -93,7 +91,7 @@ class _Sequence(Parametrized):
         *,
         resets: Tensor | PackedSequence | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
-        """Runs the sequence; shapes as in the class docstring."""
+        """Run the sequence; shapes as in the class docstring."""
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, resets)
         if not isinstance(input, Tensor):
@@ -103,7 +101,7 @@ class _Sequence(Parametrized):
                 f"{self._cell.upper()}: Expected input to be 2D or 3D, got {input.dim()}D tensor instead"
             )
         batched = input.dim() == 3
-        state = None if hx is None else self._as_tuple(hx)
+        state = None if hx is None else self.as_tuple(hx)
         if state is not None:
             if any(s.dim() != input.dim() for s in state):
                 dims = ", ".join(f"{s.dim()}-D" for s in state)
@@ -115,7 +113,7 @@ class _Sequence(Parametrized):
             if not batched:
                 state = tuple(s.unsqueeze(1) for s in state)
         data = self._time_major(input, batched)
-        weights = self._weights_of_layers()
+        weights = self.layer_weights()
         self._check_input(data, weights[0]["weight_ih"].dtype)
         state = self._checked_state(state, data, data.size(1))
         mask = None
@@ -123,11 +121,11 @@ class _Sequence(Parametrized):
             mask = self._time_major(recurrent_checks.reset_mask(self._cell.upper(), resets, input), batched)
         data, state = self._layers(data, state, weights, None, mask)
         if not batched:
-            return data.squeeze(1), self._as_state(tuple(s.squeeze(1) for s in state))
-        return data.transpose(0, 1) if self.batch_first else data, self._as_state(state)
+            return data.squeeze(1), self.as_state(tuple(s.squeeze(1) for s in state))
+        return data.transpose(0, 1) if self.batch_first else data, self.as_state(state)
 
     def _time_major(self, tensor: Tensor, batched: bool) -> Tensor:
-        """The input, or a mask of its layout, as (T, N, ...)."""
+        """Return the input, or a mask of its layout, as (T, N, ...)."""
         if not batched:
             return tensor.unsqueeze(1)
         return tensor.transpose(0, 1) if self.batch_first else tensor
@@ -136,11 +134,11 @@ class _Sequence(Parametrized):
         self, input: PackedSequence, hx: State | None, resets: Tensor | PackedSequence | None
     ) -> tuple[PackedSequence, State]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        state = None if hx is None else self._as_tuple(hx)
+        state = None if hx is None else self.as_tuple(hx)
         if state is not None and sorted_indices is not None:
             state = tuple(s.index_select(1, sorted_indices) for s in state)
         sizes = batch_sizes.tolist()
-        weights = self._weights_of_layers()
+        weights = self.layer_weights()
         self._check_input(data, weights[0]["weight_ih"].dtype)
         state = self._checked_state(state, data, sizes[0])
         mask = None
@@ -150,27 +148,26 @@ class _Sequence(Parametrized):
         if unsorted_indices is not None:
             state = tuple(s.index_select(1, unsorted_indices) for s in state)
         packed = PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
-        return packed, self._as_state(state)
+        return packed, self.as_state(state)
 
     def _layers(
         self,
         data: Tensor,
         state: tuple[Tensor, ...],
-        weights: Sequence[dict[str, Tensor]],
+        weights: list[dict[str, Tensor]],
         batch_sizes: Sequence[int] | None,
         resets: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Runs all layers over time-major or packed data; every state is (L·D, N, size)."""
+        """Run all layers over time-major or packed data; every state is (L·D, N, size)."""
+        self._check_weights(weights)
         finals: list[tuple[Tensor, ...]] = []
         for layer in range(self.num_layers):
             outputs = []
-            for direction in self._directions:
+            for reverse in (False, True) if self.bidirectional else (False,):
                 at = len(finals)
                 initial = tuple(s[at] for s in state)
-                suffix = f"_l{layer}{direction}"
-                reverse = direction == "_reverse"
-                output, final = self._sequence(
-                    data, initial, suffix, weights[at], reverse, batch_sizes, resets
+                output, final = self._compute(
+                    self.spec, data, initial, weights[at], reverse, batch_sizes, resets, self.recompute
                 )
                 outputs.append(output)
                 finals.append(final)
@@ -180,7 +177,7 @@ class _Sequence(Parametrized):
         return data, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
     def stream(self, batch_size: int = 1, state: State | None = None) -> Stream:
-        """The module one time step at a time, for online inference: see ``layernorm.Stream``.
+        """Return the module one time step at a time, for online inference: see ``layernorm.Stream``.
 
         Args:
             batch_size: N, the sequences that step together.
@@ -213,7 +210,7 @@ class _Sequence(Parametrized):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
     def _checked_state(self, state: tuple[Tensor, ...] | None, data: Tensor, rows: int) -> tuple[Tensor, ...]:
-        """The initial state, zeros where none is given; each tensor (L·D, N, size)."""
+        """Return the initial state, zeros where none is given; each tensor (L·D, N, size)."""
         sizes = [self.proj_size or self.hidden_size]
         if self._cell == "lstm":
             sizes.append(self.hidden_size)
@@ -225,7 +222,7 @@ class _Sequence(Parametrized):
             if tuple(tensor.shape) != shape:
                 which = f"hidden[{index}]" if len(state) > 1 else "hidden"
                 raise RuntimeError(f"Expected {which} size {shape}, got {list(tensor.shape)}")
-            if tensor.dtype != data.dtype and not torch._C._is_any_autocast_enabled():
+            if tensor.dtype != data.dtype and not is_any_autocast_enabled():
                 raise RuntimeError(
                     f"hx must have the input's dtype {data.dtype}, got {tensor.dtype}; convert it, "
                     "for example with hx.to(input.dtype)"
@@ -238,7 +235,7 @@ class _Sequence(Parametrized):
         return state
 
     def extra_repr(self) -> str:
-        """The arguments that differ from the defaults, and the variant."""
+        """Show the arguments that differ from the defaults, and the variant."""
         parts = [f"{self.input_size}, {self.hidden_size}"]
         if self.proj_size:
             parts.append(f"proj_size={self.proj_size}")
@@ -258,7 +255,7 @@ class _Sequence(Parametrized):
         return ", ".join(parts)
 
 
-class LayerNormLSTM(_Sequence):
+class LayerNormLSTM(LayerNormRNNBase):
     """A layer-normalized LSTM, drop-in for ``torch.nn.LSTM`` (paper eq. 20-22).
 
     (i, f, g, o) = LN(W_hh h) + LN(W_ih x) + bias, each LN over all 4·hidden_size features;
@@ -308,7 +305,7 @@ class LayerNormLSTM(_Sequence):
     _cell = "lstm"
 
 
-class LayerNormGRU(_Sequence):
+class LayerNormGRU(LayerNormRNNBase):
     """A layer-normalized GRU, drop-in for ``torch.nn.GRU`` (paper eq. 26-28).
 
     (r, z) = LN(W_hh h) + LN(W_ih x) + bias over 2·hidden_size features,
@@ -349,7 +346,7 @@ class LayerNormGRU(_Sequence):
         super().__init__(*sizes, *options, variant=variant, recompute=recompute)
 
 
-class LayerNormRNN(_Sequence):
+class LayerNormRNN(LayerNormRNNBase):
     """A layer-normalized RNN, drop-in for ``torch.nn.RNN`` (paper eq. 4).
 
     h' = f(LN(W_hh h + W_ih x) + bias), f tanh or relu. ``variant="none"`` is ``torch.nn.RNN``.
@@ -386,10 +383,15 @@ class LayerNormRNN(_Sequence):
     ) -> None:
         sizes = (input_size, hidden_size, num_layers)
         options: tuple[Any, ...] = (bias, batch_first, dropout, bidirectional, 0, device, dtype)
-        super().__init__(*sizes, *options, variant=variant, recompute=recompute)
-        self.nonlinearity = checks.nonlinearity(nonlinearity)
+        name = checks.nonlinearity(nonlinearity)
+        super().__init__(*sizes, *options, variant=variant, recompute=recompute, nonlinearity=name)
+
+    @property
+    def nonlinearity(self) -> Nonlinearity:
+        """``"tanh"`` or ``"relu"``."""
+        return self.spec.nonlinearity
 
     def extra_repr(self) -> str:
-        """The arguments that differ from the defaults, and the variant."""
+        """Show the arguments that differ from the defaults, and the variant."""
         extra = "" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity!r}"
         return super().extra_repr() + extra

@@ -11,8 +11,9 @@ from torch.nn import ParameterDict
 from torch.nn.utils.rnn import PackedSequence
 
 from layernorm import checks
-from layernorm.checks import plain
-from layernorm.variants import GATES, Cell, Variant, parameter_shapes
+from layernorm.checks import as_list
+from layernorm.spec import LayerSpec
+from layernorm.variants import Variant
 
 
 def sequence_tensors(operator: str, input: object, state: object, weights: object) -> tuple[Tensor, ...]:
@@ -57,7 +58,7 @@ def sizes_of_steps(operator: str, batch_sizes: object) -> list[int] | None:
 def numbers_of_one_kind(
     operator: str, variant: Variant, tensors: Mapping[str, Tensor], *, one_dtype: bool
 ) -> None:
-    """Raises unless tensors are of floating-point numbers, on one device and, where asked, of one dtype.
+    """Check that tensors are of floating-point numbers, on one device and, where asked, of one dtype.
 
     The first is what the others are compared to. Without layer norm they may be complex, as ``torch.nn``'s
     layers and its RMS norm take such numbers; autocast takes several dtypes.
@@ -75,44 +76,43 @@ def numbers_of_one_kind(
 
 
 def layer_arguments(
-    operator: Cell,
+    spec: LayerSpec,
     input: Tensor,
     state: Any,
     weights: Mapping[str, Tensor],
-    variant: Variant,
     batch_sizes: Sequence[int] | None,
     resets: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], list[int] | None]:
     """Check the call of one layer and direction; return the state as a tuple, and the batch sizes."""
-    given = sequence_tensors(operator, input, state, weights)
-    sizes = sizes_of_steps(operator, batch_sizes)
-    sequence_arguments(operator, input, given, weights, _shapes(operator, weights, variant), sizes, resets)
+    given = sequence_tensors(spec.cell, input, state, weights)
+    sizes = sizes_of_steps(spec.cell, batch_sizes)
+    shapes = _shapes(spec, weights)
+    parameters(spec.cell, weights, shapes)
+    _sequence_arguments(spec.cell, input, given, shapes, sizes, resets)
     return given, sizes
 
 
-def _shapes(cell: Cell, weights: Mapping[str, Any], spec: Variant) -> dict[str, tuple[int, ...]]:
+def _shapes(spec: LayerSpec, weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shapes that this variant's parameters must have, given the two weight matrices."""
     for name in ("weight_ih", "weight_hh"):
         if name not in weights or weights[name].dim() != 2:
-            raise ValueError(f"{cell}: weights must hold the matrix {name}")
+            raise ValueError(f"{spec.cell}: weights must hold the matrix {name}")
     rows, input_size = weights["weight_ih"].shape
-    proj_size = weights["weight_hr"].size(0) if cell == "lstm" and "weight_hr" in weights else 0
-    if rows % GATES[cell]:
-        raise RuntimeError(f"{cell}: weight_ih must have {GATES[cell]}·H rows, got {rows}")
-    return parameter_shapes(cell, spec, input_size, rows // GATES[cell], proj_size=proj_size)
+    proj_size = weights["weight_hr"].size(0) if spec.cell == "lstm" and "weight_hr" in weights else 0
+    if rows % spec.gates:
+        raise RuntimeError(f"{spec.cell}: weight_ih must have {spec.gates}·H rows, got {rows}")
+    return spec.parameter_shapes(input_size, rows // spec.gates, proj_size=proj_size)
 
 
-def sequence_arguments(
+def _sequence_arguments(
     operator: str,
     input: Tensor,
     state: Sequence[Tensor],
-    weights: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     sizes: Sequence[int] | None,
     resets: Tensor | None = None,
 ) -> None:
-    """Check one layer's call; ``shapes`` are the parameters' as the variant wants them."""
-    _parameters(operator, weights, shapes)
+    """Check one layer's input, state and steps; ``shapes`` are those of its parameters."""
     dims = 3 if sizes is None else 2
     if input.dim() != dims:
         raise RuntimeError(f"{operator}: input must have {dims} dimensions, got {input.dim()}")
@@ -138,24 +138,35 @@ def sequence_arguments(
         if given.shape != (rows, size):
             raise RuntimeError(
                 f"{operator}: Expected {name} of the state to have size [{rows}, {size}], got "
-                f"{plain(given.shape)}"
+                f"{as_list(given.shape)}"
             )
     if resets is not None:
         reset_mask(operator, resets, input)
 
 
-def _parameters(operator: str, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def parameters(operator: str, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that weights have the names and shapes of a variant's; any bias may be missing."""
     if weights.keys() != shapes.keys():
         _names(operator, weights, shapes)
     for name, given in weights.items():
         if given.shape != shapes[name]:
             raise RuntimeError(
-                f"{operator}: Expected {name} of shape {plain(shapes[name])}, but got {plain(given.shape)}"
+                f"{operator}: Expected {name} of shape {as_list(shapes[name])}, but got "
+                f"{as_list(given.shape)}"
             )
 
 
+def module_weights(operator: str, weights: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check the attributes of a module that are its weights: they have its names, and may be anything."""
+    for name, given in weights.items():
+        if not isinstance(given, Tensor):
+            _weights(operator, weights)
+        if given.shape != shapes[name]:
+            parameters(operator, weights, shapes)
+
+
 def _names(operator: str, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises unless the names are the variant's, from which biases may be missing."""
+    """Check that the names are the variant's, from which biases may be missing."""
     missing = [n for n in shapes if n not in weights and not n.startswith("bias")]
     unknown = [n for n in weights if n not in shapes]
     if missing or unknown:
@@ -167,34 +178,30 @@ def _names(operator: str, weights: Mapping[str, Tensor], shapes: Mapping[str, tu
 
 
 def gates_arguments(
-    operator: str,
-    input_gates: Tensor,
-    hidden_gates: Tensor,
-    c: Tensor,
-    weights: Mapping[str, Tensor],
-    variant: Variant,
+    spec: LayerSpec, input_gates: Tensor, hidden_gates: Tensor, c: Tensor, weights: Mapping[str, Tensor]
 ) -> None:
-    """Check the call of one step after its products; ``weights`` are the gains and biases alone."""
+    """Check the call of ``lstm_gates``; ``weights`` are the gains and biases alone."""
+    operator = "lstm_gates"
     for name, given in (("input_gates", input_gates), ("hidden_gates", hidden_gates)):
         checks.tensor(operator, name, given)
     dims = checks.tensor(operator, "c", c).dim()
     _weights(operator, weights)
     if dims != 2:
         raise RuntimeError(f"{operator}: c must have 2 dimensions, got {dims}")
-    shapes = parameter_shapes("lstm", variant, 1, c.size(-1))
+    shapes = spec.parameter_shapes(1, c.size(-1))
     shapes = {name: shape for name, shape in shapes.items() if not name.startswith("weight")}
     expected = (c.size(0), 4 * c.size(1))
     for name, given in (("input_gates", input_gates), ("hidden_gates", hidden_gates)):
         if given.shape != expected:
             raise RuntimeError(
-                f"{operator}: Expected {name} of shape {plain(expected)} beside c of {plain(c.shape)}, but "
-                f"got {plain(given.shape)}"
+                f"{operator}: Expected {name} of shape {as_list(expected)} beside c of {as_list(c.shape)}, "
+                f"but got {as_list(given.shape)}"
             )
-    _parameters(operator, weights, shapes)
+    parameters(operator, weights, shapes)
 
 
 def reset_mask(operator: str, resets: object, input: Tensor) -> Tensor:
-    """Returns ``resets`` if it is a mask over the rows of ``input``, in whichever layout that is."""
+    """Return ``resets`` if it is a mask over the rows of ``input``, in whichever layout that is."""
     if not isinstance(resets, Tensor):
         raise TypeError(
             f"{operator}: resets must be a bool Tensor or None, got {type(resets).__name__}; make it one, "
@@ -207,16 +214,16 @@ def reset_mask(operator: str, resets: object, input: Tensor) -> Tensor:
         )
     if resets.shape != input.shape[:-1]:
         raise RuntimeError(
-            f"{operator}: Expected resets of shape {plain(input.shape[:-1])}, the input's without its "
-            f"features, but got {plain(resets.shape)}; give each row of each step its entry, in the input's "
-            "order of batch and time"
+            f"{operator}: Expected resets of shape {as_list(input.shape[:-1])}, the input's without its "
+            f"features, but got {as_list(resets.shape)}; give each row of each step its entry, in the "
+            "input's order of batch and time"
         )
     checks.same_device(operator, "input", input, "resets", resets)
     return resets
 
 
 def packed_reset_mask(operator: str, resets: object, input: PackedSequence) -> Tensor:
-    """Returns the data of ``resets`` if it is a mask packed like ``input``."""
+    """Return the data of ``resets`` if it is a mask packed like ``input``."""
     if not isinstance(resets, PackedSequence):
         raise TypeError(
             f"{operator}: resets must be a PackedSequence like the input, or None, got "

@@ -31,8 +31,8 @@ from layernorm.variants import (
 
 #: The nonlinearity of an RNN.
 Nonlinearity = Literal["tanh", "relu"]
-#: How W_ih x and W_hh h meet: each normalized by itself; added first; or added first but for a GRU's candidate,
-#: whose part of W_hh h is multiplied with the reset gate before it is added.
+#: How W_ih x and W_hh h meet: each normalized by itself; added first; or added first but for a GRU's
+#: candidate, whose part of W_hh h is multiplied with the reset gate before it is added.
 Products = Literal["separate", "summed", "late"]
 
 #: The parameters of a layer in the order in which the operators list them. Where the inputs are summed, the
@@ -51,7 +51,9 @@ PARAMETERS: Final = (
     "bias_cell",
 )
 #: Those among them that ``lstm_gates`` takes, in their order.
-GATES_PARAMETERS: Final = tuple(name for name in PARAMETERS if not name.startswith("weight") and name != "bias_hn")
+GATES_PARAMETERS: Final = tuple(
+    name for name in PARAMETERS if not name.startswith("weight") and name != "bias_hn"
+)
 
 # What each of ``codes`` stands for, in order.
 _CODES: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -114,7 +116,7 @@ class LayerSpec:
 
     @property
     def operation(self) -> str:
-        """The cell, and of an RNN the nonlinearity too: ``"lstm"``, ``"gru"``, ``"rnn_tanh"``, ``"rnn_relu"``."""
+        """The cell with an RNN's nonlinearity: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` or ``"rnn_relu"``."""
         return _operation(self.cell, self.nonlinearity)
 
     @property
@@ -141,7 +143,7 @@ class LayerSpec:
         )
 
     def listed(self, weights: Mapping[str, Tensor]) -> list[Tensor | None]:
-        """Return the parameters in the order of ``PARAMETERS``, None for those that the layer does not have."""
+        """Return the parameters in the order of ``PARAMETERS``, with None for those that are not there."""
         return [weights.get(name) for name in self.names]
 
     def listed_for_gates(self, weights: Mapping[str, Tensor]) -> list[Tensor | None]:
@@ -177,7 +179,7 @@ class LayerSpec:
     def _decode(cls, codes: tuple[int, ...], eps: float) -> Self:
         if len(codes) != len(_CODES):
             raise RuntimeError(
-                f"layernorm: spec must be a list of {len(_CODES)} codes ({', '.join(_CODES)}), got {list(codes)}"
+                f"layernorm: spec must have {len(_CODES)} codes, {', '.join(_CODES)}; got {list(codes)}"
             )
         fields = {}
         for (name, choices), code in zip(_CODES.items(), codes, strict=True):

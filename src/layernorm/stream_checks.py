@@ -7,30 +7,30 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from layernorm.checks import plain
+from layernorm.checks import as_list
 
 
 def step_argument(
     operator: str, name: str, tensor: object, batch_size: int, size: int, like: Tensor
 ) -> Tensor:
-    """Returns what a step reads or writes, if it is (batch_size, size), or (size) of a single row."""
+    """Return what a step reads or writes, if it is (batch_size, size), or (size) of a single row."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{operator}: {name} must be a Tensor, got {type(tensor).__name__}")
     if tensor.dim() not in (1, 2):
         raise ValueError(f"{operator}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
     shapes = [(batch_size, size), *([(size,)] if batch_size == 1 else [])]
     if tuple(tensor.shape) not in shapes:
-        expected = " or ".join(str(plain(shape)) for shape in shapes)
+        expected = " or ".join(str(as_list(shape)) for shape in shapes)
         raise RuntimeError(
             f"{operator}: Expected {name} of shape {expected}, one row for each of the "
-            f"batch_size={batch_size} sequences, but got {plain(tuple(tensor.shape))}"
+            f"batch_size={batch_size} sequences, but got {as_list(tuple(tensor.shape))}"
         )
     _dtype_and_device(operator, name, tensor, like)
     return tensor
 
 
 def out_argument(operator: str, out: Tensor, input: Tensor) -> None:
-    """Raises unless a step of ``input`` can be written to ``out``, whose size is right."""
+    """Check that a step of ``input`` can be written to ``out``, whose size is right."""
     if out.dim() != input.dim():
         raise RuntimeError(f"{operator}: out must have {input.dim()} dimensions like x_t, got {out.dim()}")
     if _has_elements_that_share_memory(out):
@@ -60,18 +60,18 @@ def _has_elements_that_share_memory(matrix: Tensor) -> bool:
 
 
 def state(operator: str, name: str, tensor: Tensor, held: Tensor) -> Tensor:
-    """Returns a part of the state if it can take the place of that held."""
+    """Return a part of the state if it can take the place of that held."""
     if tensor.shape != held.shape:
         raise RuntimeError(
-            f"{operator}: Expected {name} of the state to have size {plain(tuple(held.shape))}, "
-            f"(num_layers, batch_size, features), got {plain(tuple(tensor.shape))}"
+            f"{operator}: Expected {name} of the state to have size {as_list(tuple(held.shape))}, "
+            f"(num_layers, batch_size, features), got {as_list(tuple(tensor.shape))}"
         )
     _dtype_and_device(operator, f"{name} of the state", tensor, held)
     return tensor
 
 
 def mask(operator: str, mask: object, state: Tensor) -> Tensor:
-    """Returns ``mask`` if it says of each sequence of a batch whether it begins anew."""
+    """Return ``mask`` if it says for each sequence of a batch whether it begins anew."""
     if not isinstance(mask, Tensor):
         raise TypeError(
             f"{operator}: mask must be a bool Tensor or None, got {type(mask).__name__}; make it one, for "
@@ -84,8 +84,8 @@ def mask(operator: str, mask: object, state: Tensor) -> Tensor:
         )
     if mask.shape != state.shape[1:2]:
         raise RuntimeError(
-            f"{operator}: Expected mask of shape {plain(tuple(state.shape[1:2]))}, (batch_size), but got "
-            f"{plain(tuple(mask.shape))}"
+            f"{operator}: Expected mask of shape {as_list(tuple(state.shape[1:2]))}, (batch_size), but got "
+            f"{as_list(tuple(mask.shape))}"
         )
     if mask.device != state.device:
         raise RuntimeError(

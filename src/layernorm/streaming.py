@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from layernorm import backends, ops, recurrent_operator, reference, stream_checks
-from layernorm.cells import State
+from layernorm import backends, ops, reference, stream_checks
 from layernorm.current_weights import current_weights
-
-if TYPE_CHECKING:
-    from layernorm.recurrent import _Sequence
+from layernorm.parameters import RecurrentParameters, State
+from layernorm.pytorch_internals import is_any_autocast_enabled
 
 
 class Stream:
@@ -67,7 +65,7 @@ class Stream:
         (True, True)
     """
 
-    def __init__(self, module: _Sequence, batch_size: int = 1, state: State | None = None) -> None:
+    def __init__(self, module: RecurrentParameters, batch_size: int = 1, state: State | None = None) -> None:
         self._module = module
         self._name = f"{type(module).__name__}.stream"
         if module.bidirectional:
@@ -81,7 +79,7 @@ class Stream:
             raise ValueError(f"{self._name}: batch_size must be positive, got {batch_size}")
         self.batch_size = batch_size
         self._output_size = module.proj_size or module.hidden_size
-        sizes = [self._output_size, *([module.hidden_size] if module._cell == "lstm" else [])]
+        sizes = [self._output_size, *([module.hidden_size] if module.spec.cell == "lstm" else [])]
         self._shapes = [(module.num_layers, batch_size, size) for size in sizes]
         layers = self._current_weights()
         weight = layers[0]["weight_ih"]
@@ -93,7 +91,7 @@ class Stream:
             self.state = state
 
     def refresh(self) -> None:
-        """Takes the module's weights as they are now; the state stays.
+        """Take the module's weights as they are now; the state stays.
 
         Raises:
             RuntimeError: the module has moved to another dtype or device, a forward pre-hook may compute a
@@ -119,28 +117,24 @@ class Stream:
         h = self._state[0]
         with torch.inference_mode(False), torch.no_grad(), _no_autocast(h.device):
             weights = [w for layer in layers for w in layer.values()]
-            self.kernel = backends.recurrent_kernel_for(self._module._cell, h, weights)
+            self.kernel = backends.recurrent_kernel_for(self._module.spec.cell, h, weights)
             if self.kernel == "native":
-                self._take = self._compiled(layers)
+                self._take_step = self._compiled(layers)
             else:
                 self._layers = [{name: w.clone() for name, w in layer.items()} for layer in layers]
-                self._kernels = reference if self.kernel == "reference" else recurrent_operator
                 self._captured: Captured | None = None
-                self._take = self._by_sequences
+                self._take_step = self._by_sequences
 
     def _compiled(self, layers: list[dict[str, Tensor]]) -> Any:
-        """A function of the input and ``out``, which takes a step or returns NotImplemented."""
+        """Return a function of the input and ``out``, which takes a step or returns NotImplemented."""
         assert ops.native is not None  # noqa: S101 - it was chosen
-        module = self._module
-        cell = f"rnn_{module.nonlinearity}" if module._cell == "rnn" else module._cell
-        listed = [recurrent_operator.listed(layer, module.variant) for layer in layers]
+        spec = self._module.spec
         h, *c = self._state
-        return ops.native.Stream(
-            listed, h, c[0] if c else None, cell, *recurrent_operator.spec(module.variant)
-        ).step
+        listed = [spec.listed(layer) for layer in layers]
+        return ops.native.Stream(listed, h, c[0] if c else None, spec.codes, spec.eps).step
 
     def step(self, x_t: Tensor, out: Tensor | None = None) -> Tensor:
-        """Takes one step.
+        """Take one step.
 
         Args:
             x_t: (N, F), or (F) where N is 1; of the parameters' dtype and device, in any layout.
@@ -166,17 +160,17 @@ class Stream:
             >>> for x_t, out in zip(torch.randn(5, 1, 10), outputs):
             ...     _ = stream.step(x_t, out=out)
         """
-        result = self._take(x_t, out)
+        result = self._take_step(x_t, out)
         if result is NotImplemented:
             return self._other_step(x_t, out)
         return result  # type: ignore[no-any-return]
 
     def _other_step(self, x_t: Tensor, out: Tensor | None) -> Tensor:
-        """A step of tensors that the compiled entry leaves: raises, or reads them as plain ones."""
+        """Take a step of tensors that the compiled entry leaves: raise, or read them as plain ones."""
         self._check_step(x_t, out)
         with torch.no_grad():
             plain = x_t.as_subclass(Tensor).resolve_neg().clone()
-            fresh = self._take(plain, None)
+            fresh = self._take_step(plain, None)
             if fresh is NotImplemented:
                 raise RuntimeError(
                     f"{self._name}: step() takes plain tensors, got {type(x_t).__name__}; inside of "
@@ -185,7 +179,7 @@ class Stream:
             return fresh if out is None else out.copy_(fresh)
 
     def _by_sequences(self, x_t: Tensor, out: Tensor | None) -> Tensor:
-        """A step as a sequence of one."""
+        """Take a step as a sequence of one."""
         self._check_step(x_t, out)
         with torch.no_grad(), _no_autocast(x_t.device):
             data = x_t.reshape(1, self.batch_size, -1)
@@ -199,15 +193,12 @@ class Stream:
             return result if out is None else out.copy_(result)
 
     def _through_layers(self, data: Tensor) -> Tensor:
-        """Of a sequence of one step; the state moves on."""
-        module = self._module
-        options: dict[str, Any] = {"nonlinearity": module.nonlinearity} if module._cell == "rnn" else {}
-        kernel = getattr(self._kernels, module._cell)
+        """Compute a sequence of one step; the state moves on."""
+        compute = reference.recurrent_layer if self.kernel == "reference" else ops.recurrent_layer
         for layer, weights in enumerate(self._layers):
             held = tuple(s[layer] for s in self._state)
-            given = held if module._cell == "lstm" else held[0]
-            data, final = kernel(data, given, weights, module.variant, **options)
-            for s, new in zip(held, final if module._cell == "lstm" else (final,), strict=True):
+            data, final = compute(self._module.spec, data, held, weights)
+            for s, new in zip(held, final, strict=True):
                 s.copy_(new)
         return data
 
@@ -236,13 +227,13 @@ class Stream:
             True
         """
         with torch.inference_mode(False):
-            return self._module._as_state(tuple(s.clone() for s in self._state))
+            return self._module.as_state(tuple(s.clone() for s in self._state))
 
     @state.setter
     def state(self, state: State) -> None:
         given = [
             s.unsqueeze(1) if self.batch_size == 1 and s.dim() == 2 else s
-            for s in self._module._as_tuple(state)
+            for s in self._module.as_tuple(state)
         ]
         for name, tensor, held in zip(("h", "c"), given, self._state, strict=False):
             stream_checks.state(self._name, name, tensor, held)
@@ -251,7 +242,7 @@ class Stream:
                 held.copy_(tensor)
 
     def reset(self, mask: Tensor | None = None) -> None:
-        """Sets the state to zero before the next step, as ``resets`` does in a sequence.
+        """Set the state to zero before the next step, as ``resets`` does in a sequence.
 
         Args:
             mask: bool (N), true for the sequences that begin anew; None for all.
@@ -313,13 +304,13 @@ class Captured:
             self._output = function(self._input)
 
     def __call__(self, input: Tensor) -> Tensor:
-        """The result, which the next call overwrites."""
+        """Return the result, which the next call overwrites."""
         self._input.copy_(input)
         self._graph.replay()
         return self._output
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    if not torch._C._is_any_autocast_enabled():
+    if not is_any_autocast_enabled():
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

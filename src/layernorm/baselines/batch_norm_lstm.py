@@ -12,14 +12,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 from layernorm.baselines.batch_norm_recurrence import BatchNormRecurrence, Recurrence
 from layernorm.baselines.statistics import BatchStandardized, Steps
-from layernorm.cells import State
-from layernorm.recurrent import _Sequence
+from layernorm.parameters import State
+from layernorm.recurrent import LayerNormRNNBase
+from layernorm.spec import LayerSpec
 
 #: What has statistics: the products with the input and with h, and the cell.
 _NORMALIZED: Final = ("ih", "hh", "cell")
 
 
-class BatchNormLSTM(_Sequence):
+class BatchNormLSTM(LayerNormRNNBase):
     """A batch-normalized LSTM, with the call of ``torch.nn.LSTM`` (Cooijmans et al. 2016, arXiv 1603.09025).
 
     (i, f, g, o) = BN(W_ih x) + BN(W_hh h) + bias; c' = σ(f)·c + σ(i)·tanh(g) is carried on;
@@ -102,21 +103,31 @@ class BatchNormLSTM(_Sequence):
         sizes = (input_size, hidden_size, num_layers)
         super().__init__(*sizes, bias, batch_first, dropout, bidirectional, 0, device, dtype)
 
-    def _register(self, suffix: str, input_size: int, proj_size: int, device: Any, dtype: Any) -> None:
+    def _register(self, suffix: str, input_size: int, device: Any, dtype: Any) -> None:
         # The variant "paper" has its norms in the same places, so the parameters and their names are its own.
-        super()._register(suffix, input_size, proj_size, device, dtype)
+        super()._register(suffix, input_size, device, dtype)
         widths = (4 * self.hidden_size, 4 * self.hidden_size, self.hidden_size)
+        buffers = {}
         for name, width in zip(_NORMALIZED, widths, strict=True):
             shape = (self.max_length, width)
-            self.register_buffer(
-                f"running_mean_{name}{suffix}", torch.zeros(shape, device=device, dtype=dtype)
-            )
-            self.register_buffer(f"running_var_{name}{suffix}", torch.ones(shape, device=device, dtype=dtype))
-        counts = torch.zeros(self.max_length, device=device, dtype=torch.long)
-        self.register_buffer(f"num_batches_tracked{suffix}", counts)
+            buffers[f"running_mean_{name}"] = torch.zeros(shape, device=device, dtype=dtype)
+            buffers[f"running_var_{name}"] = torch.ones(shape, device=device, dtype=dtype)
+        buffers["num_batches_tracked"] = torch.zeros(self.max_length, device=device, dtype=torch.long)
+        for name, buffer in buffers.items():
+            self.register_buffer(f"{name}{suffix}", buffer)
+        shapes = {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+        self._shapes[suffix] = {**self._shapes[suffix], **shapes}
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The parameters of each layer and direction, in the order of their registration."""
+        return [
+            [w for name, w in weights.items() if not name.startswith(("running", "num_batches"))]
+            for weights in self.layer_weights()
+        ]
 
     def reset_parameters(self) -> None:
-        """Weights uniform in ±1/√hidden_size, gains ``gain``, biases 0; no step has been seen."""
+        """Draw weights uniformly in ±1/√hidden_size; gains ``gain``, biases 0; no step has been seen."""
         super().reset_parameters()
         for name, parameter in self.named_parameters():
             if name.startswith("gain"):
@@ -125,7 +136,7 @@ class BatchNormLSTM(_Sequence):
             buffer.fill_(1 if name.startswith("running_var") else 0)
 
     def steps_seen(self) -> int:
-        """The steps that have running statistics: the longest sequence of training, up to ``max_length``."""
+        """Return how many steps have running statistics: the longest sequence seen, up to ``max_length``."""
         return int(self.get_buffer("num_batches_tracked_l0").count_nonzero())
 
     def forward(
@@ -135,7 +146,7 @@ class BatchNormLSTM(_Sequence):
         *,
         resets: Tensor | PackedSequence | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
-        """Runs the sequence; shapes as in the class docstring."""
+        """Run the sequence; shapes as in the class docstring."""
         if resets is not None:
             raise ValueError(
                 "BatchNormLSTM: resets must be None, as statistics are those of a step from the start of a "
@@ -143,15 +154,16 @@ class BatchNormLSTM(_Sequence):
             )
         return super().forward(input, hx)
 
-    def _sequence(
+    def _compute(
         self,
+        spec: LayerSpec,
         input: Tensor,
-        state: tuple[Tensor, ...],
-        suffix: str,
+        state: Sequence[Tensor],
         weights: Mapping[str, Tensor],
         reverse: bool = False,
         batch_sizes: Sequence[int] | None = None,
         resets: Tensor | None = None,
+        recompute: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         sizes = list(batch_sizes) if batch_sizes is not None else [input.size(1)] * input.size(0)
         dtype = weights["weight_ih"].dtype
@@ -161,7 +173,7 @@ class BatchNormLSTM(_Sequence):
             h, c = (s.to(dtype) for s in state)
             # Each sequence from its own end, which is where the steps of this direction are counted from.
             order = _reversed(sizes, rows.device) if reverse else None
-            output, h, c = self._steps(rows if order is None else rows[order], sizes, h, c, weights, suffix)
+            output, h, c = self._steps(rows if order is None else rows[order], sizes, h, c, weights)
             output = output if order is None else output[order]
         return output.view(*input.shape[:-1], self.hidden_size), (h, c)
 
@@ -172,9 +184,8 @@ class BatchNormLSTM(_Sequence):
         h: Tensor,
         c: Tensor,
         weights: Mapping[str, Tensor],
-        suffix: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One layer in one direction over rows as in a ``PackedSequence``, from their first step."""
+        """Compute one layer and direction over rows as in a ``PackedSequence``, from their first step."""
         # Evaluation needs nobody else: one process may do it alone.
         steps = Steps.of(sizes, self.process_group, rows) if self.training else Steps.alone(sizes)
         if self.training and steps.total[0] < 2:
@@ -182,7 +193,7 @@ class BatchNormLSTM(_Sequence):
                 "Expected more than 1 value per channel when training, got a batch of "
                 f"{steps.total[0]} sequence(s); batch norm needs two, or evaluation mode: eval()"
             )
-        running = self._running(suffix, len(steps.own))
+        running = _running(weights, len(steps.own))
         product = rows @ weights["weight_ih"].t()
         if self.training:
             standard, *used = BatchStandardized.apply(product, *running["ih"], steps, self.eps)  # type: ignore[no-untyped-call]
@@ -205,46 +216,44 @@ class BatchNormLSTM(_Sequence):
             Recurrence(steps, self.eps, self.training),
         )
         if self.training:
-            self._track(suffix, steps, [*used, *others])
+            self._track(weights, steps, [*used, *others])
         return output, h, c
 
-    def _running(self, suffix: str, length: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Mean and variance of each step (length, ·), the last that there are for those beyond."""
-        counts = self.get_buffer(f"num_batches_tracked{suffix}")
-        last = max(int(counts.count_nonzero()) - 1, 0)
-        steps = torch.arange(length, device=counts.device).clamp_max(last)
-        return {
-            name: (
-                self.get_buffer(f"running_mean_{name}{suffix}")[steps],
-                self.get_buffer(f"running_var_{name}{suffix}")[steps],
-            )
-            for name in _NORMALIZED
-        }
-
     @torch.no_grad()
-    def _track(self, suffix: str, steps: Steps, used: Sequence[Tensor]) -> None:
-        """Adds a batch's statistics to the running ones, of the steps where it had any."""
+    def _track(self, weights: Mapping[str, Tensor], steps: Steps, used: Sequence[Tensor]) -> None:
+        """Add a batch's statistics to the running ones, for the steps where it had any."""
         having = [total for total in steps.total[: self.max_length] if total > 1]
         kept = slice(len(having))
-        counts = self.get_buffer(f"num_batches_tracked{suffix}")
+        counts = weights["num_batches_tracked"]
         counts[kept] += 1
         share = (1 / counts[kept].to(used[0].dtype)).clamp_min(self.momentum).unsqueeze(1)
         unbiased = steps.column(used[0], [total / (total - 1) for total in having])
         for name, mean, var in zip(_NORMALIZED, used[::2], used[1::2], strict=True):
-            self.get_buffer(f"running_mean_{name}{suffix}")[kept].lerp_(mean[kept], share)
-            self.get_buffer(f"running_var_{name}{suffix}")[kept].lerp_(var[kept] * unbiased, share)
+            weights[f"running_mean_{name}"][kept].lerp_(mean[kept], share)
+            weights[f"running_var_{name}"][kept].lerp_(var[kept] * unbiased, share)
 
     def stream(self, batch_size: int = 1, state: State | None = None) -> NoReturn:
-        """Raises TypeError: only layer-normalized layers are streamed."""
+        """Raise TypeError: only layer-normalized layers are streamed."""
         raise TypeError(
             "BatchNormLSTM has no stream, as its statistics depend on the step; call it on whole sequences, "
             "or stream a layernorm.LayerNormLSTM"
         )
 
     def extra_repr(self) -> str:
-        """The arguments that differ from the defaults."""
+        """Show the arguments that differ from the defaults."""
         layout = super().extra_repr().partition(", variant=")[0]
         return f"{layout}, max_length={self.max_length}, momentum={self.momentum}, eps={self.eps}"
+
+
+def _running(weights: Mapping[str, Tensor], length: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return mean and variance of each step (length, ·), those of the last step seen for later ones."""
+    counts = weights["num_batches_tracked"]
+    last = max(int(counts.count_nonzero()) - 1, 0)
+    steps = torch.arange(length, device=counts.device).clamp_max(last)
+    return {
+        name: (weights[f"running_mean_{name}"][steps], weights[f"running_var_{name}"][steps])
+        for name in _NORMALIZED
+    }
 
 
 def _check_statistics_dtype(dtype: torch.dtype) -> None:
@@ -256,7 +265,7 @@ def _check_statistics_dtype(dtype: torch.dtype) -> None:
 
 
 def _reversed(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """The order (R) of rows as in a ``PackedSequence`` that runs each sequence backwards; its own inverse."""
+    """Return the order (R) of packed rows that runs each sequence backwards; it is its own inverse."""
     rows = torch.tensor(sizes, device=device)
     begins = rows.cumsum(0) - rows
     steps = torch.arange(len(sizes), device=device).repeat_interleave(rows)

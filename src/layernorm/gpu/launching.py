@@ -10,8 +10,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+
+from layernorm.pytorch_internals import FakeTensor, FunctionalTensor
 
 #: What vectors want of an address, in bytes, and of a width or stride, in elements.
 ALIGNED: Final = 16

@@ -6,15 +6,13 @@ functions of ``layernorm.functional`` do that.
 """
 
 from layernorm.reference.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from layernorm.reference.recurrent import gru, lstm, lstm_gates, rnn
+from layernorm.reference.recurrent import lstm_gates, recurrent_layer
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
-    "gru",
     "layer_norm",
-    "lstm",
     "lstm_gates",
+    "recurrent_layer",
     "rms_norm",
-    "rnn",
 ]

@@ -1,166 +1,133 @@
 """Recurrent sequences for every variant: one time loop that takes a small cell function.
 
 Shapes: T time, N batch, F input, H hidden, G gates, P the size of h (``proj_size`` or H). A cell takes
-what the input contributes to the gates at one step, ``x`` (N, G·H), which ``_project`` has computed
-for all steps at once, and the state.
+what the input contributes to the gates at one step, ``x`` (N, G·H), which has been computed for all steps at
+once, and the state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from layernorm.reference.norms import layer_norm, rms_norm
-from layernorm.variants import GATES, Cell, Variant
+from layernorm.spec import LayerSpec
 
 Weights = Mapping[str, Tensor]
 State = tuple[Tensor, ...]
 
 
-def lstm(
+def recurrent_layer(
+    spec: LayerSpec,
     input: Tensor,
-    state: tuple[Tensor, Tensor],
+    state: Sequence[Tensor],
     weights: Weights,
-    variant: Variant,
-    *,
     reverse: bool = False,
     batch_sizes: Sequence[int] | None = None,
     resets: Tensor | None = None,
-    recompute: bool = False,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One layer and direction of an LSTM (paper eq. 20-22 for the variant "paper").
+) -> tuple[Tensor, State]:
+    """Compute one layer and direction (paper eq. 4, 20-22, 26-28 for the variant "paper").
 
     Args:
+        spec: what the layer computes.
         input: (T, N, F), or the (ΣN_t, F) data of a packed sequence with its ``batch_sizes``.
-        state: h (N, P) and c (N, H).
+        state: h (N, P), and for an LSTM c (N, H).
         weights: by the names of ``layernorm.variants.parameter_shapes``; a bias may be absent.
-        variant: the spec.
         reverse: run from the last step to the first; outputs stay in the input's order.
         batch_sizes: rows at each step, not increasing; None when all steps have N.
         resets: bool (T, N), or (ΣN_t,): where true, nothing passes between this step and the one
             before. Forward the state is zero before the step; in reverse it is zero after it.
-        recompute: of the compiled kernels; without effect here, where autograd decides what is kept.
 
     Returns:
-        output (T, N, P), or (ΣN_t, P); and the final (h, c).
+        output (T, N, P), or (ΣN_t, P); and the final state.
+
+    Examples:
+        >>> import torch
+        >>> from layernorm import reference
+        >>> from layernorm.spec import LayerSpec
+        >>> from layernorm.variants import resolve
+        >>> spec = LayerSpec("gru", resolve("paper", "gru"))
+        >>> weights = {name: torch.randn(shape) for name, shape in spec.parameter_shapes(3, 5).items()}
+        >>> output, (h,) = reference.recurrent_layer(spec, torch.randn(7, 2, 3), [torch.zeros(2, 5)], weights)
+        >>> output.shape
+        torch.Size([7, 2, 5])
     """
-    cell = partial(_lstm_step, weights=weights, variant=variant)
-    x = _project(input, weights, variant, _groups("lstm", variant, state[1].size(-1)))
-    output, (h, c) = _scan(cell, x, state, reverse, batch_sizes, resets)
-    return output, (h, c)
-
-
-def gru(
-    input: Tensor,
-    state: Tensor,
-    weights: Weights,
-    variant: Variant,
-    *,
-    reverse: bool = False,
-    batch_sizes: Sequence[int] | None = None,
-    resets: Tensor | None = None,
-    recompute: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """One layer and direction of a GRU (paper eq. 26-28); h' = (1 - z)·n + z·h as in PyTorch.
-
-    Arguments and results as those of ``lstm``, with the state h (N, H).
-    """
-    cell = partial(_gru_step, weights=weights, variant=variant)
-    x = _project(input, weights, variant, _groups("gru", variant, state.size(-1)))
-    output, (h,) = _scan(cell, x, (state,), reverse, batch_sizes, resets)
-    return output, h
-
-
-def rnn(
-    input: Tensor,
-    state: Tensor,
-    weights: Weights,
-    variant: Variant,
-    *,
-    nonlinearity: str = "tanh",
-    reverse: bool = False,
-    batch_sizes: Sequence[int] | None = None,
-    resets: Tensor | None = None,
-    recompute: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """One layer and direction of an RNN (paper eq. 4); ``nonlinearity`` is "tanh" or "relu".
-
-    Other arguments and results as those of ``lstm``, with the state h (N, H).
-    """
-    cell = partial(_rnn_step, weights=weights, variant=variant, nonlinearity=nonlinearity)
-    x = _project(input, weights, variant, _groups("rnn", variant, state.size(-1)))
-    output, (h,) = _scan(cell, x, (state,), reverse, batch_sizes, resets)
-    return output, h
+    cell = partial(_STEPS[spec.cell], spec=spec, weights=weights)
+    x = _of_input(linear(input, weights["weight_ih"], weights.get("bias_ih")), weights, spec)
+    return _scan(cell, x, tuple(state), reverse, batch_sizes, resets)
 
 
 def lstm_gates(
-    input_gates: Tensor, hidden_gates: Tensor, c: Tensor, weights: Weights, variant: Variant
-) -> State:
-    """The part of an LSTM's step after its products: W_ih x, W_hh h (N, 4H) and c (N, H) to h and c (N, H).
+    spec: LayerSpec, input_gates: Tensor, hidden_gates: Tensor, c: Tensor, weights: Weights
+) -> tuple[Tensor, Tensor]:
+    """Compute the part of an LSTM's step after its products W_ih x and W_hh h (N, 4H).
 
-    ``weights`` are the parameters but for the matrices; a bias may be absent.
+    ``weights`` are the parameters but for the matrices; a bias may be absent. Returns h and c (N, H).
     """
-    groups = _groups("lstm", variant, c.size(-1))
-    x = _of_input(_plus(input_gates, weights.get("bias_ih")), weights, variant, groups)
-    gates = _gates(x, _plus(hidden_gates, weights.get("bias_hh")), weights, variant, groups)
-    return _lstm_state(gates, c, weights, variant)
+    x = _of_input(_plus(input_gates, weights.get("bias_ih")), weights, spec)
+    gates = _gates(x, _plus(hidden_gates, weights.get("bias_hh")), weights, spec)
+    return _lstm_state(gates, c, weights, spec)
 
 
-def _lstm_step(x: Tensor, state: State, weights: Weights, variant: Variant) -> State:
+def _lstm_step(x: Tensor, state: State, *, spec: LayerSpec, weights: Weights) -> State:
     h, c = state
     hidden = linear(h, weights["weight_hh"], weights.get("bias_hh"))
-    gates = _gates(x, hidden, weights, variant, _groups("lstm", variant, c.size(-1)))
-    h, c = _lstm_state(gates, c, weights, variant)
+    h, c = _lstm_state(_gates(x, hidden, weights, spec), c, weights, spec)
     if "weight_hr" in weights:
         h = linear(h, weights["weight_hr"])
     return h, c
 
 
-def _lstm_state(gates: Tensor, c: Tensor, weights: Weights, variant: Variant) -> State:
+def _lstm_state(gates: Tensor, c: Tensor, weights: Weights, spec: LayerSpec) -> tuple[Tensor, Tensor]:
     i, f, g, o = gates.chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    if variant.cell == "carried":
-        c = _normalized_cell(c, weights, variant)
-    seen = _normalized_cell(c, weights, variant) if variant.cell == "output" else c
-    return torch.sigmoid(o) * torch.tanh(seen), c
+    normalized = _normalized_cell(c, weights, spec) if spec.normalizes_cell else c
+    carried = normalized if spec.variant.cell == "carried" else c
+    return torch.sigmoid(o) * torch.tanh(normalized), carried
 
 
-def _gru_step(x: Tensor, state: State, weights: Weights, variant: Variant) -> State:
+def _gru_step(x: Tensor, state: State, *, spec: LayerSpec, weights: Weights) -> State:
+    """Take h' = (1 - z)·n + z·h, which is PyTorch's convention."""
     (h,) = state
     size = h.size(-1)
-    groups = _groups("gru", variant, size)
-    if variant.inputs == "separate":
-        hidden = linear(h, weights["weight_hh"], weights.get("bias_hh"))
-        hidden = _normalized(hidden, groups, weights.get("gain_hh"), None, variant)
+    hidden = linear(h, weights["weight_hh"], weights.get("bias_hh"))
+    if spec.products == "separate":
+        hidden = _normalized(hidden, spec.groups, weights.get("gain_hh"), None, spec)
         x = _plus(x, weights.get("bias"))
         r, z = torch.sigmoid(x[..., : 2 * size] + hidden[..., : 2 * size]).chunk(2, -1)
         reset = r * _plus(hidden[..., 2 * size :], weights.get("bias_hn"))
         n = torch.tanh(x[..., 2 * size :] + reset)
-    elif variant.scope == "all":
-        hidden = linear(h, weights["weight_hh"], weights.get("bias_hh"))
-        gates = _gates(x, hidden, weights, variant, groups)
+    elif spec.products == "summed":
+        gates = _gates(x, hidden, weights, spec)
         r, z = torch.sigmoid(gates[..., : 2 * size]).chunk(2, -1)
         n = torch.tanh(r * gates[..., 2 * size :])
     else:
-        hidden = linear(h, weights["weight_hh"], weights.get("bias_hh"))
         (x_rz, x_n), (h_rz, h_n) = (a.split([2 * size, size], -1) for a in (x, hidden))
         gain_rz, gain_n = weights["gain"].split([2 * size, size])
         bias_rz, bias_n = weights["bias"].split([2 * size, size]) if "bias" in weights else (None, None)
-        rz = _normalized(x_rz + h_rz, groups[:-1], gain_rz, bias_rz, variant)
+        rz = _normalized(x_rz + h_rz, spec.groups[:-1], gain_rz, bias_rz, spec)
         r, z = torch.sigmoid(rz).chunk(2, -1)
-        n = torch.tanh(_normalized(x_n + r * h_n, groups[-1:], gain_n, bias_n, variant))
+        n = torch.tanh(_normalized(x_n + r * h_n, spec.groups[-1:], gain_n, bias_n, spec))
     return ((1 - z) * n + z * h,)
 
 
-def _rnn_step(x: Tensor, state: State, weights: Weights, variant: Variant, nonlinearity: str) -> State:
+def _rnn_step(x: Tensor, state: State, *, spec: LayerSpec, weights: Weights) -> State:
     (h,) = state
     hidden = linear(h, weights["weight_hh"], weights.get("bias_hh"))
-    gates = _gates(x, hidden, weights, variant, _groups("rnn", variant, h.size(-1)))
-    return (torch.tanh(gates) if nonlinearity == "tanh" else torch.relu(gates),)
+    gates = _gates(x, hidden, weights, spec)
+    return (torch.tanh(gates) if spec.nonlinearity == "tanh" else torch.relu(gates),)
+
+
+_STEPS: Final[Mapping[str, Callable[..., State]]] = {
+    "lstm": _lstm_step,
+    "gru": _gru_step,
+    "rnn": _rnn_step,
+}
 
 
 def _scan(
@@ -210,52 +177,35 @@ def _cleared(state: State, reset: Tensor) -> State:
     return tuple(s.masked_fill(reset.unsqueeze(-1), 0) for s in state)
 
 
-def _project(x: Tensor, weights: Weights, variant: Variant, groups: list[int]) -> Tensor:
-    """What the input contributes to the gates: W_ih x, normalized where ``inputs`` is separate."""
-    return _of_input(linear(x, weights["weight_ih"], weights.get("bias_ih")), weights, variant, groups)
-
-
-def _of_input(product: Tensor, weights: Weights, variant: Variant, groups: list[int]) -> Tensor:
-    if variant.inputs == "separate":
-        return _normalized(product, groups, weights.get("gain_ih"), None, variant)
+def _of_input(product: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
+    """Return what W_ih x contributes to the gates: normalized where inputs are separate."""
+    if spec.variant.inputs == "separate":
+        return _normalized(product, spec.groups, weights.get("gain_ih"), None, spec)
     return product
 
 
-def _gates(x: Tensor, hidden: Tensor, weights: Weights, variant: Variant, groups: list[int]) -> Tensor:
-    """All gates before their nonlinearity, for cells whose gates are made alike; hidden is W_hh h."""
+def _gates(x: Tensor, hidden: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
+    """Return all gates before their nonlinearity, for cells whose gates are made alike; hidden is W_hh h."""
     bias = weights.get("bias")
-    if variant.inputs == "separate":
-        return _plus(x + _normalized(hidden, groups, weights.get("gain_hh"), None, variant), bias)
-    return _normalized(x + hidden, groups, weights.get("gain"), bias, variant)
-
-
-def _groups(cell: Cell, variant: Variant, size: int) -> list[int]:
-    """How many neighbouring features share statistics, group by group; size is H."""
-    if variant.scope == "gate":
-        return [size] * GATES[cell]
-    if variant.scope == "matrix" and cell == "gru":
-        return [2 * size, size]
-    return [GATES[cell] * size]
+    if spec.variant.inputs == "separate":
+        return _plus(x + _normalized(hidden, spec.groups, weights.get("gain_hh"), None, spec), bias)
+    return _normalized(x + hidden, spec.groups, weights.get("gain"), bias, spec)
 
 
 def _normalized(
-    a: Tensor,
-    groups: list[int],
-    gain: Tensor | None,
-    bias: Tensor | None,
-    variant: Variant,
+    a: Tensor, groups: Sequence[int], gain: Tensor | None, bias: Tensor | None, spec: LayerSpec
 ) -> Tensor:
-    """N(a)·gain + bias, each group of features by itself; a is (..., sum(groups))."""
-    if variant.kind != "none":
-        norm = layer_norm if variant.kind == "layer" else rms_norm
-        parts = a.split(groups, -1)
-        a = torch.cat([norm(part, part.shape[-1:], eps=variant.eps) for part in parts], -1)
+    """Return N(a)·gain + bias, each group by itself; groups are in gates, or in whatever a has of them."""
+    if groups:
+        norm = layer_norm if spec.variant.kind == "layer" else rms_norm
+        size = a.size(-1) // sum(groups)
+        parts = a.split([size * count for count in groups], -1)
+        a = torch.cat([norm(part, part.shape[-1:], eps=spec.eps) for part in parts], -1)
     return _plus(a if gain is None else a * gain, bias)
 
 
-def _normalized_cell(c: Tensor, weights: Weights, variant: Variant) -> Tensor:
-    gain, bias = weights["gain_cell"], weights.get("bias_cell")
-    return _normalized(c, [c.size(-1)], gain, bias, variant)
+def _normalized_cell(c: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
+    return _normalized(c, (1,), weights["gain_cell"], weights.get("bias_cell"), spec)
 
 
 def _plus(a: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
-from torch.utils import _python_dispatch
+
+from layernorm.pytorch_internals import dispatch_modes, is_flop_counter_mode
 
 
 def register() -> None:
@@ -26,8 +27,9 @@ def register() -> None:
         if (operator := getattr(torch.ops.layernorm, name)) not in known:
             counter.register_flop_formula(operator)(formula)
     # Each counter has copied what was registered when it was made.
-    for mode in _python_dispatch._get_current_dispatch_mode_stack():
-        if isinstance(mode, counter._FlopCounterMode):
+    mode: Any
+    for mode in dispatch_modes():
+        if is_flop_counter_mode(mode, counter):
             mode.counter.flop_registry = {**known, **mode.counter.flop_registry}
 
 

@@ -1,0 +1,81 @@
+"""Which kernels on a GPU are worth their while, as measured on devices of its architecture."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from layernorm.gpu import settings
+from layernorm.override import Choice, asked_for
+from layernorm.spec import LayerSpec
+
+
+@functools.cache
+def _architecture(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def name_of(device: torch.device) -> str:
+    """Return the name of a device's architecture."""
+    major, minor = _architecture(device)
+    return f"compute capability {major}.{minor}"
+
+
+@functools.cache
+def measured(operator: str, device: torch.device, dtype: torch.dtype) -> bool | None:
+    """Return whether a Triton norm is at least as fast as PyTorch's; None where nobody measured it."""
+    faster = settings.FASTER.get(_architecture(device))
+    return None if faster is None else (operator, str(dtype).removeprefix("torch.")) in faster
+
+
+def tier(
+    spec: LayerSpec,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    projected: bool = False,
+    backward: bool = False,
+) -> Choice:
+    """Return which kernel computes a recurrent layer, ``persistent`` or ``triton``, and why.
+
+    Args:
+        spec: what the layer computes.
+        hidden_size: H.
+        dtype: of input and parameters.
+        device: the GPU.
+        projected: whether h is projected.
+        backward: whether the derivative is asked for.
+    """
+    return _tier(spec, hidden_size, dtype, device, projected, backward, asked_for())
+
+
+@functools.cache
+def _tier(
+    spec: LayerSpec,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    projected: bool,
+    backward: bool,
+    override: str | None,
+) -> Choice:
+    from layernorm.gpu.persistent import launches as persistent
+
+    if override == "triton":
+        return Choice("triton", "the override asks for it")
+    architecture, variant = _architecture(device), spec.variant
+    fields = (variant.kind, variant.inputs, variant.scope, variant.cell, hidden_size, projected, dtype)
+    ask = persistent.backward_problem if backward else persistent.problem
+    problem = ask(spec.operation, *fields, 10 * architecture[0] + architecture[1])
+    if problem is not None:
+        return Choice("triton", problem)
+    if override == "persistent":
+        return Choice("persistent", "the override asks for it")
+    faster = settings.PERSISTENT.get(architecture)
+    if faster is None:
+        return Choice("triton", f"the persistent kernel has not been measured on {name_of(device)} yet")
+    if hidden_size > faster.get(spec.operation, (0, 0))[backward]:
+        return Choice("triton", f"measured as faster on {name_of(device)}")
+    return Choice("persistent", f"measured as faster on {name_of(device)}")

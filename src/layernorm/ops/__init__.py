@@ -1,0 +1,35 @@
+"""The operators: schemas, fake kernels, derivatives of higher order, and the compiled module.
+
+Importing this package defines the operators and loads the compiled module if there is one; Triton waits for
+the first call that needs it. The CPU kernels, the derivatives of all devices and the entries for plain calls
+are in ``csrc/torch``; this is what they are for:
+
+- ``layer_norm``, ``rms_norm``, ``add_layer_norm``, ``add_rms_norm``: what users call. On tensors that need
+  a derivative they record a node and run
+- ``norm_forward``, which also returns the statistics, and in backward
+- ``norm_backward``;
+- ``recurrent``: one layer and direction of a recurrent network, with ``recurrent_forward``, which also
+  returns what is kept, and ``recurrent_backward``. ``recurrent_composite_backward`` is the latter by the
+  reference's own derivative, for derivatives of higher order;
+- ``lstm_gates``: the part of an LSTM's step after its products, on the CPU alone, with
+  ``lstm_gates_backward`` and ``lstm_gates_composite_backward``.
+"""
+
+from layernorm.ops import flops
+from layernorm.ops.gates import lstm_gates
+from layernorm.ops.loading import CAPABILITY_VARIABLE, NATIVE_PROBLEM, native
+from layernorm.ops.norm import NORMS
+from layernorm.ops.recurrent import recurrent_layer
+from layernorm.ops.registration import gpu_kernel
+
+flops.register()
+
+__all__ = [
+    "CAPABILITY_VARIABLE",
+    "NATIVE_PROBLEM",
+    "NORMS",
+    "gpu_kernel",
+    "lstm_gates",
+    "native",
+    "recurrent_layer",
+]

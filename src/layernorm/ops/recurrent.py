@@ -1,0 +1,183 @@
+"""The recurrent operators: schemas, fake kernels, derivatives of higher order, and the call of a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from layernorm import recurrent_checks, reference
+from layernorm.ops import flops
+from layernorm.ops.autocast import autocast
+from layernorm.ops.composite import gradients_of, leaves_of, register_composite
+from layernorm.ops.registration import register_on_gpus, register_vmap, require_tensors
+from layernorm.pytorch_internals import count_dispatch_modes
+from layernorm.spec import PARAMETERS, LayerSpec
+
+# weights has PARAMETERS; spec and eps are a LayerSpec's. c, and cn among the results, are an LSTM's; cn has
+# no element elsewhere. batch_sizes are a packed sequence's.
+_LAYER: Final = (
+    "Tensor input, Tensor h, Tensor? c, Tensor?[] weights, Tensor? resets, int[]? batch_sizes, int[] spec,"
+    " float eps, bool reverse"
+)
+_GRADS: Final = "Tensor? grad_output, Tensor? grad_h, Tensor? grad_c"
+_SAVED: Final = "Tensor saved_x, Tensor saved_h, Tensor saved_c, Tensor saved_stats"
+_OUTPUTS: Final = "Tensor output, Tensor hn, Tensor cn"
+# wanted: of input, h, c and the weights. A gradient that is not wanted has no element.
+_WANTED: Final = f"bool[{3 + len(PARAMETERS)}] wanted"
+_FOUND: Final = "(Tensor grad_input, Tensor grad_h, Tensor grad_c, Tensor[] grad_weights)"
+for _name, _schema in {
+    "recurrent": f"({_LAYER}, bool recompute) -> ({_OUTPUTS})",
+    "recurrent_forward": f"({_LAYER}, bool recompute) -> ({_OUTPUTS}, {_SAVED})",
+    "recurrent_backward": f"({_LAYER}, {_GRADS}, Tensor output, {_SAVED}, {_WANTED}) -> {_FOUND}",
+    "recurrent_composite_backward": f"({_LAYER}, {_GRADS}, {_WANTED}) -> {_FOUND}",
+}.items():
+    torch.library.define(f"layernorm::{_name}", _schema)
+_RECURRENT: Final = torch.ops.layernorm.recurrent.default
+
+
+def recurrent_layer(
+    spec: LayerSpec,
+    input: Tensor,
+    state: Sequence[Tensor],
+    weights: Mapping[str, Tensor],
+    reverse: bool = False,
+    batch_sizes: Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Compute ``layernorm.reference.recurrent_layer`` by the operator.
+
+    ``recompute`` keeps less for backward and computes it again.
+    """
+    if not torch.compiler.is_compiling() and count_dispatch_modes() > 0:
+        flops.register()
+    tensors = [input, state[0], state[1] if len(state) > 1 else None, *spec.listed(weights)]
+    x, h, c, *parameters = autocast(tensors, input.device)
+    sizes = None if batch_sizes is None else list(batch_sizes)
+    output, hn, cn = _RECURRENT(x, h, c, parameters, resets, sizes, spec.codes, spec.eps, reverse, recompute)
+    return output, (hn, cn) if len(state) > 1 else (hn,)
+
+
+def _outputs(input: Tensor, h: Tensor, c: Tensor | None, spec: LayerSpec) -> tuple[Tensor, ...]:
+    require_tensors(input=input, h=h)
+    if h.dim() != 2 or input.dim() not in (2, 3):
+        raise RuntimeError(
+            "layernorm: h must have 2 dimensions, and input 3, or 2 if it is packed; got "
+            f"{h.dim()} and {input.dim()}"
+        )
+    output = input.new_empty((*input.shape[:-1], h.size(-1)))
+    cn = input.new_empty(c.shape) if c is not None and spec.cell == "lstm" else input.new_empty(0)
+    return output, input.new_empty(h.shape), cn
+
+
+@torch.library.register_fake("layernorm::recurrent")
+def _recurrent_fake(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor | None],
+    resets: Tensor | None,
+    batch_sizes: Sequence[int] | None,
+    codes: Sequence[int],
+    eps: float,
+    *_: object,
+) -> tuple[Tensor, ...]:
+    return _outputs(input, h, c, LayerSpec.decode(codes, eps))
+
+
+@torch.library.register_fake("layernorm::recurrent_forward")
+def _recurrent_forward_fake(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor | None],
+    resets: Tensor | None,
+    batch_sizes: Sequence[int] | None,
+    codes: Sequence[int],
+    eps: float,
+    reverse: bool,
+    recompute: bool,
+) -> tuple[Tensor, ...]:
+    spec = LayerSpec.decode(codes, eps)
+    weight = weights[1] if len(weights) == len(PARAMETERS) else None
+    if weight is None or weight.dim() != 2:
+        raise RuntimeError(
+            f"layernorm: weights must be a list of {len(PARAMETERS)}, with the matrix weight_hh"
+        )
+    hidden = weight.size(0) // spec.gates
+    rows = math.prod(input.shape[:-1])
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    h_width = spec.saved_h_gates * hidden
+    saved = (
+        input.new_empty(0 if recompute else (rows, spec.gates * hidden)),
+        input.new_empty(0 if recompute or not h_width else (rows, h_width)),
+        input.new_empty((rows, hidden) if spec.cell == "lstm" else 0),
+        input.new_empty(0 if recompute else (rows, spec.statistics), dtype=dtype),
+    )
+    return *_outputs(input, h, c, spec), *saved
+
+
+@torch.library.register_fake("layernorm::recurrent_backward")
+def _recurrent_backward_fake(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor | None],
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    wanted: Sequence[bool] = rest[-1]
+    require_tensors(input=input, h=h)
+
+    def like(tensor: Tensor | None, is_wanted: bool) -> Tensor:
+        return input.new_empty(tensor.shape if tensor is not None and is_wanted else 0)
+
+    of_input, of_h, of_c = (like(t, want) for t, want in zip((input, h, c), wanted[:3], strict=True))
+    return of_input, of_h, of_c, [like(t, want) for t, want in zip(weights, wanted[3:], strict=True)]
+
+
+def _composite_backward(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor | None],
+    resets: Tensor | None,
+    batch_sizes: Sequence[int] | None,
+    codes: Sequence[int],
+    eps: float,
+    reverse: bool,
+    grad_output: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Return the gradients by differentiating the reference, themselves differentiable."""
+    spec = LayerSpec.decode(codes, eps)
+    leaves = leaves_of([input, h, c, *weights])
+    x, *state = leaves[: 3 if spec.cell == "lstm" else 2]
+    parameters = spec.named(leaves[3:])
+    recurrent_checks.layer_arguments(
+        spec, x, tuple(state) if spec.cell == "lstm" else state[0], parameters, batch_sizes, resets
+    )
+    with torch.enable_grad():
+        output, final = reference.recurrent_layer(
+            spec, x, state, parameters, reverse=reverse, batch_sizes=batch_sizes, resets=resets
+        )
+    pairs = [
+        (out, grad)
+        for out, grad in zip((output, *final), (grad_output, grad_h, grad_c), strict=False)
+        if grad is not None
+    ]
+    outputs, grads = zip(*pairs, strict=True)
+    found = gradients_of(outputs, leaves, grads, wanted)
+    return found[0], found[1], found[2], found[3:]
+
+
+register_composite("recurrent_composite_backward", _composite_backward)
+for _name in ("recurrent", "recurrent_forward", "recurrent_backward"):
+    register_on_gpus("recurrent", _name, traced=False)
+    register_vmap(_name)
+register_vmap("recurrent_composite_backward")

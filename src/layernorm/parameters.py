@@ -1,0 +1,125 @@
+"""The parameters of recurrent modules, which sequences, single steps and streams share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from layernorm import recurrent_checks
+from layernorm.pytorch_internals import is_any_autocast_enabled
+from layernorm.spec import LayerSpec, Nonlinearity
+from layernorm.variants import Cell, Variant, resolve
+
+#: h, or for an LSTM (h, c).
+State: TypeAlias = Tensor | tuple[Tensor, Tensor]
+
+
+class RecurrentParameters(torch.nn.Module):
+    """A recurrent module's sizes, its spec, and the parameters that the spec defines.
+
+    Attributes:
+        spec: what every layer of the module computes.
+        variant: the spec's variant.
+    """
+
+    _cell: ClassVar[Cell]
+
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bidirectional: bool = False
+    proj_size: int = 0
+    recompute: bool = False
+    spec: LayerSpec
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool,
+        variant: str | Variant,
+        nonlinearity: Nonlinearity = "tanh",
+    ) -> None:
+        super().__init__()
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self._has_bias = bias
+        self.spec = LayerSpec(self._cell, resolve(variant, self._cell), nonlinearity)
+        self._variant_as_given = variant
+        # The shapes of each layer and direction's parameters, by their suffix.
+        self._shapes: dict[str, Mapping[str, tuple[int, ...]]] = {}
+
+    @property
+    def variant(self) -> Variant:
+        """How the module is normalized."""
+        return self.spec.variant
+
+    def _register(self, suffix: str, input_size: int, device: Any, dtype: Any) -> None:
+        shapes = self.spec.parameter_shapes(
+            input_size, self.hidden_size, proj_size=self.proj_size, bias=self._has_bias
+        )
+        for name, shape in shapes.items():
+            parameter = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.register_parameter(name + suffix, parameter)
+        self._shapes[suffix] = shapes
+
+    def reset_parameters(self) -> None:
+        """Draw weights uniformly in ±1/√hidden_size; gains 1, biases 0; without a norm as PyTorch does."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for name, parameter in self.named_parameters():
+            # A parametrized weight is called parametrizations.weight_hh_l0.original0.
+            if "weight" in name or self.variant.kind == "none":
+                torch.nn.init.uniform_(parameter, -bound, bound)
+            elif "gain" in name:
+                torch.nn.init.ones_(parameter)
+            else:
+                torch.nn.init.zeros_(parameter)
+
+    def layer_weights(self) -> list[dict[str, Tensor]]:
+        """Return the weights of each layer and direction, by their names without suffix.
+
+        Read as attributes, whatever they are: parameters, buffers, the plain tensors of a replica. A call
+        reads each once, for a parametrized one is computed anew each time, which may have side effects.
+        """
+        return [
+            {name: getattr(self, name + suffix) for name in shapes} for suffix, shapes in self._shapes.items()
+        ]
+
+    def layer_shapes(self) -> list[Mapping[str, tuple[int, ...]]]:
+        """Return the shapes that they have."""
+        return list(self._shapes.values())
+
+    def _check_weights(self, weights: list[dict[str, Tensor]]) -> None:
+        """Check what stands where the parameters were: attributes may be anything."""
+        for given, shapes in zip(weights, self._shapes.values(), strict=True):
+            recurrent_checks.module_weights(self._cell, given, shapes)
+
+    def _check_dtype(self, input: Tensor, weight: torch.dtype) -> None:
+        if input.dtype != weight and not is_any_autocast_enabled():
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight}). "
+                f"Convert input: input.to({weight}), or convert model: model.to({input.dtype})"
+            )
+
+    def as_tuple(self, hx: State) -> tuple[Tensor, ...]:
+        """Return the state as a tuple of as many tensors as the cell has.
+
+        Raises:
+            TypeError: it is not of the cell's kind.
+        """
+        if self._cell != "lstm":
+            if not isinstance(hx, Tensor):
+                raise TypeError(f"hx must be a Tensor h_0, got {type(hx).__name__}")
+            return (hx,)
+        if not isinstance(hx, tuple | list) or len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
+            got = type(hx).__name__ + (f" of {len(hx)}" if isinstance(hx, tuple | list) else "")
+            raise TypeError(f"hx must be a tuple (h_0, c_0) of two Tensors, got {got}")
+        return tuple(hx)
+
+    def as_state(self, state: tuple[Tensor, ...]) -> State:
+        """Return what ``as_tuple`` was given."""
+        return cast(State, state if self._cell == "lstm" else state[0])
