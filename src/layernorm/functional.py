@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layernorm import backends, checks, ops, recurrent_checks, reference
-from layernorm.spec import LayerSpec
-from layernorm.variants import Variant, resolve
+from layernorm.spec import LayerSpec, layer_spec
+from layernorm.variants import Variant
 
 
 def layer_norm(
@@ -277,7 +277,7 @@ def lstm(
         >>> output.shape
         torch.Size([7, 2, 5])
     """
-    spec = LayerSpec("lstm", resolve(variant, "lstm"))
+    spec = layer_spec("lstm", variant)
     output, (h, c) = _sequence(
         spec,
         input,
@@ -315,7 +315,7 @@ def gru(
         >>> weights = {name: torch.randn(shape) for name, shape in shapes.items()}
         >>> output, h = LF.gru(torch.randn(7, 2, 3), torch.zeros(2, 5), weights)
     """
-    spec = LayerSpec("gru", resolve(variant, "gru"))
+    spec = layer_spec("gru", variant)
     output, (h,) = _sequence(
         spec,
         input,
@@ -354,7 +354,7 @@ def rnn(
         >>> weights = {name: torch.randn(shape) for name, shape in shapes.items()}
         >>> output, h = LF.rnn(torch.randn(7, 2, 3), torch.zeros(2, 5), weights)
     """
-    spec = LayerSpec("rnn", resolve(variant, "rnn"), checks.nonlinearity(nonlinearity))
+    spec = layer_spec("rnn", variant, checks.nonlinearity(nonlinearity))
     output, (h,) = _sequence(
         spec,
         input,
@@ -408,7 +408,7 @@ def lstm_gates(
         >>> h.shape
         torch.Size([2, 5])
     """
-    spec = LayerSpec("lstm", resolve(variant, "lstm"))
+    spec = layer_spec("lstm", variant)
     recurrent_checks.gates_arguments(spec, input_gates, hidden_gates, c, weights)
     kernel = backends.recurrent_kernel_for(backends.GATES, c, (input_gates, hidden_gates, *weights.values()))
     if kernel in backends.OPERATORS:

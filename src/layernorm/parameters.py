@@ -11,8 +11,8 @@ from torch import Tensor
 
 from layernorm import recurrent_checks
 from layernorm.pytorch_internals import is_any_autocast_enabled
-from layernorm.spec import LayerSpec, Nonlinearity
-from layernorm.variants import Cell, Variant, resolve
+from layernorm.spec import LayerSpec, Nonlinearity, layer_spec
+from layernorm.variants import Cell, Variant
 
 #: h, or for an LSTM (h, c).
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -48,7 +48,7 @@ class RecurrentParameters(torch.nn.Module):
         self.input_size = input_size
         self.hidden_size = hidden_size
         self._has_bias = bias
-        self.spec = LayerSpec(self._cell, resolve(variant, self._cell), nonlinearity)
+        self.spec = layer_spec(self._cell, variant, nonlinearity)
         self._variant_as_given = variant
         # The shapes of each layer and direction's parameters, by their suffix.
         self._shapes: dict[str, Mapping[str, tuple[int, ...]]] = {}

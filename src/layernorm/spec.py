@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Self, get_args
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from layernorm.variants import (
     GATES,
@@ -27,6 +28,7 @@ from layernorm.variants import (
     Scope,
     Variant,
     parameter_shapes,
+    resolve,
 )
 
 #: The nonlinearity of an RNN.
@@ -193,6 +195,28 @@ class LayerSpec:
         return cls(cell, variant, nonlinearity or "tanh")
 
 
+def layer_spec(cell: Cell, variant: str | Variant, nonlinearity: Nonlinearity = "tanh") -> LayerSpec:
+    """Return the spec that a preset's name or a variant means for a cell.
+
+    Raises:
+        ValueError: see ``layernorm.variants.resolve``.
+        TypeError: ``variant`` is neither a name nor a ``Variant``.
+
+    Examples:
+        >>> from layernorm.spec import layer_spec
+        >>> layer_spec("rnn", "paper", "relu").operation
+        'rnn_relu'
+    """
+    if is_compiling() or not isinstance(variant, str | Variant):  # Dynamo knows no caches
+        return LayerSpec(cell, resolve(variant, cell), nonlinearity)
+    return _cached(cell, variant, nonlinearity)
+
+
+@functools.lru_cache(maxsize=256)
+def _cached(cell: Cell, variant: str | Variant, nonlinearity: Nonlinearity) -> LayerSpec:
+    return LayerSpec(cell, resolve(variant, cell), nonlinearity)
+
+
 def _groups(cell: Cell, variant: Variant) -> tuple[int, ...]:
     gates = GATES[cell]
     if variant.kind == "none":
@@ -231,4 +255,4 @@ def _encode(cell: Cell, variant: Variant, nonlinearity: Nonlinearity) -> tuple[i
     return tuple(choices.index(values[name]) for name, choices in _CODES.items())
 
 
-__all__ = ["GATES_PARAMETERS", "PARAMETERS", "LayerSpec", "Nonlinearity", "Products"]
+__all__ = ["GATES_PARAMETERS", "PARAMETERS", "LayerSpec", "Nonlinearity", "Products", "layer_spec"]
