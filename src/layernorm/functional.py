@@ -26,7 +26,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Layer normalization (Ba, Kiros, Hinton 2016, eq. 3 and 4).
+    """Normalize over the last dimensions: layer normalization (Ba, Kiros, Hinton 2016, eq. 3 and 4).
 
     output = (a - mean)·rstd·weight + bias with rstd = 1/√(var + eps) and the biased variance, over the
     last dimensions. Statistics are kept in float32 for float16 and bfloat16 inputs.
@@ -34,9 +34,9 @@ def layer_norm(
     Args:
         input: (*, *normalized_shape), of a floating-point dtype.
         normalized_shape: the sizes of the last dimensions.
-        weight: the gain, of shape normalized_shape and the input's dtype (float32 also beside a half
-            input); None for 1.
-        bias: likewise; None for 0.
+        weight: the gain, of shape normalized_shape and the input's dtype, or float32 with a
+            half-precision input; None for 1.
+        bias: of the same shape and dtypes; None for 0.
         eps: added to the variance.
 
     Returns:
@@ -66,7 +66,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """RMS normalization (Zhang and Sennrich 2019): layer norm without the mean.
+    """Normalize by the root mean square (Zhang and Sennrich 2019): layer norm without the mean.
 
     output = a·rstd·weight with rstd = 1/√(Σa²/H + eps), over the last dimensions.
 
@@ -105,12 +105,12 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """Layer norm of ``input + residual``, which is returned too: the step of a residual stream.
+    """Add a residual and layer-normalize the sum, which is returned too: the step of a residual stream.
 
     Args:
         input: (*, *normalized_shape), of a floating-point dtype.
-        residual: of the input's shape and dtype; or float32 beside a half input: a residual stream that
-            is kept in float32.
+        residual: of the input's shape and dtype; or float32 with a half-precision input: a residual
+            stream that is kept in float32.
         normalized_shape: the sizes of the last dimensions.
         weight: the gain, of shape normalized_shape; None for 1.
         bias: of shape normalized_shape; None for 0.
@@ -146,9 +146,9 @@ def add_rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RMS norm of ``input + residual``, which is returned too.
+    """Add a residual and RMS-normalize the sum, which is returned too.
 
-    Arguments, results and errors as those of ``add_layer_norm`` and ``rms_norm``.
+    Arguments, results and errors are those of ``add_layer_norm`` and ``rms_norm``.
 
     Examples:
         >>> import torch
@@ -172,7 +172,7 @@ def _norm(
     bias: Tensor | None,
     eps: float | None,
 ) -> Any:
-    """Compute a norm by the kernel that serves it, its arguments checked."""
+    """Check the arguments of a norm, then compute it by the kernel that is chosen for it."""
     shape = checks.sizes(operator, "normalized_shape", normalized_shape)
     if (distributed := backends.distributed_module(input)) is not None:
         return distributed.norm(operator, _norm, input, residual, shape, weight, bias, eps)
@@ -239,7 +239,7 @@ def lstm(
     resets: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One layer and direction of a normalized LSTM over a whole sequence (paper eq. 20-22).
+    """Run one layer and direction of a normalized LSTM over a whole sequence (paper eq. 20-22).
 
     Args:
         input: (T, N, F): time, batch, features; or the (ΣN_t, F) data of a packed sequence together
@@ -302,10 +302,10 @@ def gru(
     resets: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One layer and direction of a normalized GRU over a whole sequence (paper eq. 26-28).
+    """Run one layer and direction of a normalized GRU over a whole sequence (paper eq. 26-28).
 
     h' = (1 - z)·n + z·h, which is PyTorch's convention; the paper's has z and 1 - z the other way round.
-    Arguments, results and errors as those of ``lstm``, with the state h (N, H) and the final h.
+    Arguments, results and errors are those of ``lstm``, with the state h (N, H) and the final h.
 
     Examples:
         >>> import torch
@@ -341,7 +341,7 @@ def rnn(
     resets: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One layer and direction of a normalized RNN over a whole sequence (paper eq. 4).
+    """Run one layer and direction of a normalized RNN over a whole sequence (paper eq. 4).
 
     ``nonlinearity`` is "tanh" or "relu". Other arguments, results and errors as those of ``lstm``,
     with the state h (N, H) and the final h.
@@ -376,7 +376,7 @@ def lstm_gates(
     *,
     variant: str | Variant = "paper",
 ) -> tuple[Tensor, Tensor]:
-    """The part of a normalized LSTM's step after its products (paper eq. 20-22).
+    """Compute the part of a normalized LSTM's step after its products (paper eq. 20-22).
 
     For networks whose next input depends on the state, such as those with attention: they go step by step,
     and can make the products W_ih x and W_hh h as suits them. All else of the step, the norms, the gates and
@@ -446,7 +446,7 @@ def recurrent_layer(
     resets: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Compute one layer and direction by the kernel that serves it: the one door to all of them.
+    """Compute one layer and direction by the kernel that is chosen for it: the one door to all of them.
 
     Shapes, names and types have been checked; whether the numbers are of one kind is checked here, where no
     kernel takes them. Arguments and results are those of ``layernorm.reference.recurrent_layer`` and of

@@ -83,7 +83,7 @@ def _of_this_context() -> str | None:
 
 
 def checked(kernel: str, name: str) -> str:
-    """Return ``kernel`` if it names one; ``name`` says where it came from."""
+    """Return ``kernel`` if it is the name of one; ``name`` says where it came from."""
     if kernel not in KERNELS:
         raise ValueError(f"{name} must be one of {', '.join(KERNELS)}; got {kernel!r}")
     return kernel

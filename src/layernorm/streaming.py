@@ -22,7 +22,7 @@ from layernorm.pytorch_internals import is_any_autocast_enabled
 
 
 class Stream:
-    """The steps of one module over a batch of sequences that go on; ``module.stream()`` makes it.
+    """The steps of one module over a batch of ongoing sequences; ``module.stream()`` makes it.
 
     It keeps the state between steps, and a copy of the weights that the module would have used when it was
     made, packed for the compiled kernel: what changes later is not seen until ``refresh()``. Weights that
@@ -30,11 +30,11 @@ class Stream:
     it. Steps run no hooks. Dropout is not applied, as in evaluation, autocast has no effect, and no
     derivative is recorded.
 
-    The kernel that serves the module serves the stream: compiled for the CPU, or Triton's on a GPU, for
-    which the first step captures a CUDA graph. A step then allocates nothing but its result, and has the bits
+    The kernel is the module's: compiled for the CPU, or Triton's on a GPU, for which the first step
+    captures a CUDA graph. A step then allocates nothing but its result, and has the bits
     that the module gives for the whole sequence, however it is cut into steps. Elsewhere, and where
-    ``layernorm.backends`` says so when the stream is made or refreshed, ``layernorm.reference`` serves, which
-    gives the sequence's numbers up to the rounding of its products.
+    ``layernorm.backends`` says so when the stream is made or refreshed, ``layernorm.reference`` takes the
+    steps, which gives the sequence's numbers up to the rounding of its products.
 
     A stream is for one thread at a time; streams of the same module in several threads are independent. It
     can be neither copied nor pickled; its ``state`` can, and makes another stream go on from there.
@@ -46,7 +46,7 @@ class Stream:
 
     Attributes:
         batch_size: N.
-        kernel: what serves the steps, ``"native"``, ``"triton"``, ``"persistent"`` or ``"reference"``.
+        kernel: what takes the steps, ``"native"``, ``"triton"``, ``"persistent"`` or ``"reference"``.
 
     Raises:
         ValueError: the module is bidirectional, or batch_size not positive.

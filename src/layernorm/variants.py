@@ -114,7 +114,7 @@ _CHOICES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     }
 )
 
-# PyTorch's cells in the words of the spec: equal specs compare equal, whatever was asked beside.
+# PyTorch's cells in the words of the spec: equal specs compare equal, whatever else was given.
 _UNNORMALIZED: Final[Mapping[str, Any]] = MappingProxyType(
     {
         "inputs": "separate",
@@ -184,7 +184,7 @@ PRESETS: Final[Mapping[str, Mapping[Cell, Variant]]] = _presets(
 
 
 def resolve(variant: str | Variant, cell: Cell) -> Variant:
-    """The spec that ``variant`` means for ``cell``.
+    """Return the spec that ``variant`` means for ``cell``.
 
     Args:
         variant: a preset's name or a spec, which is returned as it is.
@@ -227,7 +227,7 @@ def parameter_shapes(
     proj_size: int = 0,
     bias: bool = True,
 ) -> dict[str, tuple[int, ...]]:
-    """The parameters of one layer and direction, in order, by name without its suffix.
+    """Return the shapes of a layer and direction's parameters, in order, by name without suffix.
 
     ``weight_*``, ``bias_ih`` and ``bias_hh`` are what ``torch.nn`` has under these names; every
     ``gain*`` starts at 1, ``bias``, ``bias_hn`` and ``bias_cell`` at 0. ``bias=False`` leaves every

@@ -15,7 +15,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """(a - mean)·rstd·gain + bias, rstd = 1/√(var + eps), var = Σ(a - mean)²/H (paper eq. 3, 4).
+    """Return (a - mean)·rstd·gain + bias, rstd = 1/√(var + eps), var = Σ(a - mean)²/H (paper eq. 3, 4).
 
     Args:
         input: (*, *normalized_shape), floating point.
@@ -51,7 +51,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """a·rstd·gain, rstd = 1/√(Σa²/H + eps).
+    """Return a·rstd·gain, rstd = 1/√(Σa²/H + eps).
 
     Args:
         input: (*, *normalized_shape), floating point.
@@ -85,9 +85,10 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """``(layer_norm(sum), sum)`` with sum = input + residual, rounded to its dtype first.
+    """Return ``(layer_norm(sum), sum)`` with sum = input + residual, rounded to its dtype first.
 
-    The residual may be float32 beside a half input; then the sum is, and the output is of the input's dtype.
+    With a half-precision input the residual may be float32; so is the sum then, and the output has the
+    input's dtype.
 
     Examples:
         >>> import torch
@@ -106,7 +107,7 @@ def add_rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(rms_norm(sum), sum)`` with sum = input + residual, rounded to its dtype first.
+    """Return ``(rms_norm(sum), sum)`` with sum = input + residual, rounded to its dtype first.
 
     Examples:
         >>> import torch
@@ -119,5 +120,5 @@ def add_rms_norm(
 
 
 def _accumulating(a: Tensor) -> Tensor:
-    """In the dtype of the statistics: float32 for float16 and bfloat16, else its own."""
+    """Return the numbers in the dtype of the statistics: float32 for float16 and bfloat16."""
     return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a

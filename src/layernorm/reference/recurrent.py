@@ -138,7 +138,7 @@ def _scan(
     batch_sizes: Sequence[int] | None,
     resets: Tensor | None,
 ) -> tuple[Tensor, State]:
-    """The one time loop. ``cell(x_t, state)`` gives the next state, whose first tensor is h.
+    """Run the one time loop: ``cell(x_t, state)`` gives the next state, whose first tensor is h.
 
     With ``batch_sizes`` rows end (forward) or begin (reverse) on the way: the first ``batch_sizes[t]``
     rows take part in step t. A row that has ended keeps its state as final, one that has not begun
@@ -173,7 +173,7 @@ def _steps(sequence: Tensor, batch_sizes: Sequence[int] | None) -> Sequence[Tens
 
 
 def _cleared(state: State, reset: Tensor) -> State:
-    """Zeros in the rows of ``reset``: filled, for a product would let NaN through, and its gradient."""
+    """Return the state with zeros in the rows of ``reset``: filled, as a product would let NaN through."""
     return tuple(s.masked_fill(reset.unsqueeze(-1), 0) for s in state)
 
 
