@@ -6,7 +6,7 @@
 // e^-kMost, below which it does not fall. A NaN stays one.
 #pragma once
 
-#include "simd.hpp"
+#include "part.hpp"
 
 namespace layernorm::LAYERNORM_ISA {
 

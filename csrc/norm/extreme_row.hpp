@@ -3,7 +3,7 @@
 // largest element near 1.
 #pragma once
 
-#include "isa/simd.hpp"
+#include "isa/part.hpp"
 
 namespace layernorm::LAYERNORM_ISA {
 

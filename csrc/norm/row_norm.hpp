@@ -6,7 +6,7 @@
 
 #include <limits>
 
-#include "isa/simd.hpp"
+#include "isa/part.hpp"
 
 namespace layernorm::LAYERNORM_ISA {
 

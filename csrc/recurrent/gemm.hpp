@@ -6,7 +6,7 @@
 // same bits alone, in any batch and in any thread.
 #pragma once
 
-#include "isa/simd.hpp"
+#include "isa/part.hpp"
 
 namespace layernorm::LAYERNORM_ISA {
 

@@ -89,6 +89,12 @@ class RecurrentLayer {
   void forward(const Tensor& output, const Tensor& hn, const Tensor& cn);
 
  private:
+  // In this order: sizes, the input and its steps, parameters, the state and where it is reset.
+  void read_sizes(const RecurrentInputs& inputs);
+  void read_input(const RecurrentInputs& inputs);
+  void hold_weights(const RecurrentInputs& inputs);
+  void hold_state(const RecurrentInputs& inputs);
+
   Held held_;
   std::vector<int64_t> batch_sizes_, step_offsets_;
 };

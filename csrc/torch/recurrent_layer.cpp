@@ -127,6 +127,13 @@ RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
   held_.type = input.scalar_type();
   computed = computed_type(input.scalar_type());
   kernels = &kernels_of(input.scalar_type());
+  read_sizes(inputs);
+  read_input(inputs);
+  hold_weights(inputs);
+  hold_state(inputs);
+}
+
+void RecurrentLayer::read_sizes(const RecurrentInputs& inputs) {
   TORCH_CHECK(inputs.weights.size() == kWeights, "layernorm: weights must be a list of ",
               static_cast<int>(kWeights), ", got ", inputs.weights.size());
   const auto& weight_ih = inputs.weights[kWeightIh];
@@ -136,7 +143,7 @@ RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
                   weight_hh->size(0) % r.gates == 0 && weight_hh->size(1) > 0,
               "layernorm: weight_ih and weight_hh must be matrices of ", r.gates,
               " times hidden_size rows");
-  r.input_size = input.size(-1);
+  r.input_size = inputs.input.size(-1);
   r.hidden_size = weight_hh->size(0) / r.gates;
   r.output_size = weight_hh->size(1);
   r.projected = is_given(inputs.weights[kWeightHr]);
@@ -144,7 +151,11 @@ RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
                           : r.output_size == r.hidden_size,
               "layernorm: weight_hh must have hidden_size=", r.hidden_size,
               " columns, or those of weight_hr's rows; got ", r.output_size);
-  const int64_t width = r.gates * r.hidden_size;
+}
+
+void RecurrentLayer::read_input(const RecurrentInputs& inputs) {
+  const Tensor& input = inputs.input;
+  const bool packed = inputs.batch_sizes.has_value();
   if (packed) {
     batch_sizes_ = *inputs.batch_sizes;
     r.steps = static_cast<int64_t>(batch_sizes_.size());
@@ -174,7 +185,10 @@ RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
   r.input = read.const_data_ptr();
   r.input_row_stride = read.stride(packed ? 0 : 1);
   r.input_step_stride = packed ? 0 : read.stride(0);
+}
 
+void RecurrentLayer::hold_weights(const RecurrentInputs& inputs) {
+  const int64_t width = r.gates * r.hidden_size;
   const auto weight = [&](Weight which, const char* name, at::IntArrayRef shape) {
     return held_.hold(inputs.weights[which], name, shape);
   };
@@ -198,7 +212,9 @@ RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
                   ((two && r.cell == CellKind::kGru) || !r.bias_hn) &&
                   (cell_normed || (!r.gain_cell && !r.bias_cell)),
               "layernorm: weights has a gain or bias that this variant does not have");
+}
 
+void RecurrentLayer::hold_state(const RecurrentInputs& inputs) {
   r.h0 = held_.hold(inputs.h, "h", {r.batch, r.output_size});
   if (r.cell == CellKind::kLstm) {
     TORCH_CHECK(is_given(inputs.c), "layernorm: an LSTM's state has a cell, c");
@@ -207,7 +223,7 @@ RecurrentLayer::RecurrentLayer(const RecurrentInputs& inputs) {
   if (is_given(inputs.resets)) {
     const Tensor& resets = *inputs.resets;
     TORCH_CHECK(resets.scalar_type() == at::kBool && resets.device().is_cpu() &&
-                    resets.sizes() == input.sizes().slice(0, input.dim() - 1),
+                    resets.sizes() == inputs.input.sizes().slice(0, inputs.input.dim() - 1),
                 "layernorm: resets must be bool, of the input's shape but for the features");
     held_.tensors.push_back(resets.contiguous());
     r.resets = static_cast<const uint8_t*>(held_.tensors.back().const_data_ptr());
