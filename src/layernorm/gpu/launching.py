@@ -19,6 +19,17 @@ ALIGNED: Final = 16
 Wrap = Callable[[Any], Any] | None
 
 
+_TYPES: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@functools.cache
+def triton_type(dtype: torch.dtype) -> Any:
+    """Return what Triton calls a dtype."""
+    import triton.language as tl
+
+    return getattr(tl, _TYPES[dtype])
+
+
 class Launch(NamedTuple):
     """A kernel with its arguments."""
 
@@ -32,7 +43,7 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Within the ``with`` block launches are listed and nothing runs."""
+    """List launches within the ``with`` block, where nothing runs."""
     launches: list[Launch] = []
     token = _recorded.set(launches)
     try:
@@ -42,9 +53,9 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], beside: Tensor, *arguments: Any, wrap: Wrap = None, **options: Any
+    kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, wrap: Wrap = None, **options: Any
 ) -> None:
-    """Runs the kernel on the device of ``beside``, whichever is the current one."""
+    """Run the kernel on the device of ``on``, whichever is the current one."""
     if (launches := _recorded.get()) is not None:
         launches.append(Launch(kernel, arguments, options))
         return
@@ -52,27 +63,27 @@ def launch(
         wrap(kernel)[grid](*arguments, **options)
         return
     device: AbstractContextManager[Any] = nullcontext()
-    if beside.is_cuda and beside.device.index != torch.cuda.current_device():
-        device = torch.cuda.device(beside.device)
+    if on.is_cuda and on.device.index != torch.cuda.current_device():
+        device = torch.cuda.device(on.device)
     with device:
         kernel[grid](*arguments, **options)
 
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a device, None for another than a GPU."""
+    """Return the compute capability of a device, None for another than a GPU."""
     # A program may be traced for a GPU where there is none.
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     return torch.cuda.get_device_capability(device) if on_gpu else None
 
 
 def is_aligned(tensor: Tensor) -> bool:
-    """Whether it begins where vectors can be read."""
+    """Return whether a tensor begins where vectors can be read."""
     # A traced tensor has no address; what runs the program aligns its own tensors.
     return isinstance(tensor, FakeTensor | FunctionalTensor) or tensor.data_ptr() % ALIGNED == 0
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor if it is contiguous and aligned, else a copy that is."""
+    """Return the tensor if it is contiguous and aligned, else a copy that is."""
     tensor = tensor.contiguous()
     return tensor if is_aligned(tensor) else tensor.clone()

@@ -54,7 +54,7 @@ class Settings:
 
 
 def _narrow(elements: int, warps: int, up_to: int) -> dict[int, tuple[int, int]]:
-    """Rows and warps for blocks from 1 to ``up_to``, so many elements in a tile."""
+    """Return rows and warps for blocks from 1 to ``up_to``, with this number of elements in a tile."""
     sizes = (1 << power for power in range(up_to.bit_length()))
     return {size: (max(1, min(64, elements // size)), warps) for size in sizes}
 
@@ -95,7 +95,7 @@ class ProductTile:
     stages: int
 
     def options(self) -> dict[str, Any]:
-        """As the kernels take them."""
+        """Return them as the kernels take them."""
         return {
             "BLOCK_M": self.rows,
             "BLOCK_N": self.columns,
@@ -120,12 +120,12 @@ PERSISTENT: Final[dict[tuple[int, int], dict[str, tuple[int, int]]]] = {}
 
 
 def for_architecture(capability: tuple[int, int] | None) -> Settings:
-    """The settings for a device's compute capability; None for no device."""
+    """Return the settings for a device's compute capability; None for no device."""
     return DEFAULT if capability is None else BY_ARCHITECTURE.get(capability, DEFAULT)
 
 
 def block_for(width: int) -> int:
-    """The least power of two that holds the width.
+    """Return the least power of two that holds the width.
 
     Examples:
         >>> from layernorm.gpu.settings import block_for
@@ -136,12 +136,12 @@ def block_for(width: int) -> int:
 
 
 def forward_tile(settings: Settings, width: int) -> Tile:
-    """The tile of the forward kernel for rows of this width."""
+    """Return the tile of the forward kernel for rows of this width."""
     return _tile(settings.forward, settings.looped_forward, width)
 
 
 def backward_tile(settings: Settings, width: int) -> Tile:
-    """The tile of the backward kernel for rows of this width."""
+    """Return the tile of the backward kernel for rows of this width."""
     return _tile(settings.backward, settings.columns, width)
 
 
@@ -153,7 +153,7 @@ def _tile(blocks: dict[int, tuple[int, int]], wider: tuple[int, int], width: int
 
 
 def product_tile(columns: int, dtype: torch.dtype) -> ProductTile:
-    """The tile of a product with a matrix of so many columns, whatever the number of rows.
+    """Return the tile of a product with a matrix, by its columns, whatever the number of rows.
 
     64 rows are what a warp group's instruction takes. A step's product has few rows, so its columns are what
     keeps multiprocessors busy: 4·512 of them in 64 programs.
@@ -165,12 +165,12 @@ def product_tile(columns: int, dtype: torch.dtype) -> ProductTile:
 
 
 def row_warps(block: int) -> int:
-    """Warps of a program that takes one row of gates, of a block of features: four features a thread."""
+    """Return the warps of a program that takes one row of gates: four features of its block a thread."""
     return max(1, min(16, block // 128))
 
 
 def rows_per_part(settings: Settings, tile: Tile, rows: int, width: int) -> int:
-    """How many rows each part of the sums over rows takes: as many parts as run at a time.
+    """Return how many rows each part of the sums over rows takes: as many parts as run at a time.
 
     More of them would add traffic, fewer leave multiprocessors idle.
     """

@@ -65,10 +65,15 @@ def _tier(
 
     if override == "triton":
         return Choice("triton", "the override asks for it")
-    architecture, variant = _architecture(device), spec.variant
-    fields = (variant.kind, variant.inputs, variant.scope, variant.cell, hidden_size, projected, dtype)
-    ask = persistent.backward_problem if backward else persistent.problem
-    problem = ask(spec.operation, *fields, 10 * architecture[0] + architecture[1])
+    architecture = _architecture(device)
+    problem = persistent.problem(
+        spec,
+        hidden_size,
+        dtype,
+        10 * architecture[0] + architecture[1],
+        projected=projected,
+        backward=backward,
+    )
     if problem is not None:
         return Choice("triton", problem)
     if override == "persistent":

@@ -285,10 +285,10 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from layernorm.gpu.norm import kernels as norm_kernels
+from layernorm.gpu.norm import backward_kernels, forward_kernels
 
 constants = dict(CENTRED=True, NESTED=False, WHOLE=True, ROWS=2, BLOCK=1024, CHUNK=256)
-for kernel in (norm_kernels.forward, norm_kernels.backward):
+for kernel in (forward_kernels.forward, backward_kernels.backward):
     assert kernel.params[kernel.arg_names.index("rows")].do_not_specialize
     codes = set()
     for aligned in (True, False):

@@ -1,6 +1,6 @@
-"""The norm operators on GPUs: checks, allocates, and launches the kernels of ``norm_kernels``.
+"""The norm operators on GPUs: checks, memory, and the launches of the kernels.
 
-The functions have the signatures of the operators ``layernorm::…`` that they serve. A row's bits depend on
+The functions have the signatures of the operators ``layernorm::…`` that they compute. A row's bits depend on
 its width and the architecture, not on its batch. The parts of the sums over rows are fixed too, so every
 gradient has the same bits each time.
 """
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from layernorm.gpu import settings
-from layernorm.gpu.launching import ALIGNED, Wrap, aligned, capability, is_aligned, launch
-from layernorm.gpu.norm import kernels as norm_kernels
+from layernorm.gpu.launching import Wrap, aligned, capability, launch
+from layernorm.gpu.norm import backward_kernels, forward_kernels
+from layernorm.gpu.norm.rows import NO_ROWS, Rows, rows_of
 
 #: Of input, residual and parameters, in any mixture.
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,14 +40,14 @@ def norm_forward(
     with_stats: bool = True,
     wrap: Wrap = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, sum and statistics; those that there are not have no element.
+    """Return output, sum and statistics; what does not exist has no element.
 
     Args:
         input: (*, *normalized_shape), of one of ``DTYPES``.
         residual: of the input's shape and one of ``DTYPES``, or None; the sum has its dtype.
         normalized_shape: the sizes of the last dimensions.
         weight: the gain, of shape normalized_shape and one of ``DTYPES``, or None.
-        bias: likewise.
+        bias: of the same shape and dtypes, or None.
         eps: added to the variance or mean square.
         centred: layer norm, not RMS norm.
         with_stats: whether the statistics are wanted: (2, rows) mean and rstd, (1, rows) rstd alone.
@@ -67,11 +68,11 @@ def norm_forward(
     kinds = 2 if centred else 1
     stats = input.new_empty((kinds, rows), dtype=torch.float32) if with_stats else None
     if rows > 0 and width > 0:
-        x = _rows(input, leading, width)
-        other = _NO_ROWS if residual is None else _rows(residual, leading, width)
+        x = rows_of(input, leading, width)
+        other = NO_ROWS if residual is None else rows_of(residual, leading, width)
         tile = settings.forward_tile(_settings(input), width)
         launch(
-            norm_kernels.forward,
+            forward_kernels.forward,
             (-(-rows // tile.rows),),
             input,
             x.tensor,
@@ -113,7 +114,7 @@ def norm_backward(
     *,
     wrap: Wrap = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input (which is the residual's too), weight and bias; those not wanted have no element.
+    """Return gradients of input (and residual), weight and bias; one that is not wanted has no element.
 
     Args:
         grad: of the output, (*, *normalized_shape).
@@ -139,7 +140,6 @@ def norm_backward(
     kinds = 2 if centred else 1
     if tuple(stats.shape) != (kinds, rows) or stats.dtype != torch.float32:
         raise RuntimeError("layernorm: stats must be those that norm_forward returned")
-    stats = stats.contiguous()
     gain = _parameter("weight", weight, input, normalized_shape)
     offset = _parameter("bias", bias, input, normalized_shape)
 
@@ -147,103 +147,131 @@ def norm_backward(
         return (input if parameter is None else parameter).new_empty(normalized_shape) if is_wanted else None
 
     grad_input = input.new_empty(input.shape) if wanted[0] else None
-    grad_gain, grad_bias = like(gain, wanted[1]), like(offset, wanted[2])
+    found = (grad_input, like(gain, wanted[1]), like(offset, wanted[2]))
     if rows > 0 and width > 0:
-        g, x = _rows(grad, leading, width), _rows(input, leading, width)
-        other = _NO_ROWS if grad_sum is None else _rows(grad_sum, leading, width)
-        chosen = _settings(input)
-        tile = settings.backward_tile(chosen, width)
-        nested = g.is_nested or x.is_nested or other.is_nested
-        sums = None
-        if not tile.whole and wanted[0]:
-            sums = input.new_empty((2, rows), dtype=torch.float32)
-            block, warps = chosen.looped_sums
-            launch(
-                norm_kernels.row_sums,
-                (rows,),
-                input,
-                g.tensor,
-                x.tensor,
-                stats,
-                gain,
-                sums,
-                rows,
-                width,
-                *g.places,
-                *x.places,
-                CENTRED=centred,
-                NESTED=nested,
-                BLOCK=block,
-                num_warps=warps,
-                wrap=wrap,
-            )
-        per_part = settings.rows_per_part(chosen, tile, rows, width)
-        parts = -(-rows // per_part)
+        call = _Backward(
+            input,
+            rows_of(grad, leading, width),
+            rows_of(input, leading, width),
+            NO_ROWS if grad_sum is None else rows_of(grad_sum, leading, width),
+            stats.contiguous(),
+            gain,
+            rows,
+            width,
+            centred,
+            wrap,
+        )
+        call.run(*found)
+    else:
+        for parameter in found[1:]:
+            if parameter is not None:
+                parameter.zero_()
+    of_input, of_gain, of_bias = (_or_nothing(tensor, input) for tensor in found)
+    return of_input, of_gain, of_bias
+
+
+class _Backward(NamedTuple):
+    """A call of backward, whose tensors have been checked."""
+
+    input: Tensor
+    grad: Rows
+    x: Rows
+    grad_sum: Rows
+    stats: Tensor
+    gain: Tensor | None
+    rows: int
+    width: int
+    centred: bool
+    wrap: Wrap
+
+    def run(self, grad_input: Tensor | None, grad_gain: Tensor | None, grad_bias: Tensor | None) -> None:
+        """Launch what computes the gradients that have a tensor."""
+        chosen = _settings(self.input)
+        tile = settings.backward_tile(chosen, self.width)
+        nested = self.grad.is_nested or self.x.is_nested or self.grad_sum.is_nested
+        options = {"CENTRED": self.centred, "NESTED": nested}
+        sums = None if tile.whole or grad_input is None else self._row_sums(chosen, options)
+        per_part = settings.rows_per_part(chosen, tile, self.rows, self.width)
+        parts = -(-self.rows // per_part)
         part_gain, part_bias = (
-            input.new_empty((parts, width), dtype=torch.float32) if is_wanted else None
-            for is_wanted in wanted[1:]
+            None if grad is None else self.input.new_empty((parts, self.width), dtype=torch.float32)
+            for grad in (grad_gain, grad_bias)
         )
         launch(
-            norm_kernels.backward,
-            (-(-width // tile.block), parts),
-            input,
-            g.tensor,
-            other.tensor,
-            x.tensor,
-            stats,
+            backward_kernels.backward,
+            (-(-self.width // tile.block), parts),
+            self.input,
+            self.grad.tensor,
+            self.grad_sum.tensor,
+            self.x.tensor,
+            self.stats,
             sums,
-            gain,
+            self.gain,
             grad_input,
             part_gain,
             part_bias,
-            rows,
-            width,
+            self.rows,
+            self.width,
             per_part,
-            *g.places,
-            *other.places,
-            *x.places,
-            CENTRED=centred,
-            NESTED=nested,
+            *self.grad.places,
+            *self.grad_sum.places,
+            *self.x.places,
+            **options,
             WHOLE=tile.whole,
             ROWS=tile.rows,
             BLOCK=tile.block,
             num_warps=tile.warps,
-            wrap=wrap,
+            wrap=self.wrap,
         )
-        if wanted[1] or wanted[2]:
+        if grad_gain is not None or grad_bias is not None:
             launch(
-                norm_kernels.sum_parts,
-                (-(-width // _COLUMNS),),
-                input,
+                backward_kernels.sum_parts,
+                (-(-self.width // _COLUMNS),),
+                self.input,
                 part_gain,
                 part_bias,
                 grad_gain,
                 grad_bias,
                 parts,
-                width,
+                self.width,
                 PARTS=_PARTS,
                 COLUMNS=_COLUMNS,
                 num_warps=4,
-                wrap=wrap,
+                wrap=self.wrap,
             )
-    else:
-        for found in (grad_gain, grad_bias):
-            if found is not None:
-                found.zero_()
-    return (
-        _or_nothing(grad_input, input),
-        _or_nothing(grad_gain, input),
-        _or_nothing(grad_bias, input),
-    )
+
+    def _row_sums(self, chosen: settings.Settings, options: dict[str, bool]) -> Tensor:
+        """Launch the sums over rows that no tile holds whole."""
+        sums = self.input.new_empty((2, self.rows), dtype=torch.float32)
+        block, warps = chosen.looped_sums
+        launch(
+            backward_kernels.row_sums,
+            (self.rows,),
+            self.input,
+            self.grad.tensor,
+            self.x.tensor,
+            self.stats,
+            self.gain,
+            sums,
+            self.rows,
+            self.width,
+            *self.grad.places,
+            *self.x.places,
+            **options,
+            BLOCK=block,
+            num_warps=warps,
+            wrap=self.wrap,
+        )
+        return sums
 
 
 def _or_nothing(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """The tensor, or one without elements: operators return no None."""
+    """Return the tensor, or one without elements: operators return no None."""
     return like.new_empty(0) if tensor is None else tensor
 
 
 def chunk(tile: settings.Tile) -> int:
-    """Columns at a time of rows that float32 cannot hold."""
+    """Return how many columns are taken at a time of rows that float32 cannot hold."""
     return max(1, min(tile.block, _CHUNK // tile.rows))
 
 
@@ -252,7 +280,7 @@ def _settings(input: Tensor) -> settings.Settings:
 
 
 def _sizes(input: Tensor, normalized_shape: Sequence[int]) -> tuple[int, int, int]:
-    """The number of dimensions of rows, the number of rows, and the width of a row."""
+    """Return the number of dimensions of rows, the number of rows, and the width of a row."""
     leading = input.dim() - len(normalized_shape)
     if not len(normalized_shape) or leading < 0 or list(input.shape[leading:]) != list(normalized_shape):
         raise RuntimeError(
@@ -286,65 +314,6 @@ def _parameter(
     return aligned(tensor)
 
 
-class _Rows(NamedTuple):
-    """A tensor whose rows can be read in place, and where they lie: see ``_places``."""
-
-    tensor: Tensor | None
-    inner: int
-    outer: int
-    stride: int
-
-    @property
-    def is_nested(self) -> bool:
-        """Whether its rows lie at two strides."""
-        return self.inner != 1
-
-    @property
-    def places(self) -> tuple[int, int, int]:
-        """The kernels' arguments."""
-        return self.inner, self.outer, self.stride
-
-
-_NO_ROWS: Final = _Rows(None, 1, 0, 0)
-
-
-def _rows(tensor: Tensor, leading: int, width: int) -> _Rows:
-    """The tensor itself where its rows lie at one or two strides, else a copy."""
-    found = (1, width, width) if tensor.is_contiguous() else _strides(tensor, leading, width)
-    if found is not None:
-        inner, outer, stride = found
-        # Vectors are read wherever the width allows them, so that a row has the same bits in any layout.
-        in_place = outer % ALIGNED == 0 and stride % ALIGNED == 0 and is_aligned(tensor)
-        if width % ALIGNED != 0 or in_place:
-            return _Rows(tensor, inner, outer, stride)
-    return _Rows(tensor.clone(memory_format=torch.contiguous_format), 1, width, width)
-
-
-def _strides(tensor: Tensor, leading: int, width: int) -> tuple[int, int, int] | None:
-    """Size of the inner dimension of rows, stride of the outer, stride of the inner; None for more."""
-    expected = 1
-    for dim in range(tensor.dim() - 1, leading - 1, -1):
-        if tensor.size(dim) != 1:
-            if tensor.stride(dim) != expected:
-                return None
-            expected *= tensor.size(dim)
-    dims: list[tuple[int, int]] = []  # size and stride from the innermost out, those that go on as one
-    for dim in range(leading - 1, -1, -1):
-        size, stride = tensor.size(dim), tensor.stride(dim)
-        if size == 1:
-            continue
-        if dims and stride == dims[-1][0] * dims[-1][1]:
-            dims[-1] = (dims[-1][0] * size, dims[-1][1])
-        else:
-            dims.append((size, stride))
-    if not dims:
-        return 1, width, width
-    inner, stride = dims[0]
-    if len(dims) == 1:
-        return 1, stride, stride
-    return (inner, dims[1][1], stride) if len(dims) == 2 else None
-
-
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -354,14 +323,14 @@ def layer_norm(
     *,
     wrap: Wrap = None,
 ) -> Tensor:
-    """The operator ``layernorm::layer_norm`` without a derivative."""
+    """Compute the operator ``layernorm::layer_norm`` without a derivative."""
     return _outputs(input, None, normalized_shape, weight, bias, eps, True, wrap)[0]
 
 
 def rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float, *, wrap: Wrap = None
 ) -> Tensor:
-    """The operator ``layernorm::rms_norm`` without a derivative."""
+    """Compute the operator ``layernorm::rms_norm`` without a derivative."""
     return _outputs(input, None, normalized_shape, weight, None, eps, False, wrap)[0]
 
 
@@ -375,7 +344,7 @@ def add_layer_norm(
     *,
     wrap: Wrap = None,
 ) -> tuple[Tensor, Tensor]:
-    """The operator ``layernorm::add_layer_norm`` without a derivative."""
+    """Compute the operator ``layernorm::add_layer_norm`` without a derivative."""
     return _outputs(input, residual, normalized_shape, weight, bias, eps, True, wrap)
 
 
@@ -388,7 +357,7 @@ def add_rms_norm(
     *,
     wrap: Wrap = None,
 ) -> tuple[Tensor, Tensor]:
-    """The operator ``layernorm::add_rms_norm`` without a derivative."""
+    """Compute the operator ``layernorm::add_rms_norm`` without a derivative."""
     return _outputs(input, residual, normalized_shape, weight, None, eps, False, wrap)
 
 

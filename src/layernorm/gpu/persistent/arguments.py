@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 from torch import Tensor
 
-from layernorm.variants import CellNorm, Inputs, Kind, Scope
+from layernorm.spec import PARAMETERS, LayerSpec
 
 #: The parameters besides weight_hh, in the order of the kernel. Where inputs are summed ``gain_ih`` is the
 #: one ``gain``.
-VECTORS: Final = ("bias_hh", "gain_ih", "gain_hh", "bias", "bias_hn", "gain_cell", "bias_cell")
+VECTORS: Final = PARAMETERS[4:]
 #: Seconds that a block waits for its cluster before it stops the kernel, which CUDA then reports as a failed
 #: launch. A step takes microseconds.
 TIME_LIMIT: Final = 5.0
@@ -55,88 +55,75 @@ class BackwardArguments(_Layer):
     )
 
 
-def groups_of(cell: str, scope: Scope) -> int:
-    """How many groups of features share statistics."""
-    if scope == "gate":
-        return {"lstm": 4, "gru": 3}.get(cell, 1)
-    return 2 if cell == "gru" and scope == "matrix" else 1
+class ChunkPlace(NamedTuple):
+    """Which steps of a backward loop are taken.
+
+    Attributes:
+        done: steps of the loop before this chunk, counted from its end.
+        steps: of the chunk.
+        base: the first of the chunk's rows among those of all steps.
+        kept: the row of all steps with which ``x``, ``saved_h`` and ``stats`` begin.
+    """
+
+    done: int
+    steps: int
+    base: int
+    kept: int
 
 
 def make_arguments(
-    cell: str,
-    kind: Kind,
-    inputs: Inputs,
-    scope: Scope,
-    cell_norm: CellNorm,
-    eps: float,
-    reverse: bool,
-    steps: int,
-    *,
-    saved_h: Tensor | None,
-    tensors: Mapping[str, Tensor | None],
+    spec: LayerSpec, tensors: Mapping[str, Tensor | None], *, steps: int, reverse: bool
 ) -> Arguments:
-    """The kernel's arguments; ``persistent.forward`` has what they are, and the names of ``tensors``.
+    """Return the kernel's arguments; ``launches`` has what they are, and the names of ``tensors``.
 
     Raises:
         ValueError: a tensor is not contiguous, or one of ``_ALIGNED`` does not begin at a multiple of 16
             bytes.
     """
-    normalized = saved_h
-    if inputs == "summed":
-        normalized = tensors["x"] if tensors["stats"] is not None else None
     arguments = Arguments()
-    h0 = tensors["h0"]
-    arguments.batch = 0 if h0 is None else h0.size(0)
-    arguments.eps = eps
-    _set_layer(arguments, cell, kind, inputs, scope, cell_norm, reverse, steps)
-    _set_tensors(arguments, dict(tensors) | {"normalized": normalized})
+    given = {name: tensor for name, tensor in tensors.items() if name != "saved_h"}
+    if spec.products == "summed":
+        given["normalized"] = tensors["x"] if tensors["stats"] is not None else None
+    else:
+        given["normalized"] = tensors["saved_h"]
+    arguments.eps = spec.eps
+    _set_layer(arguments, spec, tensors["h0"], steps, reverse)
+    _set_tensors(arguments, given)
     return arguments
 
 
 def make_backward_arguments(
-    cell: str,
-    kind: Kind,
-    inputs: Inputs,
-    scope: Scope,
-    cell_norm: CellNorm,
-    reverse: bool,
-    steps: int,
-    *,
-    chunk: tuple[int, int, int, int],
+    spec: LayerSpec,
     tensors: Mapping[str, Tensor | None],
+    *,
+    steps: int,
+    reverse: bool,
+    chunk: ChunkPlace,
 ) -> BackwardArguments:
-    """As ``make_arguments`` of ``persistent.backward``; ``chunk`` is done, count, base and kept."""
+    """Return the backward kernel's arguments, as ``make_arguments`` does."""
     arguments = BackwardArguments()
-    grad_h = tensors["grad_h"]
-    arguments.batch = 0 if grad_h is None else grad_h.size(0)
     arguments.done, arguments.count, arguments.base, arguments.kept = chunk
-    _set_layer(arguments, cell, kind, inputs, scope, cell_norm, reverse, steps)
+    _set_layer(arguments, spec, tensors["grad_h"], steps, reverse)
     _set_tensors(arguments, tensors)
     return arguments
 
 
-def _set_layer(
-    arguments: _Layer,
-    cell: str,
-    kind: Kind,
-    inputs: Inputs,
-    scope: Scope,
-    cell_norm: CellNorm,
-    reverse: bool,
-    steps: int,
-) -> None:
-    summed, groups = inputs == "summed", groups_of(cell, scope)
+def _set_layer(arguments: _Layer, spec: LayerSpec, state: Tensor | None, steps: int, reverse: bool) -> None:
+    summed, groups = spec.products == "summed", len(spec.groups)
+    arguments.batch = 0 if state is None else state.size(0)
     arguments.steps, arguments.reverse = steps, reverse
     arguments.time_limit = int(TIME_LIMIT * 1e9)
-    arguments.stats_width, arguments.stats_first = (groups, 0) if summed else (2 * groups, groups)
-    arguments.rms, arguments.summed, arguments.relu = kind == "rms", summed, cell == "rnn_relu"
-    arguments.scope = _SCOPES.index(scope)
-    arguments.cell_norm = _CELL_NORMS.index(cell_norm) if cell == "lstm" else 0
+    arguments.stats_width, arguments.stats_first = spec.statistics, 0 if summed else groups
+    arguments.rms, arguments.summed = spec.variant.kind == "rms", summed
+    arguments.relu = spec.nonlinearity == "relu"
+    arguments.scope = _SCOPES.index(spec.variant.scope)
+    arguments.cell_norm = _CELL_NORMS.index(spec.variant.cell) if spec.cell == "lstm" else 0
 
 
 def _set_tensors(arguments: _Layer, tensors: Mapping[str, Tensor | None]) -> None:
+    """Set the addresses of the tensors that the kernel has a name for."""
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None or not hasattr(type(arguments), name):
             continue
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")

@@ -1,4 +1,4 @@
-"""How the persistent kernel's backward is laid out on a GPU, and how long a step should take.
+"""How the persistent kernel's backward is laid out on a GPU, as data, and the cost model that chooses.
 
 As ``plan`` for forward, of ``backward.cu``. A block multiplies the gradients of its own
 gates with its rows of W_hh, for all units, and the blocks add up their parts.
@@ -57,7 +57,7 @@ class BackwardPlan(Layout):
 
     @property
     def threads(self) -> int:
-        """Of a block."""
+        """Threads of a block."""
         return 32 * self.warps
 
     @property
@@ -81,7 +81,7 @@ class BackwardPlan(Layout):
         return 4 * self.rows * self.units * -(-self.hidden // self.units)
 
     def shared_bytes(self, groups: int = 1) -> int:
-        """Shared memory of a block, the statistics of so many groups among it; as the kernel has it."""
+        """Return the shared memory of a block with statistics of ``groups`` groups, as the kernel has it."""
         depth = 16 * self.steps
         parts = [
             *self.vector_parts,
@@ -98,7 +98,7 @@ class BackwardPlan(Layout):
 
 
 def seconds_per_step(plan: BackwardPlan, *, cell_norm: bool = True, groups: int = 1) -> Seconds:
-    """The predicted time of one step of one cluster.
+    """Estimate the time of one step of one cluster: the cost by which plans are chosen.
 
     Args:
         plan: the kernel's.
@@ -135,7 +135,7 @@ def seconds_per_step(plan: BackwardPlan, *, cell_norm: bool = True, groups: int 
 def plan(
     cell: Cell, hidden: int, dtype: str, architecture: int, batch: int = 1, groups: int = 1
 ) -> BackwardPlan | str:
-    """The plan for a cell, or in words why there is none.
+    """Return the plan for a cell, or in words why there is none.
 
     Args:
         cell: ``"lstm"``, ``"gru"`` or ``"rnn"``.
@@ -162,13 +162,13 @@ def plan(
 
 
 def _units(cell: Cell, hidden: int, dtype: str, blocks: int) -> BackwardPlan:
-    """The plan of so many blocks as far as a row's bits follow from it."""
+    """Return the plan for a number of blocks as far as a row's bits follow from it."""
     units = -(-hidden // (blocks * 16)) * 16
     return BackwardPlan(cell, hidden, dtype, blocks, units, 1, 1, 0, ROWS[0])
 
 
 def _alike(plan: BackwardPlan, groups: int, rows: tuple[int, ...]) -> Iterator[BackwardPlan | None]:
-    """Plans that make the same bits for so many rows; None where one does not fit."""
+    """Yield plans that make the same bits for these numbers of rows; None where one does not fit."""
     for r, split in itertools.product(rows, _ROW_SPLITS):
         least = split * plan.unit_warps
         for warps in sorted({least, *(w for w in _WARPS if w > least)}):
@@ -181,7 +181,7 @@ _BESIDES: Final[Mapping[Cell, tuple[int, int]]] = {"lstm": (104, 60), "gru": (90
 
 
 def _filled(plan: BackwardPlan, groups: int) -> BackwardPlan | None:
-    """The plan with as many weights in registers as go there; None where the rest has no room."""
+    """Return the plan with as many weights in registers as fit; None where the rest has no room."""
     if plan.threads > THREADS:
         return None
     first, more = _BESIDES[plan.cell]

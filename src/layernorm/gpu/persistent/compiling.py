@@ -38,7 +38,7 @@ _PORTABLE_BLOCKS: Final = 8
 
 
 def problem(architecture: int) -> str | None:
-    """Why nothing can be compiled for this architecture here, or None."""
+    """Return why nothing can be compiled for this architecture here, or None."""
     known = _nvrtc_architectures()
     if isinstance(known, str):
         return known
@@ -68,13 +68,13 @@ def _nvrtc_version() -> tuple[int, int]:
 
 
 def source(plan: Layout) -> str:
-    """All files of the plan's direction as one."""
+    """Return all files of the plan's direction as one."""
     folder, names = Path(__file__).parent, SOURCES[type(plan)]
     return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in names)
 
 
 def compile(plan: Layout, architecture: int) -> bytes:
-    """A kernel's machine code (a cubin), from the cache where it is there.
+    """Return a kernel's machine code (a cubin), from the cache where it is there.
 
     Raises:
         RuntimeError: NVRTC is missing, or failed.
@@ -144,7 +144,7 @@ def _cache_folder() -> Path | None:
 
 
 def _read(path: Path) -> bytes | None:
-    """What was written there, if it is whole: the file begins with the digest of the rest."""
+    """Return what was written there, if it is whole: the file begins with the digest of the rest."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -154,7 +154,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(folder: Path, name: str, cubin: bytes) -> None:
-    """Nobody ever sees a part of the file; that it cannot be written is no error."""
+    """Write the file whole or not at all; that it cannot be written is no error."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=name)
@@ -192,7 +192,7 @@ class Loaded(NamedTuple):
 
 @functools.cache
 def load(plan: Layout, device: int, groups: int) -> Loaded:
-    """The plan's kernel on the device of that index, with shared memory for so many groups of features.
+    """Return the plan's kernel on the device of that index, with shared memory for its groups of features.
 
     Raises:
         RuntimeError: it cannot be compiled, or the device has no room for the cluster.
@@ -219,7 +219,7 @@ def load(plan: Layout, device: int, groups: int) -> Loaded:
 
 
 def launch(loaded: Loaded, plan: Layout, clusters: int, arguments: ctypes.Structure, device: int) -> None:
-    """On the device's current stream; the arguments are copied."""
+    """Launch a kernel on the device's current stream; the arguments are copied."""
     driver = importlib.import_module("cuda.bindings.driver")
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     with torch.cuda.device(device):

@@ -1,4 +1,4 @@
-"""How the persistent recurrent kernel is laid out on a GPU, as data, and how long a step should take.
+"""How the persistent recurrent kernel is laid out on a GPU, as data, and the cost model that chooses.
 
 The kernel (``forward.cu``) gives a cluster of thread blocks some rows of the batch for all steps. The
 weights W_hh stay on the chip for the whole sequence; each step the blocks exchange statistics and states
@@ -9,7 +9,7 @@ A row's bits follow from the cell, the hidden size and ``k_split``: what a sum i
 is the same for any ``blocks``, ``units``, ``register_pairs`` and ``rows``. ``plan`` takes nothing of the
 batch but ``rows``.
 
-No device has run this kernel yet. The times are predictions from the constants below, which say what they
+No device has run this kernel yet. The costs are estimates from the constants below, which say what they
 assume.
 """
 
@@ -37,7 +37,7 @@ BLOCKS: Final = (1, 2, 4, 8, 16)
 ROWS: Final = (8, 16, 32)
 _K_SPLITS: Final = (1, 2, 4, 8)
 
-# Assumptions of the prediction, for an H100; measured ones will replace them.
+# Assumptions of the cost model, for an H100; measured ones will replace them.
 CLOCKS_PER_SECOND: Final = 1.7e9
 MULTIPROCESSORS: Final = 132
 #: Multiply-adds that mma.sync does in a clock on a multiprocessor, half of what wgmma can.
@@ -62,7 +62,7 @@ STATISTICS_CLOCKS: Final = 250
 
 
 class Layout:
-    """Of a block of either direction, whose attributes ``Plan`` has."""
+    """The layout of a block, for either direction; ``Plan`` describes the attributes."""
 
     cell: Cell
     hidden: int
@@ -78,7 +78,7 @@ class Layout:
 
     @property
     def gates(self) -> int:
-        """Of the cell."""
+        """G, the gates of the cell."""
         return GATES[self.cell]
 
     @property
@@ -98,7 +98,7 @@ class Layout:
 
     @property
     def threads(self) -> int:
-        """Of a block."""
+        """Threads of a block."""
         return 32 * self.split * self.unit_warps
 
     @property
@@ -125,7 +125,7 @@ class Layout:
         return [16, 16 * self.gates * self.units, 4 * self.units * gru, 8 * self.units * lstm]
 
     def activations(self) -> float:
-        """Clocks that a step's activations take."""
+        """Return the clocks that a step's activations take."""
         # A warp's tiles have all of its units' activations.
         activations = self.gates + (self.cell == "lstm")
         in_thread = 2 * self.warp_tiles * (self.slots if self.cell == "rnn" else activations)
@@ -134,11 +134,11 @@ class Layout:
         )
 
     def shared_bytes(self, groups: int = 1) -> int:
-        """Shared memory of a block, the statistics of so many groups among it; as the kernel has it."""
+        """Return the shared memory of a block with statistics of ``groups`` groups, as the kernel has it."""
         raise NotImplementedError
 
     def macros(self) -> dict[str, int]:
-        """What the kernel is compiled with."""
+        """Return the macros that the kernel is compiled with."""
         values = {
             "cell": ("lstm", "gru", "rnn").index(self.cell),
             "hidden": self.hidden,
@@ -210,7 +210,7 @@ class Plan(Layout):
         return 16 * self.threads * self.slots * (self.pairs - self.register_pairs)
 
     def shared_bytes(self, groups: int = 1) -> int:
-        """Shared memory of a block, the statistics of so many groups among it; as the kernel has it."""
+        """Return the shared memory of a block with statistics of ``groups`` groups, as the kernel has it."""
         stride = self.width + (32 if self.width // 32 % 2 == 0 else 0)
         own = self.rows * self.units
         sums = 0 if self.k_split == 1 else 16 * (self.rows // 8) * self.threads * self.products
@@ -231,7 +231,7 @@ class Plan(Layout):
 
 
 class Seconds(NamedTuple):
-    """What a step is predicted to take, part by part; their sum is the prediction, as if none overlapped.
+    """The cost of a step, part by part; their sum is the estimate, as if none overlapped.
 
     Attributes:
         product: W_hh h by mma.
@@ -253,7 +253,7 @@ class Seconds(NamedTuple):
 
 
 def seconds_per_step(plan: Plan, *, cell_norm: bool = True, groups: int = 1) -> Seconds:
-    """The predicted time of one step of one cluster.
+    """Estimate the time of one step of one cluster: the cost by which plans are chosen.
 
     Args:
         plan: the kernel's.
@@ -286,7 +286,7 @@ def seconds_per_step(plan: Plan, *, cell_norm: bool = True, groups: int = 1) -> 
 
 
 def waves(plan: Layout, batch: int) -> int:
-    """How many times all multiprocessors must be filled with clusters; assumed that any of them may meet."""
+    """Return how often all multiprocessors are filled with clusters, if any of them may form one."""
     clusters = -(-batch // plan.rows)
     return -(-clusters // (MULTIPROCESSORS // plan.blocks))
 
@@ -295,7 +295,7 @@ def waves(plan: Layout, batch: int) -> int:
 def plan(
     cell: Cell, hidden: int, dtype: str, architecture: int, batch: int = 1, groups: int = 1
 ) -> Plan | str:
-    """The plan for a cell, or in words why there is none.
+    """Return the plan for a cell, or in words why there is none.
 
     Args:
         cell: ``"lstm"``, ``"gru"`` or ``"rnn"``.
@@ -324,7 +324,7 @@ def plan(
 
 
 def unserved(hidden: int, dtype: str, architecture: int) -> str | None:
-    """Why no plan of any direction can serve these, or None."""
+    """Return why no plan of any direction can take these, or None."""
     if architecture not in ARCHITECTURES:
         capability = f"{architecture // 10}.{architecture % 10}"
         lacking = "no thread block clusters" if architecture < 90 else "too little shared memory"
@@ -337,7 +337,7 @@ def unserved(hidden: int, dtype: str, architecture: int) -> str | None:
 
 
 def too_large(hidden: int) -> str:
-    """Why there is no plan where nothing else is in the way."""
+    """Return why there is no plan where nothing else is in the way."""
     return f"the weights of hidden size {hidden} do not fit into {BLOCKS[-1]} multiprocessors"
 
 
@@ -347,7 +347,7 @@ def best(
     seconds: Callable[[P], Seconds],
     batch: int,
 ) -> P | None:
-    """Of the plans that make the same bits as the fastest candidate the fastest for the batch, or None.
+    """Return the cheapest plan for a batch of those that make the bits of the cheapest candidate, or None.
 
     Args:
         candidates: for eight rows; None are those that do not fit, here and below.
@@ -364,7 +364,7 @@ def best(
 
 
 def _candidates(cell: Cell, hidden: int, dtype: str, groups: int) -> Iterator[Plan | None]:
-    """All plans for eight rows; None where one does not fit."""
+    """Yield all plans for eight rows; None where one does not fit."""
     for blocks in BLOCKS:
         for k_split in _K_SPLITS:
             warp_units = 16 if cell == "rnn" else 8
@@ -373,7 +373,7 @@ def _candidates(cell: Cell, hidden: int, dtype: str, groups: int) -> Iterator[Pl
 
 
 def _filled(plan: Plan, groups: int) -> Plan | None:
-    """The plan with as many weights in registers as go there; None where the rest has no room."""
+    """Return the plan with as many weights in registers as fit; None where the rest has no room."""
     if plan.threads > THREADS:
         return None
     # What a thread needs besides, as the compiler has it: see test_persistent.py. An mma's fragment is four

@@ -1,4 +1,4 @@
-"""The Triton kernels of the recurrent layers' backward; ``recurrent_kernels`` tells the whole."""
+"""The Triton kernels of the recurrent layers' backward; ``row_kernels`` tells the whole."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def gather_before(
     PRESENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """For a chunk of steps (program_id(1)) the h that each row started from."""
+    """Gather the h that each row started from, for a chunk of steps (program_id(1))."""
     n, t, row, count = row_of_step(table, step, batch, REVERSE == 0, PACKED)
     if n >= count:
         return
@@ -90,7 +90,7 @@ def cell_statistics(
     PRESENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """For a chunk of steps (program_id(1)) mean and rstd of an LSTM's cell, before its norm."""
+    """Compute mean and rstd of an LSTM's cell before its norm, for a chunk of steps (program_id(1))."""
     n, t, row, count = row_of_step(table, step, batch, REVERSE == 0, PACKED)
     if n >= count:
         return
@@ -129,7 +129,7 @@ def projected_backward(
     PRESENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Before the product with W_hrᵀ: the gradient of h, from the step after and from the output."""
+    """Add up the gradient of h before the product with W_hrᵀ, from the step after and from the output."""
     n, t, row, count = row_of_step(table, step, batch, REVERSE == 0, PACKED)
     if n >= count:
         return
@@ -165,7 +165,7 @@ def cell_backward(
     PRESENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Row program_id(0) of a step: from the gradient of its state to those of its gates and of W_hh h."""
+    """Take row program_id(0) of a step from the gradient of its state to those of its gates and W_hh h."""
     n, t, row, count = row_of_step(table, step, batch, REVERSE == 0, PACKED)
     if n >= count:
         return
@@ -306,7 +306,7 @@ def rows_backward(
     STATS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """In place of the gates' gradients those of W_ih x, through the norm of ``normalize_rows``."""
+    """Replace the gates' gradients by those of W_ih x, through the norm of ``normalize_rows``."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < H
@@ -335,7 +335,7 @@ def column_sums(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of a part of the rows (program_id(1)): Σ grad, Σ grad·first and Σ grad·second of each column.
+    """Sum grad, grad·first and grad·second of each column over a part of the rows (program_id(1)).
 
     grad, first and second are (rows, WIDTH), rows of the first FIRST_STRIDE apart; sums (parts, WIDTH) in
     float32, or None.

@@ -1,4 +1,4 @@
-"""The Triton kernels of the recurrent layers' forward; ``recurrent_kernels`` tells the whole."""
+"""The Triton kernels of the recurrent layers' forward; ``row_kernels`` tells the whole."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from layernorm.gpu.recurrent.gate_kernels import (
 )
 from layernorm.gpu.recurrent.row_kernels import (
     candidate_value,
+    gate_inputs,
     gate_value,
-    met_at_gates,
     normalized_cell,
     passes_on,
     row_of_step,
@@ -51,13 +51,13 @@ def cell_forward(
     PRESENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Row program_id(0) of a step: from W_hh h to the new state."""
+    """Take row program_id(0) of a step from W_hh h to the new state."""
     n, t, row, count = row_of_step(table, step, batch, REVERSE, PACKED)
     if n >= count:
         return
     column = tl.arange(0, BLOCK)
     mask = column < H
-    x0, x1, x2, x3, h0, h1, h2, h3 = met_at_gates(
+    x0, x1, x2, x3, h0, h1, h2, h3 = gate_inputs(
         table, n, row, n, column, mask, eps, CELL, KIND, INPUTS, SCOPE, GATES, H, GROUPS, STATS, TYPE, PRESENT
     )
     passes = passes_on(table, t, n, row, batch, REVERSE, PACKED, PRESENT)
@@ -109,7 +109,7 @@ def projected_forward(
     PRESENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """After the product with W_hr: the new h to the output, and zeros in its place after a reset."""
+    """Copy the new h to the output after the product with W_hr, and put zeros in its place after a reset."""
     n, t, row, count = row_of_step(table, step, batch, REVERSE, PACKED)
     if n >= count:
         return
@@ -123,7 +123,7 @@ def projected_forward(
 
 
 @triton.jit(do_not_specialize=["step", "batch"])
-def meet_again(
+def recompute_gates(
     table,
     step,
     batch,
@@ -142,13 +142,13 @@ def meet_again(
     PRESENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """For a chunk of steps (program_id(1)) what forward had at the gates, where it kept nothing."""
+    """Compute again what entered the gates, for a chunk of steps (program_id(1)), where it was not kept."""
     n, _, row, count = row_of_step(table, step, batch, REVERSE == 0, PACKED)
     if n >= count:
         return
     column = tl.arange(0, BLOCK)
     wh_row = row - tl.load(table + BASE)
-    met_at_gates(
+    gate_inputs(
         table,
         n,
         row,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from layernorm.gpu.norm.kernels import LEAST_VARIANCE, MOST_SQUARES
+from layernorm.gpu.norm.forward_kernels import LEAST_VARIANCE, MOST_SQUARES
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def sigmoid(a):
 
 @triton.jit
 def tanh(a):
-    """To a few units in the last place: near zero by Cephes' polynomial."""
+    """Return tanh to a few units in the last place: near zero by Cephes' polynomial."""
     z = a * a
     p = -5.70498872745e-3 * z + 2.06390887954e-2
     p = p * z - 5.37397155531e-2
@@ -56,7 +56,7 @@ def _squares(a, b, c, d, COUNT: tl.constexpr):
 
 @triton.jit
 def _less(a, b, c, d, mean, mask, COUNT: tl.constexpr):
-    """Each minus the mean, and zero beyond the width."""
+    """Return each minus the mean, and zero beyond the width."""
     zero = tl.zeros(a.shape, a.dtype)
     a = tl.where(mask, a - mean, zero)
     if COUNT > 1:
@@ -70,7 +70,7 @@ def _less(a, b, c, d, mean, mask, COUNT: tl.constexpr):
 
 @triton.jit
 def normalized(a, b, c, d, mask, eps, H: tl.constexpr, COUNT: tl.constexpr, CENTRED: tl.constexpr):
-    """(a - mean)·rstd of COUNT vectors that share statistics, and rstd; zero beyond the width."""
+    """Return (a - mean)·rstd of COUNT vectors that share statistics, and rstd; zero beyond the width."""
     width: tl.constexpr = COUNT * H
     p, q, r, s = a, b, c, d
     if CENTRED:
@@ -114,7 +114,7 @@ def normalized_gates(
     GATES: tl.constexpr,
     H: tl.constexpr,
 ):
-    """The gates normalized by their groups; rstd of each group to ``stats``, unless that is None."""
+    """Normalize the gates by their groups; write rstd of each group to ``stats``, unless that is None."""
     CENTRED: tl.constexpr = KIND == "layer"
     if SCOPE == "gate":
         a, _, _, _, of_a = normalized(a, a, a, a, mask, eps, H, 1, CENTRED)
@@ -163,7 +163,7 @@ def through_norm(
     COUNT: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
-    """The gradients of what was normalized, from those of the normalized p, q, r, s."""
+    """Return the gradients of what was normalized, from those of the normalized p, q, r, s."""
     width: tl.constexpr = COUNT * H
     along = _over(_sum(a * p, b * q, c * r, d * s, COUNT), width)
     if CENTRED:
@@ -194,7 +194,7 @@ def through_norms(
     GATES: tl.constexpr,
     H: tl.constexpr,
 ):
-    """As ``through_norm`` for the groups of ``normalized_gates``, whose rstd are at ``stats``."""
+    """Do what ``through_norm`` does for the groups of ``normalized_gates``, whose rstd are at ``stats``."""
     CENTRED: tl.constexpr = KIND == "layer"
     first = tl.load(stats)
     if SCOPE == "gate":

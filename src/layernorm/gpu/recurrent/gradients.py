@@ -1,4 +1,4 @@
-"""What backward adds up: the gradients of a layer, and the buffers of one chunk of its steps."""
+"""The gradients of a layer while backward adds them up, and the buffers of one chunk of its steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PER_PART: Final = 256  # rows of a part of a sum
 
 @dataclass(frozen=True)
 class Chunk:
-    """Of the rows of a chunk of steps; None where the layer has no such thing.
+    """Buffers for the rows of a chunk of steps; None where the layer has no such thing.
 
     Attributes:
         grad_gates: (rows, G·H), of the gates before their nonlinearities, and then of W_ih x.
@@ -37,8 +37,8 @@ class Chunk:
         hidden: (rows, H): h before it.
         grad_hidden: (N, H), float32: its gradient in the present step.
         cell_stats: (rows, 2), float32: mean and rstd of the cell, for the persistent kernel.
-        again: what forward did not keep, or None if it did.
-        wh: (rows, G·H), float32: W_hh h of these, or None.
+        recomputed: what forward did not keep and backward computes again, or None.
+        wh: (rows, G·H), float32: W_hh h, where it is computed again.
     """
 
     grad_gates: Tensor
@@ -51,12 +51,12 @@ class Chunk:
     hidden: Tensor | None
     grad_hidden: Tensor | None
     cell_stats: Tensor | None
-    again: Saved | None
+    recomputed: Saved | None
     wh: Tensor | None
 
     @classmethod
-    def of(cls, layer: Layer, rows: int, *, again: bool, cell_stats: bool) -> Chunk:
-        """Room for so many rows."""
+    def of(cls, layer: Layer, rows: int, *, recompute: bool, cell_stats: bool) -> Chunk:
+        """Make room for this number of rows."""
 
         def new(width: int, *, where: bool = True) -> Tensor | None:
             return layer.input.new_empty((rows, width)) if where else None
@@ -65,29 +65,29 @@ class Chunk:
             return layer.input.new_empty(shape, dtype=torch.float32)
 
         width, hidden, size = layer.gate_width, layer.hidden_size, layer.output_size
-        normed = layer.cell == "lstm" and layer.cell_norm != "none"
+        normed = layer.spec.normalizes_cell
         return cls(
             grad_gates=layer.input.new_empty((rows, width)),
             grad_wh=layer.input.new_empty((rows, width)),
             h_before=layer.input.new_empty((rows, size)),
-            grad_own=new(hidden, where=layer.cell == "gru" and layer.inputs != "summed"),
+            grad_own=new(hidden, where=layer.spec.cell == "gru" and layer.spec.products != "summed"),
             grad_cell=new(hidden, where=normed),
             cell=new(hidden, where=normed),
-            grad_state=new(size, where=layer.projected),
-            hidden=new(hidden, where=layer.projected),
-            grad_hidden=floats(layer.batch, hidden) if layer.projected else None,
+            grad_state=new(size, where=layer.is_projected),
+            hidden=new(hidden, where=layer.is_projected),
+            grad_hidden=floats(layer.batch, hidden) if layer.is_projected else None,
             cell_stats=floats(rows, 2) if cell_stats and normed else None,
-            again=layer.new_saved(rows, with_c=False) if again else None,
-            wh=floats(rows, width) if again else None,
+            recomputed=layer.new_saved(rows, with_c=False) if recompute else None,
+            wh=floats(rows, width) if recompute else None,
         )
 
     def tensors(self) -> dict[str, Tensor | None]:
-        """What goes into the table."""
+        """Return what goes into the table."""
         names = ("grad_gates", "grad_wh", "grad_own", "grad_cell", "cell", "h_before", "grad_state", "hidden")
         return {name: getattr(self, name) for name in (*names, "grad_hidden", "cell_stats", "wh")}
 
     def rows(self, name: str, rows: int) -> Tensor:
-        """The first rows of a buffer that there is."""
+        """Return the first rows of a buffer that the layer has."""
         tensor: Tensor = getattr(self, name)
         return tensor[:rows]
 
@@ -144,16 +144,16 @@ class Gradients:
         self._input = torch.empty_like(layer.input) if wanted[0] else None
 
     def tensors(self) -> dict[str, Tensor | None]:
-        """What goes into the table."""
+        """Return what goes into the table."""
         return {"grad_output": self.output, "grad_h": self.h, "grad_c": self.c}
 
     def close(self, chunk: Chunk, saved: Saved, begin: int, rows: int) -> None:
-        """Adds what follows from a chunk's rows, of which ``saved`` holds these."""
+        """Add what follows from a chunk's rows; ``saved`` holds what forward kept of them."""
         layer, hidden = self._layer, self._layer.hidden_size
         grad, grad_wh = chunk.rows("grad_gates", rows), chunk.rows("grad_wh", rows)
         own = None if chunk.grad_own is None else chunk.rows("grad_own", rows)
-        if layer.kind != "none" and self._wants("bias", "gain_ih", "gain_hh", "bias_hn"):
-            separate = layer.inputs == "separate"
+        if layer.spec.groups and self._wants("bias", "gain_ih", "gain_hh", "bias_hn"):
+            separate = layer.spec.products == "separate"
             total, of_x, of_h = _column_sums(grad, saved.x, saved.h if separate else None)
             if separate and own is not None:
                 of_own, own_h, _ = _column_sums(own, saved.h[:, 2 * hidden :])
@@ -172,7 +172,7 @@ class Gradients:
                 self._add(name, _column_sums(of)[0])
         input = layer.input_rows[begin : begin + rows]
         pairs = [("weight_ih", grad_x, input), ("weight_hh", grad_wh, chunk.rows("h_before", rows))]
-        if layer.projected:
+        if layer.is_projected:
             pairs.append(("weight_hr", chunk.rows("grad_state", rows), chunk.rows("hidden", rows)))
         for name, left, right in pairs:
             if self._wants(name):
@@ -182,7 +182,7 @@ class Gradients:
             product(grad_x, layer.weight_ih, out, transposed=False)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Those that are wanted, in the layer's dtype; the others have no element."""
+        """Return those that are wanted, in the layer's dtype; the others have no element."""
         layer = self._layer
 
         def given(grad: Tensor | None) -> Tensor:
@@ -202,15 +202,15 @@ class Gradients:
             self._found[name] += sums
 
     def _through_input_norm(self, grad: Tensor, grad_wh: Tensor, own: Tensor | None, saved: Saved) -> Tensor:
-        """The gradients of W_ih x, in place of the gates' unless they are those of W_hh h."""
+        """Return the gradients of W_ih x, in place of the gates' unless they are those of W_hh h."""
         layer = self._layer
-        if layer.inputs == "summed":
+        if layer.spec.products == "summed":
             return grad_wh
-        if layer.inputs == "late":
+        if layer.spec.products == "late":
             assert own is not None  # noqa: S101 - a GRU has it
             grad[:, : 2 * layer.hidden_size] = grad_wh[:, : 2 * layer.hidden_size]
             grad[:, 2 * layer.hidden_size :] = own
-        elif layer.kind != "none":
+        elif layer.spec.groups:
             launch(
                 backward_kernels.rows_backward,
                 (grad.size(0),),
@@ -225,8 +225,8 @@ class Gradients:
 
 
 def normalize_rows(layer: Layer, saved: Saved) -> None:
-    """W_ih x in ``saved.x`` normalized in place, where it is by itself."""
-    if layer.inputs != "separate" or layer.kind == "none":
+    """Normalize W_ih x in ``saved.x`` in place, where it is normalized by itself."""
+    if layer.spec.products != "separate" or not layer.spec.groups:
         return
     launch(
         forward_kernels.normalize_rows,
@@ -234,21 +234,16 @@ def normalize_rows(layer: Layer, saved: Saved) -> None:
         saved.x,
         saved.x,
         saved.stats,
-        layer.eps,
+        layer.spec.eps,
         **row_options(layer),
     )
 
 
 def row_options(layer: Layer) -> dict[str, Any]:
-    """The parameters of kernels that take whole rows of gates."""
+    """Return the parameters of kernels that take whole rows of gates."""
     block = settings.block_for(layer.hidden_size)
     return {
-        "CELL": layer.cell,
-        "KIND": layer.kind,
-        "SCOPE": layer.scope,
-        "GATES": layer.gates,
-        "H": layer.hidden_size,
-        "STATS": layer.stats_width,
+        **{name: layer.options[name] for name in ("CELL", "KIND", "SCOPE", "GATES", "H", "STATS")},
         "BLOCK": block,
         "num_warps": settings.row_warps(block),
     }
@@ -257,7 +252,7 @@ def row_options(layer: Layer) -> dict[str, Any]:
 def _column_sums(
     grad: Tensor, first: Tensor | None = None, second: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ grad, Σ grad·first and Σ grad·second over the rows; first may be columns of wider rows."""
+    """Return Σ grad, Σ grad·first and Σ grad·second over the rows; first may be columns of wider rows."""
     rows, width = grad.shape
     parts = -(-rows // _PER_PART)
     sums = grad.new_empty((3, parts, width), dtype=torch.float32)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from layernorm.gpu.launching import aligned
-from layernorm.variants import CellNorm, Inputs, Kind, Scope
+from layernorm.gpu.launching import aligned, triton_type
+from layernorm.spec import PARAMETERS, LayerSpec
 
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 #: The vectors among the operators' weights in their order, as the kernels call them.
-VECTORS: Final = ("bias_ih", "bias_hh", "gain_ih", "gain_hh", "bias", "bias_hn", "gain_cell", "bias_cell")
-_GATES: Final = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+VECTORS: Final = PARAMETERS[3:]
 
 
 class Saved(NamedTuple):
@@ -33,79 +32,19 @@ class Saved(NamedTuple):
     stats: Any
 
     def rows(self, begin: int, count: int) -> Saved:
-        """A part of the rows."""
+        """Return a part of the rows."""
         return Saved(*(None if t is None else t[begin : begin + count] for t in self))
 
 
 @dataclass(frozen=True, eq=False)
-class Spec:
-    """What the kernels are compiled for; see ``recurrent_kernels``.
+class Layer:
+    """One layer and direction with its tensors, all contiguous and on one device.
 
     Attributes:
-        cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
-        kind: "layer", "rms" or "none".
-        inputs: "separate", "summed" or "late".
-        scope: "matrix", "all" or "gate".
-        cell_norm: "output", "carried" or "none".
-        eps: added to the variance.
+        spec: what it computes.
         reverse: whether the loop begins with the last step.
-        packed: whether steps have different numbers of rows.
-        projected: whether h is W_hr times the hidden vector.
-        dtype: of all tensors.
-        gates, hidden_size, output_size, input_size: G, H, P and F.
-    """
-
-    cell: str
-    kind: Kind
-    inputs: str
-    scope: Scope
-    cell_norm: CellNorm
-    eps: float
-    reverse: bool
-    packed: bool
-    projected: bool
-    dtype: torch.dtype
-    gates: int
-    hidden_size: int
-    output_size: int
-    input_size: int
-
-    @functools.cached_property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for equal specs."""
-        return tuple(getattr(self, field.name) for field in fields(Spec))
-
-    @property
-    def gate_width(self) -> int:
-        """G·H."""
-        return self.gates * self.hidden_size
-
-    @property
-    def groups(self) -> int:
-        """Groups of a row's features that share statistics."""
-        if self.kind == "none":
-            return 0
-        if self.scope == "gate":
-            return self.gates
-        return 2 if self.scope == "matrix" and self.cell == "gru" else 1
-
-    @property
-    def stats_width(self) -> int:
-        """Numbers in a row of the statistics."""
-        return self.groups * (2 if self.inputs == "separate" else 1)
-
-    @property
-    def saved_h_width(self) -> int:
-        """Features of W_hh h that backward needs beside x."""
-        return {"separate": self.gate_width, "summed": 0, "late": self.hidden_size}[self.inputs]
-
-
-@dataclass(frozen=True, eq=False)
-class Layer(Spec):
-    """A spec with its tensors.
-
-    Attributes:
-        input: (T, N, F), or (rows, F) packed; contiguous, as all tensors here.
+        input_size, hidden_size, output_size: F, H and P.
+        input: (T, N, F), or (rows, F) packed.
         h0, c0: (N, P), and (N, H) of an LSTM.
         weight_ih, weight_hh, weight_hr: (G·H, F), (G·H, P), and (P, H) or None.
         vectors: by the names of ``VECTORS``; None where there is none.
@@ -115,6 +54,11 @@ class Layer(Spec):
         steps, batch, rows: T, N, and the rows of all steps.
     """
 
+    spec: LayerSpec
+    reverse: bool
+    input_size: int
+    hidden_size: int
+    output_size: int
     input: Tensor
     h0: Tensor
     c0: Tensor | None
@@ -139,51 +83,31 @@ class Layer(Spec):
         weights: Sequence[Tensor | None],
         resets: Tensor | None,
         batch_sizes: Sequence[int] | None,
-        cell: str,
-        kind: Kind,
-        inputs: Inputs,
-        scope: Scope,
-        cell_norm: CellNorm,
+        codes: Sequence[int],
         eps: float,
         reverse: bool,
     ) -> Self:
-        """The arguments of the operators, checked.
+        """Check the arguments of the operators.
 
         Raises:
             RuntimeError: a tensor has another shape, dtype or device than the layer's, or there is no step.
         """
-        if cell not in _GATES:
-            raise RuntimeError(f"layernorm: cell must be one of {', '.join(_GATES)}; got {cell}")
-        packed = batch_sizes is not None
-        if input.dtype not in DTYPES or input.dim() != (2 if packed else 3):
-            raise RuntimeError(
-                f"layernorm: input must be of {2 if packed else 3} dimensions, of float32, bfloat16 or "
-                f"float16; got {list(input.shape)} of {input.dtype}"
-            )
-        gates = _GATES[cell]
-        weight_ih, weight_hh, weight_hr = weights[:3]
-        if weight_ih is None or weight_hh is None or weight_hh.dim() != 2 or weight_hh.size(0) % gates:
-            raise RuntimeError(
-                f"layernorm: weight_ih and weight_hh must be matrices of {gates} times hidden_size rows"
-            )
-        hidden, output = weight_hh.size(0) // gates, weight_hh.size(1)
-        counts = _checked(batch_sizes, input.size(0)) if batch_sizes is not None else None
-        steps, batch = (len(counts), counts[0]) if counts else (input.size(0), input.size(1))
-        if steps == 0:
-            raise RuntimeError("layernorm: Expected sequence length to be larger than 0 in RNN")
-        rows = sum(counts) if counts else steps * batch
-        width = gates * hidden
+        spec = LayerSpec.decode(codes, eps)
+        weight_ih, weight_hh, weight_hr = _matrices(spec, weights)
+        hidden, output, features = weight_hh.size(0) // spec.gates, weight_hh.size(1), input.size(-1)
+        counts, steps, batch, rows = _steps(input, batch_sizes)
+        width = spec.gates * hidden
 
-        def held(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+        def held(name: str, tensor: Tensor | None, *shape: int) -> Tensor | None:
             return None if tensor is None else _held(name, tensor, shape, input.dtype, input)
 
         sizes = {"bias_hn": hidden, "gain_cell": hidden, "bias_cell": hidden}
         vectors = {
-            name: held(name, vector, (sizes.get(name, width),))
+            name: held(name, vector, sizes.get(name, width))
             for name, vector in zip(VECTORS, weights[3:], strict=True)
         }
         held_h0 = _held("h", h, (batch, output), input.dtype, input)
-        if cell == "lstm" and c is None:
+        if spec.cell == "lstm" and c is None:
             raise RuntimeError("layernorm: an LSTM needs the state c")
         mask = None
         if resets is not None:
@@ -194,26 +118,17 @@ class Layer(Spec):
             for numbers in (counts, offsets)
         )
         return cls(
-            cell=cell,
-            kind=kind,
-            inputs=_inputs(cell, kind, inputs, scope),
-            scope=scope,
-            cell_norm="none" if kind == "none" else cell_norm,
-            eps=eps,
+            spec=spec,
             reverse=reverse,
-            packed=packed,
-            projected=weight_hr is not None,
-            dtype=input.dtype,
-            gates=gates,
+            input_size=features,
             hidden_size=hidden,
             output_size=output,
-            input_size=input.size(-1),
             input=aligned(input),
             h0=held_h0,
-            c0=held("c", c, (batch, hidden)) if cell == "lstm" else None,
-            weight_ih=_held("weight_ih", weight_ih, (width, input.size(-1)), input.dtype, input),
+            c0=held("c", c, batch, hidden) if spec.cell == "lstm" else None,
+            weight_ih=_held("weight_ih", weight_ih, (width, features), input.dtype, input),
             weight_hh=_held("weight_hh", weight_hh, (width, output), input.dtype, input),
-            weight_hr=held("weight_hr", weight_hr, (output, hidden)),
+            weight_hr=held("weight_hr", weight_hr, output, hidden),
             vectors=vectors,
             resets=mask,
             batch_sizes=device_sizes,
@@ -224,44 +139,93 @@ class Layer(Spec):
             rows=rows,
         )
 
+    @functools.cached_property
+    def key(self) -> tuple[Any, ...]:
+        """What the kernels are compiled for, and their launches depend on; equal for equal layers."""
+        sizes = (self.input_size, self.hidden_size, self.output_size)
+        flags = (self.reverse, self.is_packed, self.is_projected, self.dtype)
+        return (self.spec.codes, self.spec.eps, *sizes, *flags)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of all tensors but sums and statistics."""
+        return self.input.dtype
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether steps have different numbers of rows."""
+        return self.counts is not None
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether h is W_hr times the hidden vector."""
+        return self.weight_hr is not None
+
+    @property
+    def gate_width(self) -> int:
+        """G·H."""
+        return self.spec.gates * self.hidden_size
+
+    @functools.cached_property
+    def options(self) -> dict[str, Any]:
+        """What every kernel that takes a row of gates is compiled with, by the kernels' names."""
+        variant = self.spec.variant
+        return {
+            "CELL": self.spec.operation,
+            "KIND": variant.kind,
+            "INPUTS": self.spec.products,
+            "SCOPE": variant.scope,
+            "CELL_NORM": variant.cell,
+            "GATES": self.spec.gates,
+            "H": self.hidden_size,
+            "P": self.output_size,
+            "GROUPS": len(self.spec.groups),
+            "STATS": self.spec.statistics,
+            "REVERSE": self.reverse,
+            "PACKED": self.is_packed,
+            "PROJECTED": self.is_projected,
+            "TYPE": triton_type(self.dtype),
+        }
+
     @property
     def input_rows(self) -> Tensor:
         """(rows, F)."""
         return self.input.reshape(self.rows, self.input_size)
 
     def first_row(self, step: int) -> int:
-        """Of a step among those of all steps."""
+        """Return the first row of a step among those of all steps."""
         return step * self.batch if self.counts is None else sum(self.counts[:step])
 
     def chunk(self, done: int, count: int) -> tuple[int, int]:
-        """First row and rows of the steps that backward takes after ``done`` steps, so many of them."""
+        """Return first row and rows of the ``count`` steps that backward takes after ``done`` steps."""
         first = done if self.reverse else self.steps - done - count
         begin = self.first_row(first)
         return begin, self.first_row(first + count) - begin
 
     def first_state(self) -> tuple[Tensor, Tensor | None]:
-        """Copies of the initial state, with zeros where the first step resets it."""
+        """Return copies of the initial state, with zeros where the first step resets it."""
         c = None if self.c0 is None else self.cleared(self.c0.clone())
         return self.cleared(self.h0.clone()), c
 
     def cleared(self, state: Tensor) -> Tensor:
-        """The state, or its gradient, with zeros in the rows that the first step resets."""
+        """Put zeros in the rows of the state, or of its gradient, that the first step resets."""
         if self.resets is None or self.reverse:
             return state
         reset = self.resets.reshape(self.rows)[: self.batch].bool()
         return state.masked_fill_(reset.unsqueeze(-1), 0)
 
     def new_saved(self, rows: int, *, with_c: bool, keep: bool = True) -> Saved:
-        """Room for what forward keeps; without ``keep`` x, which it works in, and c alone."""
+        """Make room for what forward keeps; without ``keep`` x, which it works in, and c alone."""
         new = self.input.new_empty
-        h = new((rows, self.saved_h_width)) if keep and self.saved_h_width else None
-        c = new((rows, self.hidden_size)) if with_c and self.cell == "lstm" else None
-        stats = new((rows, self.stats_width), dtype=torch.float32) if keep else None
+        h_width = self.spec.saved_h_gates * self.hidden_size
+        h = new((rows, h_width)) if keep and h_width else None
+        c = new((rows, self.hidden_size)) if with_c and self.spec.cell == "lstm" else None
+        stats = new((rows, self.spec.statistics), dtype=torch.float32) if keep else None
         return Saved(new((rows, self.gate_width)), h, c, stats)
 
     def tensors(self, saved: Saved) -> dict[str, Tensor | None]:
-        """What goes into the table for the steps, by the slots' names."""
-        stats = saved.stats if self.stats_width else None
+        """Return what goes into the table for the steps, by the slots' names."""
+        stats = saved.stats if self.spec.statistics else None
         return {
             **{name: vector for name, vector in self.vectors.items() if name != "bias_ih"},
             "weight_hh": self.weight_hh,
@@ -276,14 +240,11 @@ class Layer(Spec):
         }
 
     def check_saved(self, output: Tensor, saved: Saved) -> None:
-        """Raises RuntimeError unless these are what forward returned."""
-        again = saved.x.numel() == 0
-        c_width = self.hidden_size if self.cell == "lstm" else 0
-        widths = [
-            self.output_size,
-            c_width,
-            *((0, 0, 0) if again else (self.gate_width, self.saved_h_width, self.stats_width)),
-        ]
+        """Check that these are what forward returned."""
+        recomputes = saved.x.numel() == 0
+        h_width = self.spec.saved_h_gates * self.hidden_size
+        kept = (0, 0, 0) if recomputes else (self.gate_width, h_width, self.spec.statistics)
+        widths = [self.output_size, self.hidden_size if self.spec.cell == "lstm" else 0, *kept]
         tensors = (output, saved.c, saved.x, saved.h, saved.stats)
         for tensor, width in zip(tensors, widths, strict=True):
             dtype = torch.float32 if tensor is saved.stats else self.dtype
@@ -293,10 +254,28 @@ class Layer(Spec):
                 )
 
 
-def _inputs(cell: str, kind: str, inputs: str, scope: str) -> str:
-    if kind == "none":  # nothing distinguishes the products but the candidate of a GRU
-        return "separate" if cell == "gru" else "summed"
-    return "late" if cell == "gru" and inputs == "summed" and scope != "all" else inputs
+def _matrices(spec: LayerSpec, weights: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor | None]:
+    weight_ih, weight_hh, weight_hr = weights[:3]
+    if weight_ih is None or weight_hh is None or weight_hh.dim() != 2 or weight_hh.size(0) % spec.gates:
+        raise RuntimeError(
+            f"layernorm: weight_ih and weight_hh must be matrices of {spec.gates} times hidden_size rows"
+        )
+    return weight_ih, weight_hh, weight_hr
+
+
+def _steps(input: Tensor, batch_sizes: Sequence[int] | None) -> tuple[tuple[int, ...] | None, int, int, int]:
+    """Return the rows of each step where they differ, and T, N and the rows of all steps."""
+    dims = 3 if batch_sizes is None else 2
+    if input.dtype not in DTYPES or input.dim() != dims:
+        raise RuntimeError(
+            f"layernorm: input must be of {dims} dimensions, of float32, bfloat16 or float16; got "
+            f"{list(input.shape)} of {input.dtype}"
+        )
+    counts = _checked(batch_sizes, input.size(0)) if batch_sizes is not None else None
+    steps, batch = (len(counts), counts[0]) if counts else (input.size(0), input.size(1))
+    if steps == 0:
+        raise RuntimeError("layernorm: Expected sequence length to be larger than 0 in RNN")
+    return counts, steps, batch, sum(counts) if counts else steps * batch
 
 
 def _held(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, input: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The recurrent operators on GPUs, for any size and variant: what runs, in which order.
 
-The functions have the signatures of the operators ``layernorm::recurrent…`` that they serve. W_ih x of all
+The functions have the signatures of the operators ``layernorm::recurrent…`` that they compute. W_ih x of all
 steps is one product, normalized where it is by itself. Then come the steps, in order: the product W_hh h,
-and a kernel for all the rest (``recurrent_kernels``). Backward goes through chunks of steps from the end of
-the loop; after a chunk's steps come the products and sums over all of its rows.
+and a kernel for all the rest (``row_kernels``). Backward goes through chunks of steps from the end of the
+loop; after a chunk's steps come the products and sums over all of its rows.
 
 Every product of a row and every norm is summed in an order that the sizes of the layer decide, so a row
 has the same bits in any batch and however its sequence is cut. Gradients of parameters are sums over rows in
@@ -12,50 +12,46 @@ an order that the shapes decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
 from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from layernorm import backends
-from layernorm.gpu import settings
-from layernorm.gpu.launching import launch
+from layernorm.gpu import settings, tiers
+from layernorm.gpu.launching import launch, triton_type
 from layernorm.gpu.persistent import launches as persistent
 from layernorm.gpu.recurrent import backward_kernels, forward_kernels, product_kernels, replay
 from layernorm.gpu.recurrent import table_kernels as tables
 from layernorm.gpu.recurrent.gradients import Chunk, Gradients, normalize_rows
 from layernorm.gpu.recurrent.layer import Layer, Saved
 from layernorm.gpu.recurrent.products import precision, product
-from layernorm.variants import Inputs, Variant
 
 #: About the memory for the gradients of a chunk of steps in backward: as much as keeps what is launched for a
-#: chunk small beside its steps.
+#: chunk small compared with its steps.
 CHUNK_BYTES: Final = 2**28
-
-_TYPES: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def recurrent(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator ``layernorm::recurrent`` without a derivative."""
+    """Compute the operator ``layernorm::recurrent`` without a derivative."""
     layer = Layer.of(*arguments[:-1])
     output, hn, cn, _ = _forward(layer, keep=False)
-    return output, hn, _or_nothing(cn, layer)
+    return output, hn, _or_empty(cn, layer)
 
 
 def recurrent_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The operator ``layernorm::recurrent_forward``: also what backward needs."""
+    """Compute the operator ``layernorm::recurrent_forward``: also what backward needs."""
     layer, recompute = Layer.of(*arguments[:-1]), arguments[-1]
     output, hn, cn, saved = _forward(layer, keep=not recompute)
     stats = layer.h0.new_empty(0, dtype=torch.float32) if saved.stats is None else saved.stats
     x = None if recompute else saved.x
-    kept = [_or_nothing(tensor, layer) for tensor in (cn, x, saved.h, saved.c)]
+    kept = [_or_empty(tensor, layer) for tensor in (cn, x, saved.h, saved.c)]
     return output, hn, *kept, stats
 
 
 def recurrent_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """The operator ``layernorm::recurrent_backward``.
+    """Compute the operator ``layernorm::recurrent_backward``.
 
     Raises:
         RuntimeError: a tensor has another shape, dtype or device than the layer's.
@@ -71,13 +67,13 @@ def recurrent_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Te
     return gradients.results()
 
 
-def _or_nothing(tensor: Tensor | None, layer: Layer) -> Tensor:
-    """The tensor, or one without elements: operators return no None."""
+def _or_empty(tensor: Tensor | None, layer: Layer) -> Tensor:
+    """Return the tensor, or one without elements: operators return no None."""
     return layer.input.new_empty(0) if tensor is None else tensor
 
 
 def _forward(layer: Layer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor | None, Saved]:
-    """Output, final state, and what is kept for backward, or a part of it."""
+    """Return output, final state, and what is kept for backward, or a part of it."""
     output = layer.input.new_empty((*layer.input.shape[:-1], layer.output_size))
     h, c = layer.first_state()
     saved = layer.new_saved(layer.rows, with_c=True, keep=keep)
@@ -85,128 +81,105 @@ def _forward(layer: Layer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor | None
         return output, h, c, saved
     product(layer.input_rows, layer.weight_ih, saved.x, bias=layer.vectors["bias_ih"])
     normalize_rows(layer, saved)
-    if _tier(layer, backward=False) == "persistent":
-        _persistent(layer, saved, output, h, c)
+    if _is_persistent(layer, backward=False):
+        tensors = _persistent_tensors(layer, saved) | {"h0": layer.h0, "output": output, "hn": h, "cn": c}
+        persistent.forward(layer.spec, tensors, steps=layer.steps, reverse=layer.reverse)
     else:
         tensors = layer.tensors(saved) | {"output": output, "h": h, "c": c}
         tensors["wh"] = h.new_empty((layer.batch, layer.gate_width), dtype=torch.float32)
-        if layer.projected:
+        if layer.is_projected:
             tensors["hidden"] = h.new_empty((layer.batch, layer.hidden_size))
         numbers = {"steps": layer.steps}
         replay.run(layer, "forward", tensors, numbers, layer.steps, partial(_step_forward, layer))
     return output, h, c, saved
 
 
-def _tier(layer: Layer, *, backward: bool) -> str:
+def _is_persistent(layer: Layer, *, backward: bool) -> bool:
+    """Return whether the persistent kernel computes a direction of a layer."""
     if not layer.input.is_cuda:
-        return "triton"
-    variant = Variant(layer.kind, _inputs(layer), layer.scope, layer.cell_norm)
-    sizes = (layer.hidden_size, layer.dtype, layer.input.device)
-    choice = backends.tier(layer.cell, variant, *sizes, projected=layer.projected, backward=backward)
-    return choice.kernel
-
-
-def _inputs(layer: Layer) -> Inputs:
-    """As the variant has it."""
-    return "separate" if layer.inputs == "separate" else "summed"
-
-
-def _persistent(layer: Layer, saved: Saved, output: Tensor, hn: Tensor, cn: Tensor | None) -> None:
-    persistent.forward(
-        layer.cell,
-        layer.kind,
-        _inputs(layer),
-        layer.scope,
-        layer.cell_norm,
-        layer.eps,
-        layer.reverse,
-        x=saved.x,
-        h0=layer.h0,
-        c0=layer.c0,
-        weight_hh=layer.weight_hh,
-        vectors=layer.vectors,
-        resets=layer.resets,
-        batch_sizes=layer.batch_sizes,
-        step_offsets=layer.offsets,
-        steps=layer.steps,
-        output=output,
-        hn=hn,
-        cn=cn,
-        saved_c=saved.c,
-        saved_h=saved.h,
-        stats=saved.stats,
+        return False
+    choice = tiers.tier(
+        layer.spec,
+        layer.hidden_size,
+        layer.dtype,
+        layer.input.device,
+        projected=layer.is_projected,
+        backward=backward,
     )
+    return choice.kernel == "persistent"
+
+
+def _persistent_tensors(layer: Layer, saved: Saved) -> dict[str, Tensor | None]:
+    """Return what both directions of the persistent kernel read of a layer, by its names."""
+    return {
+        **layer.vectors,
+        "x": saved.x,
+        "c0": layer.c0,
+        "weight_hh": layer.weight_hh,
+        "resets": layer.resets,
+        "batch_sizes": layer.batch_sizes,
+        "step_offsets": layer.offsets,
+        "saved_h": saved.h,
+        "saved_c": saved.c,
+        "stats": saved.stats,
+    }
 
 
 def _persistent_backward(
-    layer: Layer, saved: Saved, gradients: Gradients, chunk: Chunk, numbers: Mapping[str, int], count: int
+    layer: Layer, saved: Saved, gradients: Gradients, chunk: Chunk, place: persistent.ChunkPlace
 ) -> None:
-    read = saved if chunk.again is None else chunk.again
-    persistent.backward(
-        layer.cell,
-        layer.kind,
-        _inputs(layer),
-        layer.scope,
-        layer.cell_norm,
-        layer.reverse,
-        x=read.x,
-        c0=layer.c0,
-        weight_hh=layer.weight_hh,
-        vectors=layer.vectors,
-        resets=layer.resets,
-        batch_sizes=layer.batch_sizes,
-        step_offsets=layer.offsets,
-        saved_h=read.h if layer.inputs == "separate" else None,
-        saved_c=saved.c if layer.cell == "lstm" else None,
-        stats=read.stats,
-        grad_output=gradients.output,
-        h_before=chunk.h_before,
-        cell_stats=chunk.cell_stats,
-        grad_gates=chunk.grad_gates,
-        grad_wh=chunk.grad_wh,
-        grad_own=chunk.grad_own,
-        grad_cell=chunk.grad_cell,
-        normalized_cell=chunk.cell,
-        grad_h=gradients.h,
-        grad_c=gradients.c,
-        count=count,
-        **{name: numbers[name] for name in ("steps", "done", "base", "kept")},
-    )
+    read = saved if chunk.recomputed is None else chunk.recomputed
+    spec = layer.spec
+    tensors = _persistent_tensors(layer, read) | {
+        "saved_h": read.h if spec.products == "separate" else None,
+        "saved_c": saved.c if spec.cell == "lstm" else None,
+        "grad_output": gradients.output,
+        "h_before": chunk.h_before,
+        "cell_stats": chunk.cell_stats,
+        "grad_gates": chunk.grad_gates,
+        "grad_wh": chunk.grad_wh,
+        "grad_own": chunk.grad_own,
+        "grad_cell": chunk.grad_cell,
+        "normalized_cell": chunk.cell,
+        "grad_h": gradients.h,
+        "grad_c": gradients.c,
+    }
+    persistent.backward(spec, tensors, steps=layer.steps, reverse=layer.reverse, chunk=place)
 
 
 def _backward(layer: Layer, output: Tensor, saved: Saved, gradients: Gradients) -> None:
-    """Through chunks of steps from the end of the loop."""
-    of_row = (2 * layer.gate_width + 3 * layer.hidden_size + layer.output_size) * layer.dtype.itemsize
-    most = min(layer.steps, max(1, CHUNK_BYTES // (of_row * layer.batch)))
-    again = saved.x.numel() == 0
-    is_persistent = _tier(layer, backward=True) == "persistent"
-    chunk = Chunk.of(layer, most * layer.batch, again=again, cell_stats=is_persistent)
-    tensors = (
-        layer.tensors(saved if chunk.again is None else chunk.again) | gradients.tensors() | chunk.tensors()
-    )
+    """Go through chunks of steps from the end of the loop."""
+    row_bytes = (2 * layer.gate_width + 3 * layer.hidden_size + layer.output_size) * layer.dtype.itemsize
+    most = min(layer.steps, max(1, CHUNK_BYTES // (row_bytes * layer.batch)))
+    recomputes = saved.x.numel() == 0
+    is_persistent = _is_persistent(layer, backward=True)
+    chunk = Chunk.of(layer, most * layer.batch, recompute=recomputes, cell_stats=is_persistent)
+    read = saved if chunk.recomputed is None else chunk.recomputed
+    tensors = layer.tensors(read) | gradients.tensors() | chunk.tensors()
     tensors |= {"output": output, "saved_c": saved.c, "h0": layer.h0, "c0": layer.c0}
     for done in range(0, layer.steps, most):
         count = min(most, layer.steps - done)
         begin, rows = layer.chunk(done, count)
-        numbers = {"steps": layer.steps, "done": done, "base": begin, "kept": begin if again else 0}
+        first = begin if recomputes else 0
+        numbers = {"steps": layer.steps, "done": done, "base": begin, "kept": first}
         bits = replay.present(tensors)
-        of_chunk = replay.fill(replay.new_table(layer.input), tensors, numbers)
-        _launch(layer, backward_kernels.gather_before, of_chunk, bits, steps=count)
-        if chunk.again is None:
+        table = replay.fill(replay.new_table(layer.input), tensors, numbers)
+        _launch(layer, backward_kernels.gather_before, table, bits, steps=count)
+        if chunk.recomputed is None:
             kept = saved.rows(begin, rows)
         else:
-            kept = chunk.again.rows(0, rows)
-            product(
-                layer.input_rows[begin : begin + rows], layer.weight_ih, kept.x, bias=layer.vectors["bias_ih"]
-            )
+            kept = chunk.recomputed.rows(0, rows)
+            input = layer.input_rows[begin : begin + rows]
+            product(input, layer.weight_ih, kept.x, bias=layer.vectors["bias_ih"])
             normalize_rows(layer, kept)
             before = chunk.rows("h_before", rows)
             product(before, layer.weight_hh, chunk.rows("wh", rows), bias=layer.vectors["bias_hh"])
-            _launch(layer, forward_kernels.meet_again, of_chunk, bits, steps=count)
+            _launch(layer, forward_kernels.recompute_gates, table, bits, steps=count)
         if is_persistent:
             if chunk.cell_stats is not None:
-                _launch(layer, backward_kernels.cell_statistics, of_chunk, bits, steps=count)
-            _persistent_backward(layer, saved, gradients, chunk, numbers, count)
+                _launch(layer, backward_kernels.cell_statistics, table, bits, steps=count)
+            place = persistent.ChunkPlace(done, count, begin, first)
+            _persistent_backward(layer, saved, gradients, chunk, place)
         else:
             replay.run(layer, "backward", tensors, numbers, count, partial(_step_backward, layer))
         gradients.close(chunk, kept, begin, rows)
@@ -216,45 +189,31 @@ def _step_forward(layer: Layer, table: Tensor, step: int, bits: int) -> None:
     run = partial(_step_product, layer, table, step, bits, from_last=layer.reverse)
     run("h", "weight_hh", "wh")
     _launch(layer, forward_kernels.cell_forward, table, bits, step)
-    if layer.projected:
+    if layer.is_projected:
         run("hidden", "weight_hr", "h")
         _launch(layer, forward_kernels.projected_forward, table, bits, step)
 
 
 def _step_backward(layer: Layer, table: Tensor, step: int, bits: int) -> None:
     run = partial(_step_product, layer, table, step, bits, from_last=not layer.reverse, transposed=False)
-    if layer.projected:
+    if layer.is_projected:
         _launch(layer, backward_kernels.projected_backward, table, bits, step)
         run("grad_state", "weight_hr", "grad_hidden")
     _launch(layer, backward_kernels.cell_backward, table, bits, step)
     run("grad_wh", "weight_hh", "grad_h")
 
 
-#: Parameters of the kernels that take a row of a step.
-_PARAMETERS: Final[dict[str, Callable[[Layer], Any]]] = {
-    "CELL": lambda layer: layer.cell,
-    "KIND": lambda layer: layer.kind,
-    "INPUTS": lambda layer: layer.inputs,
-    "SCOPE": lambda layer: layer.scope,
-    "CELL_NORM": lambda layer: layer.cell_norm,
-    "GATES": lambda layer: layer.gates,
-    "H": lambda layer: layer.hidden_size,
-    "P": lambda layer: layer.output_size,
-    "GROUPS": lambda layer: layer.groups,
-    "STATS": lambda layer: layer.stats_width,
-    "REVERSE": lambda layer: layer.reverse,
-    "PACKED": lambda layer: layer.packed,
-    "PROJECTED": lambda layer: layer.projected,
-    "TYPE": lambda layer: _triton_type(layer.dtype),
-}
+@functools.cache
+def _parameters(kernel: Any) -> frozenset[str]:
+    return frozenset(kernel.arg_names)
 
 
 def _launch(layer: Layer, kernel: Any, table: Tensor, bits: int, step: int = 0, *, steps: int = 1) -> None:
-    """A kernel of ``recurrent_kernels`` for all rows of one step, or of several."""
-    names = kernel.arg_names
-    options = {name: value(layer) for name, value in _PARAMETERS.items() if name in names}
+    """Launch a kernel of ``row_kernels`` for all rows of one step, or of several."""
+    names = _parameters(kernel)
+    options = {name: value for name, value in layer.options.items() if name in names}
     block = settings.block_for(layer.hidden_size if "H" in names else layer.output_size)
-    numbers = (layer.batch, layer.eps) if "eps" in names else (layer.batch,)
+    numbers = (layer.batch, layer.spec.eps) if "eps" in names else (layer.batch,)
     launch(
         kernel,
         (layer.batch, steps),
@@ -281,7 +240,7 @@ def _step_product(
     from_last: bool,
     transposed: bool = True,
 ) -> None:
-    """The product of a state, or of rows of a chunk, with a matrix or its transpose, to a state."""
+    """Launch the product of a state, or of rows of a chunk, with a matrix or its transpose, to a state."""
     matrix = getattr(layer, weight)
     columns, depth = matrix.shape if transposed else matrix.shape[::-1]
     tile = settings.product_tile(columns, layer.dtype)
@@ -298,22 +257,16 @@ def _step_product(
         B=slot(weight),
         BIAS=slot("bias_hh") if has_bias else -1,
         OUT=slot(out),
-        OUT_TYPE=_triton_type(layer.dtype if out == "h" else torch.float32),
+        OUT_TYPE=triton_type(layer.dtype if out == "h" else torch.float32),
         SEQUENCE=a in ("grad_state", "grad_wh"),
-        ADD=out == "grad_h" and layer.cell == "gru",
+        ADD=out == "grad_h" and layer.spec.cell == "gru",
         COLUMNS=columns,
         DEPTH=depth,
         B_COLUMN=depth if transposed else 1,
         B_DEPTH=1 if transposed else columns,
-        TYPE=_triton_type(layer.dtype),
+        TYPE=triton_type(layer.dtype),
         FROM_LAST=from_last,
-        PACKED=layer.packed,
+        PACKED=layer.is_packed,
         PRECISION=precision(),
         **tile.options(),
     )
-
-
-def _triton_type(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return getattr(tl, _TYPES[dtype])

@@ -97,7 +97,7 @@ def step_product(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The product of one step, of the tensors in these slots of the table (BIAS -1: none).
+    """Compute the product of one step, of the tensors in these slots of the table (BIAS -1: none).
 
     a is a state (batch, DEPTH), or with ``SEQUENCE`` the rows of this step in a buffer of a chunk; out
     (batch, COLUMNS) is a state, to which ``ADD`` adds.

@@ -13,7 +13,7 @@ from layernorm.gpu.recurrent import product_kernels
 def product(
     a: Tensor, weight: Tensor, out: Tensor, *, bias: Tensor | None = None, transposed: bool = True
 ) -> Tensor:
-    """To out (rows, columns): a (rows, depth) times the weight's transpose, or the weight, plus a bias.
+    """Write a (rows, depth) times the weight's transpose, or the weight, plus a bias to out (rows, columns).
 
     All are contiguous. A row's bits depend on the sizes of the weight alone.
     """
@@ -40,13 +40,13 @@ def product(
 
 
 def precision() -> str:
-    """Of float32 products, as ``torch.nn.LSTM`` has it on GPUs: "tf32" or "ieee"."""
+    """Return the precision of float32 products, as ``torch.nn.LSTM`` has it on GPUs: "tf32" or "ieee"."""
     of_rnn: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
     return "tf32" if of_rnn == "tf32" else "ieee"
 
 
 def sum_of_outer(a: Tensor, b: Tensor, total: Tensor) -> None:
-    """Adds aᵀ b over all rows of a (rows, m) and b (rows, n) to total (m, n), in float32, its type."""
+    """Add aᵀ b over all rows of a (rows, m) and b (rows, n) to total (m, n), in float32, its type."""
     if a.dtype == torch.float32:
         total.addmm_(a.t(), b)
     elif a.is_cuda:

@@ -32,17 +32,17 @@ Step = Callable[[Tensor, int, int], None]
 
 
 def present(tensors: Mapping[str, Tensor | None]) -> int:
-    """PRESENT of ``recurrent_kernels``: a bit for each slot that has a tensor."""
+    """Return PRESENT of ``row_kernels``: a bit for each slot that has a tensor."""
     return sum(1 << table.SLOTS.index(name) for name, t in tensors.items() if t is not None)
 
 
-def new_table(beside: Tensor) -> Tensor:
-    """A table on that tensor's device."""
-    return torch.empty(len(table.SLOTS), dtype=torch.int64, device=beside.device)
+def new_table(like: Tensor) -> Tensor:
+    """Make a table on a tensor's device."""
+    return torch.empty(len(table.SLOTS), dtype=torch.int64, device=like.device)
 
 
 def fill(to: Tensor, tensors: Mapping[str, Tensor | None], numbers: Mapping[str, int]) -> Tensor:
-    """Writes addresses and numbers into a table; a slot that neither names holds 0."""
+    """Write addresses and numbers into a table; a slot that neither names holds 0."""
     addresses = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
     values = [{**addresses, **numbers}.get(name, 0) for name in table.SLOTS]
     values += [0] * (-len(values) % table.WRITTEN)
@@ -60,7 +60,7 @@ def run(
     count: int,
     step: Step,
 ) -> None:
-    """The launches of ``count`` steps of a loop.
+    """Launch ``count`` steps of a loop.
 
     Args:
         layer: what they are of.
@@ -85,7 +85,7 @@ def run(
 
 
 def sizes(count: int) -> Iterator[int]:
-    """The parts of a loop, each of the most steps that fit.
+    """Yield the parts of a loop, each of the most steps that fit.
 
     Examples:
         >>> from layernorm.gpu.recurrent.replay import sizes
@@ -111,7 +111,7 @@ class Captured:
         self._compiled = False
 
     def run(self, count: int, step: Callable[[int], None]) -> None:
-        """The launches of ``count`` steps, from the one on that the table says."""
+        """Launch ``count`` steps, from the one on that the table says."""
         for size in sizes(count):
             graph = self._graphs.get(size)
             if graph is None and self._compiled and size > 1:
@@ -139,7 +139,7 @@ class Captured:
         return graph
 
     def close(self) -> None:
-        """Waits until nothing runs that this holds."""
+        """Wait until nothing runs that this holds."""
         self._stream.synchronize()
 
 
@@ -151,7 +151,7 @@ class Cache:
         self._loops: OrderedDict[tuple[Any, ...], Captured] = OrderedDict()
 
     def get(self, key: tuple[Any, ...], make: Callable[[], Captured]) -> Captured:
-        """The loop of this key, made where there is none."""
+        """Return the loop of this key, made where there is none."""
         with self._lock:
             found = self._loops.pop(key, None) or make()
             self._loops[key] = found

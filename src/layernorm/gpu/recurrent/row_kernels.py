@@ -1,4 +1,4 @@
-"""What the Triton kernels of the recurrent layers share: where a row of a step is, what meets at its gates.
+"""What the Triton kernels of the recurrent layers share: where a row of a step is, what enters its gates.
 
 A program takes one row of one step, all its gates in registers. A row of a step goes through
 
@@ -44,7 +44,7 @@ SAVED_STATS = slot("saved_stats")
 
 @triton.jit
 def vector(table, SLOT: tl.constexpr, PRESENT: tl.constexpr, TYPE: tl.constexpr, at, mask, absent):
-    """A part of a gain or a bias in float32; ``absent`` where there is none."""
+    """Load a part of a gain or a bias in float32; ``absent`` where there is none."""
     if has(PRESENT, SLOT):
         found = tl.load(address(table, SLOT, TYPE) + at, mask, other=0.0).to(tl.float32)
     else:
@@ -54,7 +54,7 @@ def vector(table, SLOT: tl.constexpr, PRESENT: tl.constexpr, TYPE: tl.constexpr,
 
 @triton.jit
 def row_of_step(table, step, batch, FROM_LAST: tl.constexpr, PACKED: tl.constexpr):
-    """Row n = program_id(0) of a step of the loop, number ``step`` + program_id(1).
+    """Find row n = program_id(0) of a step of the loop, number ``step`` + program_id(1).
 
     Returns n, the step t of the sequence, the row among those of all steps, and how many the step has.
     """
@@ -66,7 +66,7 @@ def row_of_step(table, step, batch, FROM_LAST: tl.constexpr, PACKED: tl.constexp
 
 @triton.jit
 def _neighbour(table, t, batch, PACKED: tl.constexpr):
-    """First row and rows of step t; no rows where there is no such step."""
+    """Return first row and rows of step t; no rows where there is no such step."""
     inside = (t >= 0) & (t < tl.load(table + STEPS))
     first, count = rows_of_step(table, tl.where(inside, t, 0), batch, PACKED)
     return first, tl.where(inside, count, 0)
@@ -74,7 +74,7 @@ def _neighbour(table, t, batch, PACKED: tl.constexpr):
 
 @triton.jit
 def _no_reset(table, row, where, PRESENT: tl.constexpr):
-    """Whether this row is not reset; true where ``where`` is not."""
+    """Return whether this row is not reset; true where ``where`` is not."""
     found = row == row  # true
     if has(PRESENT, RESETS):
         found = tl.load(address(table, RESETS, tl.uint8) + row, where, other=0) == 0
@@ -83,7 +83,7 @@ def _no_reset(table, row, where, PRESENT: tl.constexpr):
 
 @triton.jit
 def passes_on(table, t, n, row, batch, REVERSE: tl.constexpr, PACKED: tl.constexpr, PRESENT: tl.constexpr):
-    """Whether row n of step t passes something on to the step after it in the loop: no reset parts them."""
+    """Return whether row n of step t passes something on to the next step: no reset parts them."""
     if REVERSE:
         passes = _no_reset(table, row, t > 0, PRESENT)
     else:
@@ -109,7 +109,7 @@ def started_from(
     PACKED: tl.constexpr,
     PRESENT: tl.constexpr,
 ):
-    """What row n of step t started from: of the step before in the loop, or initial; zeros after a reset."""
+    """Load the state that row n of step t started from; zeros after a reset."""
     first, count = _neighbour(table, t + 1 if REVERSE else t - 1, batch, PACKED)
     taken = n < count
     if REVERSE:
@@ -124,7 +124,7 @@ def started_from(
 
 
 @triton.jit
-def met_at_gates(
+def gate_inputs(
     table,
     n,
     row,
@@ -143,7 +143,7 @@ def met_at_gates(
     TYPE: tl.constexpr,
     PRESENT: tl.constexpr,
 ):
-    """What meets at the gates: x and W_hh h, normalized; kept where there is room for them.
+    """Return what enters the gates: x and W_hh h, normalized; kept where there is room for them.
 
     Where inputs are summed the second four are not looked at; late, only the candidate of x and of h.
     """
@@ -206,7 +206,7 @@ def gate_value(
     TYPE: tl.constexpr,
     PRESENT: tl.constexpr,
 ):
-    """A gate before its nonlinearity; the candidate of a GRU without what the reset gate multiplies."""
+    """Return a gate before its nonlinearity; for a GRU's candidate without what the reset gate multiplies."""
     at = which * H + column
     gate = x * vector(table, GAIN_IH, PRESENT, TYPE, at, mask, 1.0)
     if INPUTS == "separate":
@@ -227,7 +227,7 @@ def candidate_value(
     TYPE: tl.constexpr,
     PRESENT: tl.constexpr,
 ):
-    """The candidate of a GRU, and what the reset gate multiplies in it."""
+    """Return the candidate of a GRU, and what the reset gate multiplies in it."""
     at = 2 * H + column
     a = x * vector(table, GAIN_IH, PRESENT, TYPE, at, mask, 1.0)
     a += vector(table, BIAS, PRESENT, TYPE, at, mask, 0.0)

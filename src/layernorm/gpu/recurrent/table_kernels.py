@@ -59,7 +59,7 @@ WRITTEN: Final = 13
 
 
 def slot(name: str) -> tl.constexpr:
-    """A slot's number, for kernels."""
+    """Return a slot's number, for kernels."""
     return tl.constexpr(SLOTS.index(name))
 
 
@@ -73,26 +73,26 @@ OFFSETS = slot("offsets")
 
 @triton.constexpr_function
 def has(present: int, of_slot: int) -> bool:
-    """Whether a tensor is in this slot; ``present`` has a bit for each."""
+    """Return whether a tensor is in this slot; ``present`` has a bit for each."""
     return bool(present >> of_slot & 1)
 
 
 @triton.jit
 def address(table, SLOT: tl.constexpr, TYPE: tl.constexpr):
-    """The tensor in this slot."""
+    """Return the tensor in this slot."""
     return tl.multiple_of(tl.load(table + SLOT).to(tl.pointer_type(TYPE)), 16)
 
 
 @triton.jit
 def step_of_loop(table, step, FROM_LAST: tl.constexpr):
-    """The step of the sequence that number ``step`` of the loop is, after those that are done."""
+    """Return the step of the sequence that number ``step`` of the loop is, after those that are done."""
     done = tl.load(table + DONE) + step
     return tl.load(table + STEPS) - 1 - done if FROM_LAST else done
 
 
 @triton.jit
 def rows_of_step(table, t, batch, PACKED: tl.constexpr):
-    """The first row of step t among those of all steps, and how many it has."""
+    """Return the first row of step t among those of all steps, and how many it has."""
     if PACKED:
         first = tl.load(address(table, OFFSETS, tl.int64) + t)
         count = tl.load(address(table, BATCH_SIZES, tl.int64) + t)
@@ -125,7 +125,7 @@ def write(
     m: tl.int64,
     SIZE: tl.constexpr,
 ):
-    """Values to the table from ``start`` on, as a kernel, which a caller's graph may capture."""
+    """Write values to the table from ``start`` on: a kernel, which a caller's graph may capture."""
     values = (a, b, c, d, e, f, g, h, i, j, k, l, m)
     for place in tl.static_range(13):
         if start + place < SIZE:
@@ -134,5 +134,5 @@ def write(
 
 @triton.jit(do_not_specialize=["count"])
 def advance(table, count: tl.int64):
-    """So many steps more are done."""
+    """Count more steps as done."""
     tl.store(table + DONE, tl.load(table + DONE) + count)
