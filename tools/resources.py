@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from layernorm.gpu.launching import ALIGNED, Launch, recording
-from layernorm.variants import parameter_shapes, resolve
+from layernorm.spec import layer_spec
 
 ARCHITECTURES: Final = (80, 90, 100)
 DTYPES: Final = (torch.bfloat16, torch.float32)
@@ -58,7 +58,7 @@ class Resources(NamedTuple):
 
 
 def norms(architecture: int, widths: tuple[int, ...] = WIDTHS) -> Iterator[Resources]:
-    """The resources of layer norm with gain, bias, statistics and all gradients.
+    """Yield the resources of layer norm with gain, bias, statistics and all gradients.
 
     Args:
         architecture: as in ``sm_90``.
@@ -81,7 +81,7 @@ def norms(architecture: int, widths: tuple[int, ...] = WIDTHS) -> Iterator[Resou
 def recurrent(
     architecture: int, sizes: tuple[int, ...] = SIZES, cells: tuple[str, ...] = CELLS
 ) -> Iterator[Resources]:
-    """The resources of the paper's layers with all gradients.
+    """Yield the resources of the paper's layers with all gradients.
 
     Args:
         architecture: as in ``sm_90``.
@@ -92,22 +92,20 @@ def recurrent(
         RuntimeError: Triton interprets its kernels in this process.
     """
     from layernorm.gpu.recurrent import operators as layers
-    from layernorm.recurrent_operator import listed, spec
 
     for dtype in DTYPES:
         for cell in cells:
-            variant = resolve("paper", cell)  # type: ignore[arg-type]
+            spec = layer_spec(cell, "paper")  # type: ignore[arg-type]
             for size in sizes:
-                shapes = parameter_shapes(cell, variant, size, size)  # type: ignore[arg-type]
-                weights = listed({name: _meta(shape, dtype) for name, shape in shapes.items()}, variant)
+                shapes = spec.parameter_shapes(size, size)
+                weights = spec.listed({name: _meta(shape, dtype) for name, shape in shapes.items()})
                 x, state = _meta((2, 64, size), dtype), _meta((64, size), dtype)
                 c = state if cell == "lstm" else None
-                name = "rnn_tanh" if cell == "rnn" else cell
-                of_layer = (x, state, c, weights, None, None, name, *spec(variant), False)
+                layer = (x, state, c, weights, None, None, spec.codes, spec.eps, False)
                 with recording() as launches:
-                    output, hn, cn, *kept = layers.recurrent_forward(*of_layer, False)
+                    output, hn, cn, *kept = layers.recurrent_forward(*layer, False)
                     grads = (output, hn, cn if c is not None else None)
-                    layers.recurrent_backward(*of_layer, *grads, output, *kept, [True] * 14)
+                    layers.recurrent_backward(*layer, *grads, output, *kept, [True] * 14)
                 yield from _all(launches, cell, dtype, size, architecture)
 
 
@@ -118,7 +116,7 @@ def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def _all(
     launches: list[Launch], of: str, dtype: torch.dtype, width: int, architecture: int
 ) -> Iterator[Resources]:
-    """Of each different kernel among the launches."""
+    """Yield the resources of each different kernel among the launches."""
     seen = set()
     for launch in launches:
         signature, constants, attributes, options = _specialized(launch)
@@ -133,7 +131,7 @@ def _all(
 
 
 def _specialized(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any], dict[str, int]]:
-    """What Triton compiles for such a call: types, constants, what is divisible by 16, and options."""
+    """Return what Triton compiles for a launch: types, constants, what is divisible by 16, and options."""
     import triton
 
     kernel = launch.kernel
@@ -179,7 +177,7 @@ def _compiled(
     options: dict[str, int],
     architecture: int,
 ) -> tuple[int, int, int]:
-    """Registers, bytes of the stack, and bytes of shared memory."""
+    """Return registers, bytes of the stack, and bytes of shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -191,7 +189,7 @@ def _compiled(
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack."""
+    """Return registers of a thread, and bytes of its stack."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +208,7 @@ def usage(cubin: bytes) -> tuple[int, int]:
 
 
 def main() -> int:
-    """Prints the tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m tools.resources", description=__doc__)
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90)
     options = parser.parse_args()

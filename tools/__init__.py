@@ -1,0 +1,1 @@
+"""Programs for developers, run in a checkout as ``python -m tools.NAME``."""
