@@ -18,6 +18,13 @@ import pytest
 import torch
 
 from layernorm import backends, ops
+from tests.settings import poisoned_memory, thread_count
+
+# The operators with Triton kernels, by their room in layernorm.gpu.
+TRITON_OPERATORS = {
+    "norm": (*ops.NORMS, "norm_forward", "norm_backward"),
+    "recurrent": ("recurrent", "recurrent_forward", "recurrent_backward"),
+}
 
 # Who runs the tests in the background may have Ctrl-C ignored; the commands under test must not inherit that.
 if threading.current_thread() is threading.main_thread():
@@ -31,7 +38,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture
 def native() -> None:
-    """Skips where there are no compiled kernels."""
+    """Skip where there are no compiled kernels."""
     if ops.NATIVE_PROBLEM is not None:
         pytest.skip(f"no compiled kernels: {ops.NATIVE_PROBLEM}")
 
@@ -49,25 +56,20 @@ def _fixed_randomness() -> None:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Fresh tensors are filled with NaN, so that an element nobody wrote shows."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = before
-    torch.use_deterministic_algorithms(False)
+    """Fill fresh tensors with NaN."""
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    """Compute with one thread."""
+    with thread_count(1):
+        yield
 
 
 def round_to_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """The nearest bfloat16 of float32, both as bits, ties to even, NaN kept."""
+    """Return the nearest bfloat16 of float32, both as bits: ties to even, NaN kept."""
     rounded = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
     return np.where(is_nan, bits >> 16 | 0x40, rounded).astype(np.uint16)
@@ -75,7 +77,7 @@ def round_to_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def interpreted(native: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The operators of CPU tensors are served by the Triton kernels, in Triton's interpreter."""
+    """Compute the operators of CPU tensors by the Triton kernels, in Triton's interpreter."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed: pip install 'layernorm[triton]'")
     if os.environ["TRITON_INTERPRET"] != "1":
@@ -111,8 +113,9 @@ def interpreted(native: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     library = torch.library.Library("layernorm", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
-        for name in ops.TRITON:
-            library.impl(name, ops.triton_kernel(name), "CPU")
+        for room, names in TRITON_OPERATORS.items():
+            for name in names:
+                library.impl(name, ops.gpu_kernel(room, name), "CPU")
     with np.errstate(all="ignore"):  # as on a GPU
         yield
     library._destroy()
@@ -120,7 +123,7 @@ def interpreted(native: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 @pytest.fixture
 def looped(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ``interpreted``, with blocks so small that rows of more than 512 elements are looped over."""
+    """Do as ``interpreted``, with blocks so small that rows of more than 512 elements are looped over."""
     from layernorm.gpu import settings
 
     def small(blocks: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
@@ -140,7 +143,7 @@ def looped(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def gpu(native: None) -> None:
-    """Skips where no GPU can run the Triton kernels."""
+    """Skip where no GPU can run the Triton kernels."""
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
     if os.environ["TRITON_INTERPRET"] == "1":
@@ -149,7 +152,7 @@ def gpu(native: None) -> None:
 
 @pytest.fixture
 def on_gpu(gpu: None) -> Iterator[None]:
-    """Tensors are made on a GPU, and the Triton kernels serve."""
+    """Make tensors on a GPU, and compute by the Triton kernels."""
     before = torch.get_default_device()
     torch.set_default_device("cuda")
     with backends.use("triton"):

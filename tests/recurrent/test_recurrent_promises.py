@@ -1,4 +1,4 @@
-"""What the compiled recurrent kernels promise to the bit, and what a bad row or an extreme number does."""
+"""The promises of the compiled recurrent kernels: to the bit, for bad rows, for extreme numbers."""
 
 from __future__ import annotations
 
@@ -8,91 +8,40 @@ import pytest
 import torch
 
 import layernorm
-from layernorm import Variant, backends, ops
-from layernorm import functional as LF
-from layernorm.variants import parameter_shapes, resolve
+from layernorm import Variant, backends
+from tests.recurrent.cases import (
+    DTYPES,
+    FUNCTIONS,
+    HALVES,
+    Layer,
+    every_function,
+    every_function_and_type,
+    packing,
+    same,
+    seeds_like,  # noqa: F401 - tests/gpu takes it from here
+)
+from tests.settings import CAPABILITIES, instruction_set, thread_count
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CAPABILITIES = ops.native.capabilities() if ops.native is not None else ("none",)
-FUNCTIONS = [
-    ("lstm", Variant()),
-    ("lstm", Variant(kind="rms", cell="carried", projection_bias=True)),
-    ("lstm", Variant(inputs="summed", scope="gate", cell="carried", projection_bias=True)),
-    ("lstm", Variant(inputs="summed", scope="gate", cell="none", eps=1e-8)),
-    ("lstm", Variant(kind="none")),
-    ("gru", Variant()),
-    ("gru", Variant(kind="rms", scope="gate", projection_bias=True)),
-    ("gru", Variant(inputs="summed", scope="gate", projection_bias=True)),
-    ("gru", Variant(inputs="summed", scope="all", eps=1e-3)),
-    ("gru", Variant(kind="none")),
-    ("rnn", Variant()),
-    ("rnn", Variant(kind="rms", inputs="summed")),
-    ("rnn", Variant(kind="none")),
-]
-every_function = pytest.mark.parametrize(
-    ("cell", "variant"), [pytest.param(*f, id=f"{f[0]}-{i}") for i, f in enumerate(FUNCTIONS)]
-)
-# Each in float32 and in one other type.
-every_function_and_type = pytest.mark.parametrize(
-    ("cell", "variant", "dtype"),
-    [
-        pytest.param(*function, dtype, id=f"{function[0]}-{i}-{dtype}")
-        for i, function in enumerate(FUNCTIONS)
-        for dtype in (torch.float32, DTYPES[1 + i % 3])
-    ],
-)
 
-
-class Layer:
-    """Weights of one layer and direction, and a call that returns everything a caller can see."""
-
-    def __init__(self, cell, variant, features, hidden, dtype=torch.float32, proj=0, **options):
-        self.cell, self.variant, self.options = cell, variant, options
-        self.sizes = (proj or hidden, hidden) if cell == "lstm" else (hidden,)
-        shapes = parameter_shapes(cell, resolve(variant, cell), features, hidden, proj_size=proj)
-        self.weights = {}
-        for name, shape in shapes.items():
-            drawn = torch.randn(shape) * (0.3 if len(shape) == 1 else hidden**-0.5)
-            self.weights[name] = (drawn + name.startswith("gain")).to(dtype).requires_grad_()
-
-    def state(self, rows, dtype=torch.float32):
-        return [torch.randn(rows, size).to(dtype) for size in self.sizes]
-
-    def forward(self, x, state, **options):
-        hx = tuple(state) if self.cell == "lstm" else state[0]
-        call = getattr(LF, self.cell)
-        output, final = call(x, hx, self.weights, variant=self.variant, **self.options, **options)
-        return [output, *(final if isinstance(final, tuple) else (final,))]
-
-    def __call__(self, x, state, seeds, **options):
-        """Outputs, gradients of input and state, gradients of the weights."""
-        x, *state = (t.detach().requires_grad_() for t in (x, *state))
-        found = self.forward(x, state, **options)
-        leaves = [x, *state, *self.weights.values()]
-        grads = torch.autograd.grad(found, leaves, seeds)
-        return [t.detach() for t in found], grads[: 1 + len(state)], grads[1 + len(state) :]
-
-
-def seeds_like(layer, steps, rows, dtype=torch.float32):
-    return [
-        torch.randn(steps, rows, layer.sizes[0]).to(dtype),
-        *(torch.randn(rows, size).to(dtype) for size in layer.sizes),
-    ]
-
-
-def same(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def with_threads(count, call, *arguments, **options):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
+def by_threads(count, call, *arguments, **options):
+    """Return the result of a call with this many threads."""
+    with thread_count(count):
         return call(*arguments, **options)
-    finally:
-        torch.set_num_threads(before)
+
+
+def assert_same_results(a, b):
+    """Check that outputs, gradients of input and state, and gradients of weights are equal."""
+    for x, y in zip(a, b, strict=True):
+        assert same(x, y)
+
+
+def assert_rows_are_alone(layer, x, state, seeds, whole, rows):
+    """Check that these rows by themselves have the outputs and gradients that they have in the batch."""
+    found = layer(x[:, rows], [s[rows] for s in state], [s[..., rows, :] for s in seeds])
+    for part, batch in zip(found[:2], whole[:2], strict=True):
+        assert same(part, [t[..., rows, :] for t in batch])
 
 
 # ---- the same bits ----
@@ -102,13 +51,10 @@ def with_threads(count, call, *arguments, **options):
 def test_for_any_number_of_threads_and_run_to_run(cell, variant, dtype):
     # 9·24·129·(65 + 129) products for each gate, over 2^21: threads have rows of their own.
     layer = Layer(cell, variant, 65, 129, dtype)
-    x, state = torch.randn(9, 24, 65).to(dtype), layer.state(24, dtype)
-    resets = torch.rand(9, 24) < 0.1
-    seeds = seeds_like(layer, 9, 24, dtype)
-    one, two, again, three = (with_threads(n, layer, x, state, seeds, resets=resets) for n in (1, 2, 2, 3))
-    for other in (two, again, three):
-        for a, b in zip(one, other, strict=True):
-            assert same(a, b)
+    given, resets = layer.drawn(9, 24), torch.rand(9, 24) < 0.1
+    one, *others = (by_threads(n, layer, *given, resets=resets) for n in (1, 2, 2, 3))
+    for other in others:
+        assert_same_results(one, other)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7])
@@ -127,73 +73,44 @@ def test_for_threads_that_share_the_columns_of_few_rows(cell, variant, proj, row
     hidden = {"lstm": 183, "gru": 213, "rnn": 367}[cell] * (1 + (proj > 0))
     for dtype, recompute in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
         layer = Layer(cell, variant, 130, hidden, dtype, proj)
-        x, state = torch.randn(17, rows, 130).to(dtype), layer.state(rows, dtype)
-        resets = torch.rand(17, rows) < 0.1
-        seeds = seeds_like(layer, 17, rows, dtype)
-        results = [
-            with_threads(n, layer, x, state, seeds, resets=resets, recompute=recompute) for n in (1, 2, 3)
-        ]
-        for other in results[1:]:
-            for a, b in zip(results[0], other, strict=True):
-                assert same(a, b)
+        given, resets = layer.drawn(17, rows), torch.rand(17, rows) < 0.1
+        one, *others = (by_threads(n, layer, *given, resets=resets, recompute=recompute) for n in (1, 2, 3))
+        for other in others:
+            assert_same_results(one, other)
 
 
 @every_function_and_type
 def test_alone_and_in_any_batch(cell, variant, dtype):
     for features, hidden, rows in ((5, 7, 11), (33, 40, 6), (64, 65, 70)):
         layer = Layer(cell, variant, features, hidden, dtype)
-        x, state = torch.randn(6, rows, features).to(dtype), layer.state(rows, dtype)
-        seeds = seeds_like(layer, 6, rows, dtype)
-        outputs, grads, _ = layer(x, state, seeds)
-        some = [0, rows // 2, rows - 1]
-        for row in some:
-            alone = [row]
-            rest = layer(x[:, alone], [s[alone] for s in state], [s[..., alone, :] for s in seeds])
-            assert same(rest[0], [t[..., alone, :] for t in outputs])
-            assert same(rest[1], [t[..., alone, :] for t in grads])
-        rest = layer(x[:, some], [s[some] for s in state], [s[..., some, :] for s in seeds])
-        assert same(rest[0], [t[..., some, :] for t in outputs])
-        assert same(rest[1], [t[..., some, :] for t in grads])
+        given = layer.drawn(6, rows)
+        whole, some = layer(*given), [0, rows // 2, rows - 1]
+        for part in (*([row] for row in some), some):
+            assert_rows_are_alone(layer, *given, whole, part)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_alone_and_in_any_batch_on_every_instruction_set(capability):
-    before = ops.native.capability()
-    assert ops.native.use_capability(capability)
-    try:
-        for dtype in DTYPES:
-            for cell, variant in FUNCTIONS[::3]:
-                layer = Layer(cell, variant, 33, 40, dtype)
-                x, state = torch.randn(6, 11, 33).to(dtype), layer.state(11, dtype)
-                seeds = seeds_like(layer, 6, 11, dtype)
-                outputs, grads, _ = layer(x, state, seeds)
-                rest = layer(x[:, 4:5], [s[4:5] for s in state], [s[..., 4:5, :] for s in seeds])
-                assert same(rest[0], [t[..., 4:5, :] for t in outputs])
-                assert same(rest[1], [t[..., 4:5, :] for t in grads])
-    finally:
-        ops.native.use_capability(before)
+    with instruction_set(capability):
+        for dtype, function in itertools.product(DTYPES, FUNCTIONS[::3]):
+            layer = Layer(*function, 33, 40, dtype)
+            given = layer.drawn(6, 11)
+            assert_rows_are_alone(layer, *given, layer(*given), [4])
 
 
 @pytest.mark.parametrize("proj", [0, 17])
 def test_alone_and_in_any_batch_with_a_projection(proj):
     for dtype in DTYPES:
         layer = Layer("lstm", Variant(), 20, 41, dtype, proj)
-        x, state, seeds = (
-            torch.randn(6, 9, 20).to(dtype),
-            layer.state(9, dtype),
-            seeds_like(layer, 6, 9, dtype),
-        )
-        outputs, grads, _ = layer(x, state, seeds)
-        rest = layer(x[:, 4:5], [s[4:5] for s in state], [s[..., 4:5, :] for s in seeds])
-        assert same(rest[0], [t[..., 4:5, :] for t in outputs])
-        assert same(rest[1], [t[..., 4:5, :] for t in grads])
+        given = layer.drawn(6, 9)
+        assert_rows_are_alone(layer, *given, layer(*given), [4])
 
 
 @every_function_and_type
 def test_for_any_split_of_the_sequence_at_its_state(cell, variant, dtype):
     layer = Layer(cell, variant, 5, 35, dtype)
     steps, rows = 60, 4  # more rows than are projected together
-    x, state = torch.randn(steps, rows, 5).to(dtype), layer.state(rows, dtype)
+    x, state, _ = layer.drawn(steps, rows)
     whole = layer.forward(x, state)
     for cut in (1, 24, 37, steps - 1):
         first, *between = layer.forward(x[:cut], state)
@@ -213,8 +130,7 @@ def test_for_any_split_of_the_sequence_at_its_state(cell, variant, dtype):
 @every_function
 def test_gradients_for_any_split_of_the_sequence(cell, variant, dtype):
     layer = Layer(cell, variant, 5, 35, dtype)
-    x, state = torch.randn(12, 4, 5).to(dtype), layer.state(4, dtype)
-    seeds = seeds_like(layer, 12, 4, dtype)
+    x, state, seeds = layer.drawn(12, 4)
     _, whole, _ = layer(x, state, seeds)
     leaves = [t.requires_grad_() for t in (x.clone(), *(s.clone() for s in state))]
     first, *between = layer.forward(leaves[0][:5], leaves[1:])
@@ -225,11 +141,10 @@ def test_gradients_for_any_split_of_the_sequence(cell, variant, dtype):
 @every_function
 def test_in_reverse_as_flipped(cell, variant):
     layer = Layer(cell, variant, 5, 35)
-    x, state = torch.randn(30, 6, 5), layer.state(6)
+    x, state, seeds = layer.drawn(30, 6)
     resets = torch.rand(30, 6) < 0.2
     # A reset parts its step from the one before; flipped, that is the one after.
     turned = torch.cat([torch.zeros(1, 6, dtype=torch.bool), resets[1:].flip(0)])
-    seeds = seeds_like(layer, 30, 6)
     outputs, grads, weights = layer(x, state, seeds, reverse=True, resets=resets)
     flipped = layer(x.flip(0), state, [seeds[0].flip(0), *seeds[1:]], resets=turned)
     assert same([flipped[0][0].flip(0), *flipped[0][1:]], outputs)
@@ -243,18 +158,15 @@ def test_in_reverse_as_flipped(cell, variant):
 def test_with_what_forward_kept_and_recomputed(cell, variant, dtype):
     for rows in (5, 70):
         layer = Layer(cell, variant, 19, 35, dtype)
-        x, state = torch.randn(20, rows, 19).to(dtype), layer.state(rows, dtype)
-        seeds = seeds_like(layer, 20, rows, dtype)
-        resets = torch.rand(20, rows) < 0.2
-        kept, again = (layer(x, state, seeds, resets=resets, recompute=r) for r in (False, True))
-        assert same(kept[0], again[0])
-        if dtype in (torch.float32, torch.float64):
-            assert same(kept[1], again[1])
-            assert same(kept[2], again[2])
+        given, resets = layer.drawn(20, rows), torch.rand(20, rows) < 0.2
+        kept, computed = (layer(*given, resets=resets, recompute=r) for r in (False, True))
+        if dtype not in HALVES:
+            assert_same_results(kept, computed)
             continue
+        assert same(kept[0], computed[0])
         # What is kept of a half precision is rounded to it, what is recomputed is not: a unit of each
         # normalized number, and as many units of a gradient as it passes steps.
-        for a, b in zip((*kept[1], *kept[2]), (*again[1], *again[2]), strict=True):
+        for a, b in zip((*kept[1], *kept[2]), (*computed[1], *computed[2]), strict=True):
             error = (a.float() - b.float()).abs().max()
             assert error <= 20 * torch.finfo(dtype).eps * (1 + b.float().abs().max())
 
@@ -266,11 +178,9 @@ def test_packed_as_each_row_alone(cell, variant, reverse):
         layer = Layer(cell, variant, 6, 33, dtype)
         lengths = [40, 40, 31, 17, 17, 9, 2, 1, 1]
         rows = len(lengths)
-        sizes = [sum(length > t for length in lengths) for t in range(40)]
-        kept = torch.tensor([[t < length for length in lengths] for t in range(40)])
-        x, state = torch.randn(40, rows, 6).to(dtype), layer.state(rows, dtype)
+        sizes, kept = packing(lengths)
+        x, state, seeds = layer.drawn(40, rows)
         resets = torch.rand(40, rows) < 0.15
-        seeds = seeds_like(layer, 40, rows, dtype)
         options = {"reverse": reverse, "recompute": recompute}
         packed = [t[kept] for t in (x, resets, seeds[0])]
         outputs, grads, _ = layer(
@@ -297,8 +207,7 @@ def test_packed_as_each_row_alone(cell, variant, reverse):
 @every_function_and_type
 def test_a_bad_row_harms_no_other(cell, variant, dtype):
     layer = Layer(cell, variant, 6, 33, dtype)
-    x, state = torch.randn(5, 9, 6).to(dtype), layer.state(9, dtype)
-    seeds = seeds_like(layer, 5, 9, dtype)
+    x, state, seeds = layer.drawn(5, 9)
     outputs, grads, _ = layer(x, state, seeds)
     bad, bad_state, bad_seeds = x.clone(), [s.clone() for s in state], [s.clone() for s in seeds]
     bad[2, 1, 0], bad[0, 4, 3], bad[4, 5, 5] = float("nan"), float("inf"), -float("inf")
@@ -312,15 +221,15 @@ def test_a_bad_row_harms_no_other(cell, variant, dtype):
         assert found[0][:, 2].isnan().all()
         assert same([t[..., others, :] for t in found], [t[..., others, :] for t in outputs])
         assert found_grads[0][:4, 7].isnan().any()
-        if recompute and dtype in (torch.bfloat16, torch.float16):
+        if recompute and dtype in HALVES:
             grads = layer(x, state, seeds, recompute=True)[1]
         assert same([t[..., others, :] for t in found_grads], [t[..., others, :] for t in grads])
 
 
 @every_function
-def test_what_a_reset_row_had_before_is_forgotten_even_nan(cell, variant):
+def test_a_reset_forgets_what_a_row_had_even_nan(cell, variant):
     layer = Layer(cell, variant, 6, 33)
-    x, state, seeds = torch.randn(5, 3, 6), layer.state(3), seeds_like(layer, 5, 3)
+    x, state, seeds = layer.drawn(5, 3)
     state[0][1], state[-1][1], x[0, 2] = float("nan"), float("inf"), float("nan")
     resets = torch.zeros(5, 3, dtype=torch.bool)
     resets[0, 1] = resets[1, 2] = True
@@ -339,6 +248,12 @@ def test_what_a_reset_row_had_before_is_forgotten_even_nan(cell, variant):
         assert torch.equal(weights[1].isnan(), clean[2][1].isnan())
 
 
+def in_float64(layer, x, state, seeds):
+    """Return the reference's results in float64 on the same numbers."""
+    with backends.use("reference"):
+        return layer.in_float64()(x.double(), [s.double() for s in state], [s.double() for s in seeds])
+
+
 @pytest.mark.parametrize("size", [1e20, 1e30, 1e-20, 1e-38])
 @every_function
 def test_numbers_whose_squares_float32_cannot_hold(cell, variant, size):
@@ -346,18 +261,13 @@ def test_numbers_whose_squares_float32_cannot_hold(cell, variant, size):
         size = 1e10  # not normalized: a sum of products is as large as it is
     layer = Layer(cell, variant, 6, 33)
     # Every other row is ordinary: its bits do not change.
-    x, state, seeds = torch.randn(5, 6, 6), layer.state(6), seeds_like(layer, 5, 6)
+    x, state, seeds = layer.drawn(5, 6)
     ordinary = layer(x, state, seeds)
     x[:, ::2] *= size
     outputs, grads, _ = layer(x, state, seeds)
     assert same([t[..., 1::2, :] for t in outputs], [t[..., 1::2, :] for t in ordinary[0]])
     assert same([t[..., 1::2, :] for t in grads], [t[..., 1::2, :] for t in ordinary[1]])
-    exact = Layer(cell, variant, 6, 33, torch.float64)
-    exact.weights = {n: w.detach().double().requires_grad_() for n, w in layer.weights.items()}
-    with backends.use("reference"):
-        expected, expected_grads, _ = exact(
-            x.double(), [s.double() for s in state], [s.double() for s in seeds]
-        )
+    expected, expected_grads, _ = in_float64(layer, x, state, seeds)
     # 5 steps of sums of 39 products: √39·5 units of 6e-8, amplified up to ten times by the norms.
     for a, e in zip(outputs, expected, strict=True):
         assert a.isfinite().all()
@@ -374,14 +284,10 @@ def test_numbers_whose_squares_float32_cannot_hold(cell, variant, size):
 def test_a_large_state_of_the_cell():
     for variant in ("paper", "fastrnns", "none"):
         layer = Layer("lstm", variant, 6, 33)
-        x, seeds = torch.randn(4, 3, 6), seeds_like(layer, 4, 3)
-        state = layer.state(3)
+        x, state, seeds = layer.drawn(4, 3)
         state[1][1] *= 1e25
         outputs, grads, _ = layer(x, state, seeds)
-        exact = Layer("lstm", variant, 6, 33, torch.float64)
-        exact.weights = {n: w.detach().double().requires_grad_() for n, w in layer.weights.items()}
-        with backends.use("reference"):
-            expected = exact(x.double(), [s.double() for s in state], [s.double() for s in seeds])
+        expected = in_float64(layer, x, state, seeds)
         for row in range(3):
             for a, e in zip((*outputs, *grads), (*expected[0], *expected[1]), strict=True):
                 a, e = a[..., row, :], e[..., row, :]
@@ -394,11 +300,9 @@ def test_a_large_state_of_the_cell():
 )
 def test_lengths(cell, variant, steps):
     layer = Layer(cell, variant, 2, 5, torch.float64)
-    x, state = torch.randn(steps, 2, 2).double(), layer.state(2, torch.float64)
-    seeds = seeds_like(layer, steps, 2, torch.float64)
+    x, state, seeds = layer.drawn(steps, 2)
     outputs, grads, weights = layer(x, state, seeds)
-    again = layer(x, state, seeds, recompute=True)
-    assert same((*outputs, *grads, *weights), itertools.chain(*again))
+    assert_same_results((outputs, grads, weights), layer(x, state, seeds, recompute=True))
     # In pieces of 100 steps: the same outputs; the gradient of the last piece's input likewise.
     pieces, between = [], state
     for part in x.split(100):
@@ -417,8 +321,8 @@ def test_a_module_over_layers_directions_and_threads():
     leaves = [x, *lstm.parameters()]
     found = []
     for threads in (1, 2, 3):
-        output, (h, c) = with_threads(threads, lstm, x)
+        output, (h, c) = by_threads(threads, lstm, x)
         loss = output.square().sum() + h.sum() + c.sum()
-        found.append([output, *with_threads(threads, torch.autograd.grad, loss, leaves)])
+        found.append([output, *by_threads(threads, torch.autograd.grad, loss, leaves)])
     assert same(found[0], found[1])
     assert same(found[0], found[2])
