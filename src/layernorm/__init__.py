@@ -5,6 +5,9 @@ Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
 
 __version__ = "0.1.0"
 
+import layernorm.pytorch_internals  # noqa: F401 - first: PyTorch is to say nothing where there is no NumPy
+
+# isort: split
 from layernorm import backends, functional, reference, variants
 from layernorm.cells import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCell
 from layernorm.modules import LayerNorm, RMSNorm
