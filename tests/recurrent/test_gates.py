@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -10,24 +11,19 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 import layernorm
-from layernorm import Variant, backends, ops, recurrent_operator
+from layernorm import Variant, backends
 from layernorm import functional as LF
-from layernorm.variants import PRESETS, parameter_shapes
+from layernorm.spec import layer_spec
+from layernorm.variants import PRESETS
+from tests.recurrent.cases import ALL_FUNCTIONS, largest, same, weights_of
+from tests.settings import thread_count
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
-SPECS = [
-    *(
-        Variant(kind=kind, inputs=inputs, scope=scope, cell=cell, projection_bias=bias)
-        for kind in ("layer", "rms")
-        for inputs in ("separate", "summed")
-        for scope in ("matrix", "gate")
-        for cell in ("output", "carried", "none")
-        for bias in (False, True)
-    ),
-    Variant(kind="none"),
-]
-every_variant = pytest.mark.parametrize("variant", [pytest.param(v, id=str(i)) for i, v in enumerate(SPECS)])
+VARIANTS = [variant for cell, variant in ALL_FUNCTIONS if cell == "lstm"]
+every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=map(str, range(len(VARIANTS))))
+some_variants = pytest.mark.parametrize("variant", [VARIANTS[i] for i in (0, 9, 16, -1)], ids=str)
+GATES = ("input_gates", "hidden_gates", "c")
 # Rows in parts of blocks of parts; features in parts of vectors.
 SIZES = [(1, 33), (3, 7), (4, 33), (5, 1), (19, 7)]
 
@@ -35,29 +31,20 @@ SIZES = [(1, 33), (3, 7), (4, 33), (5, 1), (19, 7)]
 def drawn(
     variant: Variant, rows: int, hidden: int, dtype=torch.float64, biases=True
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a call by name, with gains and biases away from 1 and 0."""
-    shapes = parameter_shapes("lstm", variant, 1, hidden, bias=biases)
-    tensors = {
-        "input_gates": torch.randn(rows, 4 * hidden),
-        "hidden_gates": torch.randn(rows, 4 * hidden),
-        "c": torch.randn(rows, hidden),
-    }
-    tensors |= {
-        name: 0.3 * torch.randn(shape) + name.startswith("gain")
-        for name, shape in shapes.items()
-        if not name.startswith("weight")
-    }
-    return {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
+    """Return the tensors of a call by name, with gains and biases away from 1 and 0."""
+    shapes = {"input_gates": (rows, 4 * hidden), "hidden_gates": (rows, 4 * hidden), "c": (rows, hidden)}
+    tensors = {name: torch.randn(shape).to(dtype).requires_grad_() for name, shape in shapes.items()}
+    weights = weights_of("lstm", variant, 1, hidden, dtype=dtype, bias=biases)
+    return tensors | {name: w for name, w in weights.items() if not name.startswith("weight")}
 
 
 def call(variant: Variant, tensors: dict[str, torch.Tensor]):
-    weights = dict(tensors)
-    gates = [weights.pop(name) for name in ("input_gates", "hidden_gates", "c")]
-    return LF.lstm_gates(*gates, weights, variant=variant)
+    weights = {name: tensor for name, tensor in tensors.items() if name not in GATES}
+    return LF.lstm_gates(*(tensors[name] for name in GATES), weights, variant=variant)
 
 
 def results(variant: Variant, tensors: dict[str, torch.Tensor], kernel: str) -> dict[str, torch.Tensor]:
-    """h, c and the gradients of a random sum of them."""
+    """Return h, c and the gradients of a random sum of them."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
     with backends.use(kernel):
         h, c = call(variant, leaves)
@@ -66,10 +53,6 @@ def results(variant: Variant, tensors: dict[str, torch.Tensor], kernel: str) -> 
     grads = torch.autograd.grad((h, c), list(leaves.values()), seeds)
     assert all(g.dtype == t.dtype and g.shape == t.shape for g, t in zip(grads, leaves.values(), strict=True))
     return {"h": h.detach(), "c'": c.detach(), **dict(zip(leaves, grads, strict=True))}
-
-
-def largest(t: torch.Tensor) -> float:
-    return float(t.abs().max()) if t.numel() else 0.0
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -88,7 +71,6 @@ def test_float64(variant):
 @pytest.mark.usefixtures("poisoned")
 @every_variant
 def test_lower_precisions(variant, dtype):
-    """Eight times what random units of roundoff of what goes in move, and what the reference is off by."""
     unit = torch.finfo(dtype).eps / 2
     for rows, hidden in ((1, 7), (5, 33), (4, 64)):
         tensors = drawn(variant, rows, hidden, dtype)
@@ -99,6 +81,8 @@ def test_lower_precisions(variant, dtype):
         for _ in range(2):
             moved = {name: t * (1 + unit * torch.randn(t.shape)) for name, t in wide.items()}
             others.append(results(variant, moved, "reference"))
+        # Eight times what the results move by when the arguments do by random units of roundoff, and what
+        # the reference is off by.
         for name, e in exact.items():
             allowed = unit * (1 + largest(e)) + sum(largest(other[name].double() - e) for other in others)
             assert largest(found[name].double() - e) <= 8 * allowed, (rows, hidden, name)
@@ -111,7 +95,7 @@ def test_the_same_bits_as_in_a_sequence(variant, dtype):
     hidden = 24
     tensors = {name: t.detach() for name, t in drawn(variant, 7, hidden, dtype).items()}
     h0 = torch.randn(7, hidden).to(dtype)
-    weights = {name: t for name, t in tensors.items() if name not in ("input_gates", "hidden_gates", "c")}
+    weights = {name: t for name, t in tensors.items() if name not in GATES}
     matrices = {
         "weight_ih": torch.eye(4 * hidden, dtype=dtype),
         "weight_hh": torch.eye(hidden, dtype=dtype).repeat(4, 1),
@@ -121,21 +105,18 @@ def test_the_same_bits_as_in_a_sequence(variant, dtype):
             tensors["input_gates"][None], (h0, tensors["c"]), matrices | weights, variant=variant
         )
         found = call(variant, tensors | {"hidden_gates": h0.repeat(1, 4)})
-    assert all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
+    assert same(found, expected)
 
 
 @every_variant
-def test_a_row_has_its_bits_whatever_stands_beside_it_and_who_computes_it(variant):
+def test_a_row_has_its_bits_in_any_batch_and_for_any_number_of_threads(variant):
     tensors = drawn(variant, 300, 33, torch.float32)
     whole = results(variant, tensors, "native")
-    torch.set_num_threads(3)
-    threads = results(variant, tensors, "native")
-    assert all(torch.equal(whole[name], threads[name]) for name in whole)
-    torch.set_num_threads(1)
+    with thread_count(3):
+        assert same(results(variant, tensors, "native").values(), whole.values())
     with torch.no_grad():
-        some = call(variant, tensors | {n: tensors[n][11:14] for n in ("input_gates", "hidden_gates", "c")})
-    assert torch.equal(some[0], whole["h"][11:14])
-    assert torch.equal(some[1], whole["c'"][11:14])
+        some = call(variant, tensors | {name: tensors[name][11:14] for name in GATES})
+    assert same(some, [whole["h"][11:14], whole["c'"][11:14]])
 
 
 def test_layouts_and_an_empty_batch():
@@ -166,15 +147,14 @@ def test_rows_that_float32_cannot_square():
         assert largest(found[name].double() - exact[name]) <= 1e-5 * (1 + largest(exact[name])), name
 
 
-@pytest.mark.parametrize("variant", [SPECS[0], SPECS[9], SPECS[16], SPECS[-1]], ids=str)
+@some_variants
 def test_derivatives_of_both_orders(variant):
     # A large eps keeps curvature within what finite differences of two orders can resolve.
-    spec = variant if variant.kind == "none" else Variant(**{**vars(variant), "eps": 0.5})
-    tensors = drawn(spec, 3, 4)
-    names = list(tensors)
+    variant = dataclasses.replace(variant, eps=0.5)
+    tensors = drawn(variant, 3, 4)
 
     def function(*values):
-        return call(spec, dict(zip(names, values, strict=True)))
+        return call(variant, dict(zip(tensors, values, strict=True)))
 
     with backends.use("native"):
         gradcheck(function, tuple(tensors.values()))
@@ -196,13 +176,12 @@ def test_the_gradient_of_one_result_and_of_some_arguments(part):
 
 
 def arguments(variant: Variant, dtype=torch.float32):
-    tensors = drawn(variant, 3, 4, dtype)
-    gates = [tensors.pop(name) for name in ("input_gates", "hidden_gates", "c")]
-    parameters = recurrent_operator.listed(tensors, variant, ops.GATES_PARAMETERS)
-    return (*gates, *parameters, *recurrent_operator.spec(variant))
+    """Return the operator's arguments by position."""
+    spec, tensors = layer_spec("lstm", variant), drawn(variant, 3, 4, dtype)
+    return (*(tensors[name] for name in GATES), *spec.listed_for_gates(tensors), spec.codes, spec.eps)
 
 
-@pytest.mark.parametrize("variant", [SPECS[0], SPECS[9], SPECS[16], SPECS[-1]], ids=str)
+@some_variants
 def test_opcheck(variant):
     given = arguments(variant)
     opcheck(torch.ops.layernorm.lstm_gates.default, given)
@@ -219,7 +198,7 @@ def test_compiled_it_is_the_same():
     for function in (call, compiled):
         h, c = function(Variant(), tensors)
         found.append((h, c, *torch.autograd.grad(h.sum() + c.square().sum(), list(tensors.values()))))
-    assert all(torch.equal(a, e) for a, e in zip(*found, strict=True))
+    assert same(*found)
 
 
 def test_autocast_computes_in_the_lower_precision():
@@ -278,7 +257,6 @@ def test_bad_arguments_are_refused(change, error, message):
         (2, torch.zeros(3), "c must have two dimensions"),
         (2, torch.zeros(3, 4, dtype=torch.int64), "c must have two dimensions"),
         (5, torch.zeros(3), "gain_ih must be"),
-        (10, "norm", "kind must be one of"),
     ],
 )
 def test_the_operator_refuses_bad_arguments(place, value, message):
@@ -290,6 +268,6 @@ def test_the_operator_refuses_bad_arguments(place, value, message):
 
 def test_the_operator_refuses_parameters_of_another_variant():
     given = list(arguments(Variant()))
-    given[10] = "none"
+    given[10] = layer_spec("lstm", "none").codes
     with pytest.raises(RuntimeError, match="a gain or bias that this variant does not have"):
         torch.ops.layernorm.lstm_gates(*given)
