@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import pickle
+import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 import layernorm
-from layernorm import Variant
 from layernorm import functional as LF
-from layernorm.variants import PRESETS, parameter_shapes, resolve
+from layernorm.variants import PRESETS
+from tests.recurrent import cases
+from tests.recurrent.cases import (
+    ALL_FUNCTIONS,
+    SEQUENCES,
+    as_function,
+    flat,
+    made,
+    of_functions,
+    randomized,
+    same,
+    state_of,
+    weights_of,
+)
 
 TWINS = {
     nn.LSTM: layernorm.LayerNormLSTM,
@@ -26,52 +40,9 @@ TWINS = {
     nn.GRUCell: layernorm.LayerNormGRUCell,
     nn.RNNCell: layernorm.LayerNormRNNCell,
 }
-SEQUENCES = (layernorm.LayerNormLSTM, layernorm.LayerNormGRU, layernorm.LayerNormRNN)
-CELLS = {"lstm": layernorm.LayerNormLSTM, "gru": layernorm.LayerNormGRU, "rnn": layernorm.LayerNormRNN}
-SINGLE = {
-    "lstm": layernorm.LayerNormLSTMCell,
-    "gru": layernorm.LayerNormGRUCell,
-    "rnn": layernorm.LayerNormRNNCell,
-}
+every_cell = pytest.mark.parametrize("cell", SEQUENCES)
 INFOS = {info.module_cls: info for info in module_db if info.module_cls in TWINS}
 EPS32 = torch.finfo(torch.float32).eps
-
-# Every distinct function of the spec, by cell.
-SPECS = [
-    Variant(kind=kind, inputs=inputs, scope=scope, cell=cell, projection_bias=bias)
-    for kind in ("layer", "rms")
-    for inputs in ("separate", "summed")
-    for scope in ("matrix", "all", "gate")
-    for cell in ("output", "carried", "none")
-    for bias in (False, True)
-]
-SPECS_OF = {
-    "lstm": [*(s for s in SPECS if s.scope != "all"), Variant(kind="none")],
-    "gru": [*(s for s in SPECS if s.cell == "output"), Variant(kind="none")],
-    "rnn": [*(s for s in SPECS if s.cell == "output" and s.scope == "all"), Variant(kind="none")],
-}
-EVERY_SPEC = [
-    pytest.param(cell, spec, id=f"{cell}-{i}")
-    for cell, specs in SPECS_OF.items()
-    for i, spec in enumerate(specs)
-]
-
-
-def flat(result):
-    """All tensors of a module's result, in order."""
-    if isinstance(result, torch.Tensor):
-        return [result]
-    if isinstance(result, PackedSequence):
-        return [result.data, result.batch_sizes]
-    return [tensor for part in result for tensor in flat(part)]
-
-
-def randomized(module: nn.Module) -> nn.Module:
-    """The module with gains and biases away from their initial 1 and 0."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return module
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -131,7 +102,7 @@ def test_raises_for_torchs_error_inputs(twin, dtype, variant):
 def test_signature_and_initial_weights_are_torchs(twin):
     if twin in (nn.LSTMCell, nn.GRUCell, nn.RNNCell, nn.LSTM):
         parameters = inspect.signature(TWINS[twin].__init__).parameters.values()
-        names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]  # ours beside torch's are
+        names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]  # ours come after torch's
         wanted = {nn.LSTM: ["proj_size", "device", "dtype"], nn.RNNCell: ["nonlinearity", "device", "dtype"]}
         assert names[-3:] == wanted.get(twin, ["bias", "device", "dtype"])
     torch.manual_seed(3)
@@ -179,71 +150,15 @@ def test_parameter_names():
     assert [n for n, _ in icefall.named_parameters()] == expected
 
 
-@pytest.mark.parametrize(("cell", "spec"), EVERY_SPEC)
-def test_derivatives_of_both_orders(cell, spec):
-    shapes = parameter_shapes(cell, spec, 2, 3)
-    names = list(shapes)
-    weights = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes.values()]
-    x = torch.randn(2, 2, 2, dtype=torch.float64, requires_grad=True)
-    state = [torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(1 + (cell == "lstm"))]
-
-    def function(x, *tensors):
-        states, rest = tensors[: len(state)], tensors[len(state) :]
-        hx = states if cell == "lstm" else states[0]
-        # A large eps keeps curvature within what finite differences of two orders can resolve.
-        variant = spec if spec.kind == "none" else Variant(**{**vars(spec), "eps": 0.5})
-        return tuple(flat(getattr(LF, cell)(x, hx, dict(zip(names, rest, strict=True)), variant=variant)))
-
-    assert gradcheck(function, (x, *state, *weights))
-    assert gradgradcheck(function, (x, *state, *weights), fast_mode=True)
-
-
-@pytest.mark.parametrize(("cell", "spec"), EVERY_SPEC)
-def test_a_sequence_is_its_cell_step_by_step(cell, spec):
-    sequence = randomized(CELLS[cell](3, 4, dtype=torch.float64, variant=spec))
-    single = SINGLE[cell](3, 4, dtype=torch.float64, variant=spec)
-    single.load_state_dict({n.removesuffix("_l0"): p for n, p in sequence.state_dict().items()})
-    x, hx = torch.randn(5, 2, 3, dtype=torch.float64), None
-    output, final = sequence(x)
-    for t in range(5):
-        hx = single(x[t], hx)
-        h = hx[0] if cell == "lstm" else hx
-        torch.testing.assert_close(h, output[t], rtol=0, atol=1e-12)
-    for a, b in zip(flat(final), flat(hx), strict=True):
-        torch.testing.assert_close(a[0], b, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(("cell", "spec"), EVERY_SPEC)
-def test_float32_is_close_to_float64(cell, spec):
-    exact = randomized(CELLS[cell](7, 13, 2, dtype=torch.float64, variant=spec))
-    rounded = copy.deepcopy(exact).float()
-    exact.load_state_dict({n: p.double() for n, p in rounded.state_dict().items()})
-    x = torch.randn(4, 3, 7)
-    for a, e in zip(flat(rounded(x)), flat(exact(x.double())), strict=True):
-        # 2 layers of 4 steps; a step's gates are sums of 20 products and its norms may amplify by
-        # gain/std, here under 10; tanh and sigmoid do not amplify.
-        assert (a.double() - e).abs().max() <= 2 * 4 * 20 * 10 * EPS32
-
-
-@pytest.mark.parametrize("module", SEQUENCES)
-@pytest.mark.parametrize("enforce_sorted", [True, False])
-@pytest.mark.parametrize("bidirectional", [True, False])
-def test_a_packed_sequence_is_its_rows_alone(module, enforce_sorted, bidirectional):
-    rnn = randomized(module(3, 4, 2, bidirectional=bidirectional, dtype=torch.float64))
-    lengths = [6, 4, 4, 1] if enforce_sorted else [4, 1, 6, 4]
-    x = torch.randn(6, 4, 3, dtype=torch.float64)
-    count = 2 if module is layernorm.LayerNormLSTM else 1
-    hx = [torch.randn(2 * (1 + bidirectional), 4, 4, dtype=torch.float64) for _ in range(count)]
-    packed = pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted)
-    output, final = rnn(packed, tuple(hx) if count == 2 else hx[0])
-    padded, got_lengths = pad_packed_sequence(output)
-    assert got_lengths.tolist() == lengths
-    for row, length in enumerate(lengths):
-        state = tuple(s[:, row : row + 1].contiguous() for s in hx)
-        alone, last = rnn(x[:length, row : row + 1], state if count == 2 else state[0])
-        torch.testing.assert_close(padded[:length, row], alone[:, 0], rtol=0, atol=1e-12)
-        for f, a in zip(flat(final), flat(last), strict=True):
-            torch.testing.assert_close(f[:, row], a[:, 0], rtol=0, atol=1e-12)
+@of_functions(ALL_FUNCTIONS)
+def test_derivatives_of_both_orders(cell, variant):
+    weights = weights_of(cell, variant)
+    x = torch.randn(2, 2, cases.F, dtype=torch.float64, requires_grad=True)
+    # A large eps keeps curvature within what finite differences of two orders can resolve.
+    function = as_function(cell, weights, variant=dataclasses.replace(variant, eps=0.5))
+    leaves = (x, *state_of(cell, 2), *weights.values())
+    assert gradcheck(function, leaves)
+    assert gradgradcheck(function, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("enforce_sorted", [True, False])
@@ -256,35 +171,22 @@ def test_packed_sequences_agree_with_torch(twin, enforce_sorted):
     packed = pack_padded_sequence(
         torch.randn(5, 4, 3, dtype=torch.float64), lengths, enforce_sorted=enforce_sorted
     )
-    for a, e in zip(flat(ours(packed)), flat(theirs(packed)), strict=True):
+    results = ours(packed), theirs(packed)
+    for a, e in zip(*map(flat, results), strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
+    for a, e in zip(*(output[1:] for output, _ in results), strict=True):  # batch sizes and indices
+        assert a is e is None or torch.equal(a, e)
 
 
-@pytest.mark.parametrize("module", SEQUENCES)
-def test_layouts_of_the_input(module):
-    rnn = randomized(module(3, 4, 2, bidirectional=True, dtype=torch.float64))
-    first = copy.deepcopy(rnn)
-    first.batch_first = True
-    x = torch.randn(5, 2, 3, dtype=torch.float64)
-    output, final = rnn(x)
-    turned, same = first(x.transpose(0, 1))
-    torch.testing.assert_close(turned.transpose(0, 1), output, rtol=0, atol=0)
-    one, last = rnn(x[:, 0])
-    torch.testing.assert_close(one, output[:, 0], rtol=0, atol=1e-12)
-    for f, s, a in zip(flat(final), flat(same), flat(last), strict=True):
-        assert torch.equal(f, s)
-        torch.testing.assert_close(f[:, 0], a, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("module", SEQUENCES)
-def test_layers_and_directions_are_single_ones_put_together(module):
-    rnn = randomized(module(3, 4, 2, bidirectional=True, dtype=torch.float64))
+@every_cell
+def test_layers_and_directions_are_single_ones_put_together(cell):
+    rnn = made(cell, num_layers=2, bidirectional=True, dtype=torch.float64)
     data = x = torch.randn(5, 2, 3, dtype=torch.float64)
     finals = []
     for layer in range(2):
         outputs = []
         for suffix in ("", "_reverse"):
-            single = module(data.size(-1), 4, dtype=torch.float64)
+            single = SEQUENCES[cell](data.size(-1), 4, dtype=torch.float64)
             ending = f"_l{layer}{suffix}"
             state = {
                 n.removesuffix(ending) + "_l0": p for n, p in rnn.state_dict().items() if n.endswith(ending)
@@ -299,8 +201,9 @@ def test_layers_and_directions_are_single_ones_put_together(module):
     torch.testing.assert_close(flat(final)[0], torch.cat(finals), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("module", SEQUENCES)
-def test_dropout_is_between_layers_and_in_training_only(module):
+@every_cell
+def test_dropout_is_between_layers_and_in_training_only(cell):
+    module = SEQUENCES[cell]
     with pytest.warns(UserWarning, match="num_layers greater than 1"):
         module(3, 4, dropout=0.5)
     rnn = module(3, 4, 2, dropout=1.0)
@@ -312,25 +215,12 @@ def test_dropout_is_between_layers_and_in_training_only(module):
     assert not torch.equal(rnn(x)[0], rnn(x * 2 + 1)[0])
 
 
-@pytest.mark.parametrize("module", SEQUENCES)
-def test_a_row_does_not_see_its_batch(module):
-    rnn = module(3, 4)
-    x = torch.randn(5, 6, 3)
-    clean, _ = rnn(x)
-    x[2, 1, 0] = float("nan")
-    output, _ = rnn(x)
-    others = [0, 2, 3, 4, 5]
-    assert torch.equal(output[:, others], clean[:, others])
-    assert output[2:, 1].isnan().all()
-    assert torch.equal(output[:2, 1], clean[:2, 1])
-
-
 @pytest.mark.parametrize("module", TWINS.values(), ids=lambda c: c.__name__)
 def test_copies_pickles_and_prints(module):
     rnn = randomized(module(3, 4, variant="rms"))
     x = torch.randn(2, 3) if "Cell" in module.__name__ else torch.randn(5, 2, 3)
     for twin in (copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn))):
-        assert all(torch.equal(a, b) for a, b in zip(flat(twin(x)), flat(rnn(x)), strict=True))
+        assert same(flat(twin(x)), flat(rnn(x)))
     assert repr(rnn) == f"{module.__name__}(3, 4, variant='rms')"
     changed = {n: p + 1 for n, p in rnn.named_parameters()}
     swapped = torch.func.functional_call(rnn, changed, (x,))
@@ -346,15 +236,15 @@ def test_repr_tells_what_differs_from_the_defaults():
         "bidirectional=True, variant='paper')"
     )
     assert "nonlinearity='relu'" in repr(layernorm.LayerNormRNN(3, 4, nonlinearity="relu"))
-    for module in SEQUENCES:
+    for module in SEQUENCES.values():
         assert (
             repr(module(3, 4, recompute=True)) == f"{module.__name__}(3, 4, variant='paper', recompute=True)"
         )
 
 
-@pytest.mark.parametrize("module", SEQUENCES)
-def test_recompute_changes_no_result(module):
-    rnn = module(3, 4, 2, recompute=True)
+@every_cell
+def test_recompute_changes_no_result(cell):
+    rnn = SEQUENCES[cell](3, 4, 2, recompute=True)
     x = torch.randn(5, 2, 3)
     results = []
     for rnn.recompute in (True, False):
@@ -362,24 +252,57 @@ def test_recompute_changes_no_result(module):
         output.sum().backward()
         results.append([output, *flat(final), *(p.grad for p in rnn.parameters())])
         rnn.zero_grad()
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    rnn.recompute = 1  # what the module holds is what the operator gets
+    assert same(*results)
+    rnn.recompute = 1  # the operator gets what the module holds
     with pytest.raises(TypeError, match="recompute should be of type bool, got: int"):
         rnn(x)
 
 
-def test_empty_batch_is_taken_and_empty_time_refused_as_in_torch():
-    lstm = layernorm.LayerNormLSTM(3, 4)
-    output, (h, c) = lstm(torch.randn(5, 0, 3))
-    assert (output.shape, h.shape, c.shape) == ((5, 0, 4), (1, 0, 4), (1, 0, 4))
-    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0"):
-        lstm(torch.randn(0, 2, 3))
+@every_cell
+def test_an_empty_batch_is_taken_and_empty_time_refused_as_in_torch(cell):
+    ours = SEQUENCES[cell](3, 4, 2, bidirectional=True)
+    theirs = getattr(nn, cell.upper())(3, 4, 2, bidirectional=True)
+    for module in (ours, theirs):
+        x = torch.randn(5, 0, 3, requires_grad=True)
+        output, final = module(x)
+        output.sum().backward()
+        assert output.shape == (5, 0, 8)
+        assert {s.shape for s in flat(final)} == {(4, 0, 4)}
+        assert x.grad.shape == x.shape
+        assert not any(p.grad.any() for p in module.parameters() if p.grad is not None)
+        with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
+            module(torch.randn(0, 2, 3))
+
+
+@pytest.mark.usefixtures("native")
+@every_cell
+def test_at_most_five_frames_lie_between_a_call_and_its_kernel(cell):
+    module, x = SEQUENCES[cell](16, 16), torch.randn(1, 1, 16)
+    module(x)  # once, so that whatever is cached is there
+    entries = []
+
+    def watch(frame, event, _):
+        if event != "c_call" or not frame.f_code.co_filename.endswith("_ops.py"):
+            return  # the operator is called there
+        names = []
+        while frame.f_code is not type(module).forward.__code__:
+            names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        entries.append(["forward", *reversed(names)])
+
+    sys.setprofile(watch)
+    try:
+        module(x)
+    finally:
+        sys.setprofile(None)
+    assert entries
+    assert max(map(len, entries)) <= 5, entries
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_every_preset_makes_a_module_that_trains(name):
     for cell in PRESETS[name]:
-        rnn = CELLS[cell](3, 4, 2, variant=name)
+        rnn = SEQUENCES[cell](3, 4, 2, variant=name)
         output, _ = rnn(torch.randn(5, 2, 3))
         (output**2).sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in rnn.parameters())
@@ -439,20 +362,18 @@ def test_errors_name_the_argument(call, error, message):
         call()
 
 
-def weights_of(cell="gru", **changes):
-    shapes = parameter_shapes(cell, resolve("paper", cell), 3, 4)
-    return {n: torch.zeros(s) for n, s in shapes.items()} | changes
+WEIGHTS = weights_of("gru", dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
     ("weights", "options", "error", "message"),
     [
-        (weights_of(gain=torch.zeros(12)), {}, ValueError, "unknown: gain"),
-        ({k: v for k, v in weights_of().items() if k != "gain_ih"}, {}, ValueError, "missing: gain_ih"),
-        (weights_of(gain_ih=torch.zeros(3)), {}, RuntimeError, r"gain_ih of shape \[12\], but got \[3\]"),
-        (weights_of(), {"variant": "nope"}, ValueError, "unknown variant"),
-        (weights_of(), {"recompute": None}, TypeError, "recompute should be of type bool, got: NoneType"),
-        (weights_of(), {"batch_sizes": [2]}, RuntimeError, "input must have 2 dimensions, got 3"),
+        (WEIGHTS | {"gain": torch.zeros(12)}, {}, ValueError, "unknown: gain"),
+        ({k: v for k, v in WEIGHTS.items() if k != "gain_ih"}, {}, ValueError, "missing: gain_ih"),
+        (WEIGHTS | {"gain_ih": torch.zeros(3)}, {}, RuntimeError, r"gain_ih of shape \[12\], but got \[3\]"),
+        (WEIGHTS, {"variant": "nope"}, ValueError, "unknown variant"),
+        (WEIGHTS, {"recompute": None}, TypeError, "recompute should be of type bool, got: NoneType"),
+        (WEIGHTS, {"batch_sizes": [2]}, RuntimeError, "input must have 2 dimensions, got 3"),
         ({}, {}, ValueError, "weights must hold the matrix weight_ih"),
     ],
 )
@@ -463,8 +384,8 @@ def test_errors_of_the_sequence_functions(weights, options, error, message):
 
 def test_errors_of_batch_sizes_and_state():
     with pytest.raises(ValueError, match=r"batch_sizes must be positive, not increasing.*got \[1, 2\]"):
-        LF.gru(torch.zeros(3, 3), torch.zeros(2, 4), weights_of(), batch_sizes=[1, 2])
+        LF.gru(torch.zeros(3, 3), torch.zeros(2, 4), WEIGHTS, batch_sizes=[1, 2])
     with pytest.raises(RuntimeError, match=r"Expected h of the state to have size \[2, 4\], got \[3, 4\]"):
-        LF.gru(X, torch.zeros(3, 4), weights_of())
+        LF.gru(X, torch.zeros(3, 4), WEIGHTS)
     with pytest.raises(ValueError, match="Unknown nonlinearity"):
-        LF.rnn(X, torch.zeros(2, 4), weights_of("rnn"), nonlinearity="sin")
+        LF.rnn(X, torch.zeros(2, 4), weights_of("rnn", dtype=torch.float32), nonlinearity="sin")

@@ -13,14 +13,24 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import layernorm
 from layernorm import Variant
 from layernorm import functional as LF
-from layernorm.variants import parameter_shapes, resolve
+from tests.recurrent import cases
+from tests.recurrent.cases import (
+    ALL_FUNCTIONS,
+    CELLS,
+    SEQUENCES,
+    F,
+    H,
+    as_function,
+    as_hx,
+    called,
+    flat,
+    module_state,
+    of_functions,
+    same,
+    state_of,
+    weights_of,
+)
 
-SEQUENCES = {"lstm": layernorm.LayerNormLSTM, "gru": layernorm.LayerNormGRU, "rnn": layernorm.LayerNormRNN}
-SINGLE = {
-    "lstm": layernorm.LayerNormLSTMCell,
-    "gru": layernorm.LayerNormGRUCell,
-    "rnn": layernorm.LayerNormRNNCell,
-}
 VARIANTS = [
     *(("lstm", name) for name in ("paper", "rms", "none", "fastrnns", "icefall", "tflite")),
     *(("gru", name) for name in ("paper", "haste", "icefall", "sheeprl")),
@@ -34,40 +44,29 @@ VARIANTS = [
 TOL = 1e-11
 GRAD_TOL = 30 * TOL
 
-T, N, F, H = 7, 4, 3, 4
+T, N = 7, 4
 # Rows with a reset at the first step, at the last, at neighbours, and without any.
 RESETS = torch.tensor(
     [[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0]]
 ).bool()
 
 
+NO_RESETS = torch.zeros_like(RESETS)
+with_and_without = pytest.mark.parametrize("resets", [RESETS, None], ids=["resets", "no resets"])
+
+
 def made(cell, variant="paper", **options):
-    """A float64 module with gains and biases away from their initial 1 and 0."""
-    module = SEQUENCES[cell](F, H, dtype=torch.float64, variant=variant, **options)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return module
+    """Return a float64 module with random parameters."""
+    return cases.made(cell, dtype=torch.float64, variant=variant, **options)
 
 
-def drawn_state(module, rows=N):
-    """A random initial state as a list of (L·D, N, size)."""
-    sizes = [module.proj_size or H, H] if isinstance(module, layernorm.LayerNormLSTM) else [H]
-    count = module.num_layers * (1 + module.bidirectional)
-    return [torch.randn(count, rows, s, dtype=torch.float64, requires_grad=True) for s in sizes]
-
-
-def given(state):
-    """The state as a module takes it: a tuple of two, or one tensor."""
-    return None if state is None else tuple(state) if len(state) == 2 else state[0]
-
-
-def flat(state):
-    return list(state) if isinstance(state, tuple) else [state]
+def drawn(module):
+    """Return a random input and initial state."""
+    return torch.randn(T, N, F, dtype=torch.float64, requires_grad=True), module_state(module, N)
 
 
 def in_pieces(module, x, resets, state):
-    """One sequence x (T, F), cut before every reset, each piece run by itself without any resets.
+    """Run one sequence x (T, F) cut before every reset, each piece by itself without any resets.
 
     A forward direction has the initial state in the first piece, unless there is a reset at its first step,
     and its final state is the last piece's; for a reverse direction it is the other way round.
@@ -79,7 +78,7 @@ def in_pieces(module, x, resets, state):
     for begin, end in itertools.pairwise(cuts):
         entered = (~backward & (begin == 0 and not resets[0])) | (backward & (end == len(x)))
         hx = None if state is None else [torch.where(entered, s, torch.zeros_like(s)) for s in state]
-        output, final = module(x[begin:end], given(hx))
+        output, final = module(x[begin:end], as_hx(hx))
         outputs.append(output)
         finals.append(flat(final))
     final = [torch.where(backward, a, b) for a, b in zip(finals[0], finals[-1], strict=True)]
@@ -87,7 +86,7 @@ def in_pieces(module, x, resets, state):
 
 
 def expected_rows(module, x, resets, state, lengths=None):
-    """Padded output (T, N, ·) and final states, row by row and piece by piece."""
+    """Return the padded output (T, N, ·) and final states, computed row by row and piece by piece."""
     outputs, finals = [], []
     for row in range(x.size(1)):
         length = lengths[row] if lengths else len(x)
@@ -99,7 +98,7 @@ def expected_rows(module, x, resets, state, lengths=None):
 
 
 def assert_alike(module, actual, expected, inputs):
-    """Outputs, final states, and the derivatives of a random sum of them all."""
+    """Check outputs, final states, and the derivatives of a random sum of them all."""
     results = [[output, *final] for output, final in (actual, expected)]
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=TOL)
@@ -115,62 +114,65 @@ def assert_alike(module, actual, expected, inputs):
 @pytest.mark.parametrize(("cell", "variant"), VARIANTS)
 def test_a_reset_cuts_the_sequence(cell, variant, options, initial):
     module = made(cell, variant, **options)
-    x = torch.randn(T, N, F, dtype=torch.float64, requires_grad=True)
-    state = drawn_state(module) if initial else None
-    output, final = module(x, given(state), resets=RESETS)
+    x, state = drawn(module)
+    state = state if initial else None
+    output, final = module(x, as_hx(state), resets=RESETS)
     expected = expected_rows(module, x, RESETS, state)
     assert_alike(module, (output, flat(final)), expected, [x, *(state or [])])
 
 
+@with_and_without
 @pytest.mark.parametrize("cell", SEQUENCES)
-def test_layouts(cell):
+def test_layouts(cell, resets):
     module = made(cell, num_layers=2, bidirectional=True)
-    x = torch.randn(T, N, F, dtype=torch.float64)
-    state = drawn_state(module)
-    output, final = module(x, given(state), resets=RESETS)
+    x, state = drawn(module)
+    output, final = module(x, as_hx(state), resets=resets)
     first = copy.deepcopy(module)
     first.batch_first = True
-    turned, same = first(x.transpose(0, 1), given(state), resets=RESETS.T)
+    turned, last = first(x.transpose(0, 1), as_hx(state), resets=None if resets is None else resets.T)
     assert torch.equal(turned.transpose(0, 1), output)
-    assert all(torch.equal(a, b) for a, b in zip(flat(same), flat(final), strict=True))
+    assert same(flat(last), flat(final))
     for row in range(N):
-        alone, last = module(x[:, row], given([s[:, row] for s in state]), resets=RESETS[:, row])
+        mask = None if resets is None else resets[:, row]
+        alone, last = module(x[:, row], as_hx([s[:, row] for s in state]), resets=mask)
         torch.testing.assert_close(alone, output[:, row], rtol=0, atol=TOL)
         for a, b in zip(flat(last), flat(final), strict=True):
             torch.testing.assert_close(a, b[:, row], rtol=0, atol=TOL)
 
 
+@with_and_without
 @pytest.mark.parametrize("lengths", [[7, 6, 6, 1], [4, 7, 3, 6]], ids=["sorted", "unsorted"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "both-ways"])
 @pytest.mark.parametrize("initial", [False, True], ids=["zeros", "given"])
 @pytest.mark.parametrize("cell", SEQUENCES)
-def test_packed_sequences(cell, initial, lengths):
-    module = made(cell, num_layers=2, bidirectional=True)
-    x = torch.randn(T, N, F, dtype=torch.float64, requires_grad=True)
-    state = drawn_state(module) if initial else None
+def test_packed_sequences(cell, initial, bidirectional, lengths, resets):
+    module = made(cell, num_layers=2, bidirectional=bidirectional)
+    x, state = drawn(module)
+    state = state if initial else None
     is_sorted = lengths == sorted(lengths, reverse=True)
-    packed, mask = (pack_padded_sequence(a, lengths, enforce_sorted=is_sorted) for a in (x, RESETS))
-    output, final = module(packed, given(state), resets=mask)
-    expected = expected_rows(module, x, RESETS, state, lengths)
-    padded, _ = pad_packed_sequence(output)
+    mask = NO_RESETS if resets is None else resets
+    packed, packed_mask = (pack_padded_sequence(a, lengths, enforce_sorted=is_sorted) for a in (x, mask))
+    output, final = module(packed, as_hx(state), resets=None if resets is None else packed_mask)
+    expected = expected_rows(module, x, mask, state, lengths)
+    padded, found_lengths = pad_packed_sequence(output)
+    assert found_lengths.tolist() == lengths
     assert_alike(module, (padded, flat(final)), expected, [x, *(state or [])])
 
 
 def test_a_projection_is_reset_too():
     module = made("lstm", num_layers=2, bidirectional=True, proj_size=2)
-    x = torch.randn(T, N, F, dtype=torch.float64, requires_grad=True)
-    state = drawn_state(module)
-    output, final = module(x, given(state), resets=RESETS)
+    x, state = drawn(module)
+    output, final = module(x, as_hx(state), resets=RESETS)
     assert_alike(module, (output, flat(final)), expected_rows(module, x, RESETS, state), [x, *state])
 
 
 @pytest.mark.parametrize("cell", SEQUENCES)
 def test_no_gradient_crosses_a_boundary(cell):
     module = made(cell, num_layers=2, bidirectional=True)
-    x = torch.randn(T, N, F, dtype=torch.float64, requires_grad=True)
-    state = drawn_state(module)
+    x, state = drawn(module)
     resets = torch.zeros(T, N, dtype=torch.bool)
     resets[3] = True
-    output, _ = module(x, given(state), resets=resets)
+    output, _ = module(x, as_hx(state), resets=resets)
     before, after = slice(3), slice(3, None)
     # The forward direction's initial state enters before the boundary, the reverse one's after it.
     for own, other, near, far in ((before, after, 0, 1), (after, before, 1, 0)):
@@ -182,25 +184,15 @@ def test_no_gradient_crosses_a_boundary(cell):
             assert (grad[far::2] == 0).all()
             assert (grad[near::2] != 0).any()
     # Without the boundary it does cross, both ways.
-    output, _ = module(x, given(state))
+    output, _ = module(x, as_hx(state))
     assert (torch.autograd.grad(output[:3].sum(), x, retain_graph=True)[0][3:] != 0).any()
     assert (torch.autograd.grad(output[3:].sum(), x)[0][:3] != 0).any()
 
 
-def weights_of(cell, variant="paper"):
-    shapes = parameter_shapes(cell, resolve(variant, cell), F, H)
-    return {n: torch.randn(s, dtype=torch.float64, requires_grad=True) for n, s in shapes.items()}
-
-
-def called(cell, x, state, weights, **options):
-    """The operator's result as [output, *final]."""
-    output, final = getattr(LF, cell)(x, given(state), weights, **options)
-    return [output, *flat(final)]
-
-
 def operands(cell):
+    """Return a random input, state and weights of one layer."""
     x = torch.randn(T, N, F, dtype=torch.float64)
-    return x, [torch.randn(N, H, dtype=torch.float64) for _ in range(1 + (cell == "lstm"))], weights_of(cell)
+    return x, [t.detach() for t in state_of(cell, N)], weights_of(cell)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -208,9 +200,7 @@ def operands(cell):
 def test_no_reset_changes_no_bit(cell, reverse):
     x, state, weights = operands(cell)
     plain = called(cell, x, state, weights, reverse=reverse)
-    none = torch.zeros(T, N, dtype=torch.bool)
-    same = called(cell, x, state, weights, reverse=reverse, resets=none)
-    assert all(torch.equal(a, b) for a, b in zip(same, plain, strict=True))
+    assert same(called(cell, x, state, weights, reverse=reverse, resets=NO_RESETS), plain)
 
 
 @pytest.mark.parametrize("cell", SEQUENCES)
@@ -220,14 +210,13 @@ def test_a_reset_at_the_first_step(cell):
     first[0] = True
     # In reverse there is nothing beyond it to part from.
     plain = called(cell, x, state, weights, reverse=True)
-    same = called(cell, x, state, weights, reverse=True, resets=first)
-    assert all(torch.equal(a, b) for a, b in zip(same, plain, strict=True))
+    assert same(called(cell, x, state, weights, reverse=True, resets=first), plain)
     # Forward it sets the initial state aside, whatever is in it.
     zeros = called(cell, x, [torch.zeros_like(s) for s in state], weights)
     broken = [torch.full_like(s, float("nan"), requires_grad=True) for s in state]
     broken[0].data[0] = float("inf")
     results = called(cell, x, broken, weights, resets=first)
-    assert all(torch.equal(a, b) for a, b in zip(results, zeros, strict=True))
+    assert same(results, zeros)
     total = sum(r.sum() for r in results)
     *grads, of_weight = torch.autograd.grad(total, [*broken, weights["weight_hh"]])
     assert all((g == 0).all() for g in grads)
@@ -247,7 +236,7 @@ def test_a_nan_stays_in_its_episode(cell, reverse):
     broken[slice(3, 5) if reverse else slice(1, 3), 1] = True
     assert output[broken].isnan().all()
     assert torch.equal(output[~broken], clean[0][~broken])
-    assert all(torch.equal(a, b) for a, b in zip(final, clean[1:], strict=True))
+    assert same(final, clean[1:])
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -264,37 +253,30 @@ def test_a_nan_stays_in_its_episode(cell, reverse):
 )
 def test_derivatives_of_both_orders(cell, variant, reverse, packed):
     # A large eps keeps curvature within what finite differences of two orders can resolve.
-    x = torch.randn(5, F, dtype=torch.float64, requires_grad=True)
-    resets = torch.tensor([0, 1, 1, 0, 0]).bool() if packed else torch.tensor([0, 0, 1, 1, 0]).bool()
-    state = [torch.randn(2 if packed else 1, H, dtype=torch.float64) for _ in range(1 + (cell == "lstm"))]
-    for s in state:
-        s.requires_grad_()
-    named = weights_of(cell, variant)
-
-    def function(x, *tensors):
-        hx, weights = tensors[: len(state)], dict(zip(named, tensors[len(state) :], strict=True))
-        options = {"variant": variant, "reverse": reverse}
-        if packed:
-            return tuple(called(cell, x, hx, weights, resets=resets, batch_sizes=[2, 2, 1], **options))
-        return tuple(called(cell, x[:, None], hx, weights, resets=resets[:, None], **options))
-
-    assert gradcheck(function, (x, *state, *named.values()))
-    assert gradgradcheck(function, (x, *state, *named.values()), fast_mode=True)
+    x = torch.randn(*((5,) if packed else (5, 1)), F, dtype=torch.float64, requires_grad=True)
+    resets = torch.tensor([0, 1, 1, 0, 0] if packed else [0, 0, 1, 1, 0]).bool().view(x.shape[:-1])
+    options = {"variant": variant, "reverse": reverse, "resets": resets}
+    if packed:
+        options["batch_sizes"] = [2, 2, 1]
+    state, weights = state_of(cell, 2 if packed else 1), weights_of(cell, variant)
+    function, leaves = as_function(cell, weights, **options), (x, *state, *weights.values())
+    assert gradcheck(function, leaves)
+    assert gradgradcheck(function, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize(("cell", "variant"), VARIANTS)
-def test_a_single_step_resets_its_rows(cell, variant):
+@with_and_without
+@of_functions(ALL_FUNCTIONS)
+def test_a_sequence_is_its_cell_step_by_step(cell, variant, resets):
     sequence = made(cell, variant)
-    single = SINGLE[cell](F, H, dtype=torch.float64, variant=variant)
+    single = CELLS[cell](F, H, dtype=torch.float64, variant=variant)
     single.load_state_dict({n.removesuffix("_l0"): p for n, p in sequence.state_dict().items()})
-    x = torch.randn(T, N, F, dtype=torch.float64)
-    state = drawn_state(sequence)
-    output, final = sequence(x, given(state), resets=RESETS)
-    hx = given([s[0] for s in state])
-    alone = given([s[0, 2] for s in state])
+    x, state = drawn(sequence)
+    output, final = sequence(x, as_hx(state), resets=resets)
+    hx = as_hx([s[0] for s in state])
+    alone = as_hx([s[0, 2] for s in state])
     for t in range(T):
-        hx = single(x[t], hx, resets=RESETS[t])
-        alone = single(x[t, 2], alone, resets=RESETS[t, 2])
+        hx = single(x[t], hx, resets=None if resets is None else resets[t])
+        alone = single(x[t, 2], alone, resets=None if resets is None else resets[t, 2])
         torch.testing.assert_close(flat(hx)[0], output[t], rtol=0, atol=TOL)
         torch.testing.assert_close(flat(alone)[0], output[t, 2], rtol=0, atol=TOL)
     for a, b in zip(flat(hx), flat(final), strict=True):
@@ -303,15 +285,14 @@ def test_a_single_step_resets_its_rows(cell, variant):
 
 @pytest.mark.parametrize("cell", SEQUENCES)
 def test_a_single_step_discards_a_nan_state(cell):
-    single = SINGLE[cell](F, H)
+    single = CELLS[cell](F, H)
     x = torch.randn(N, F)
-    state = given([torch.full((N, H), float("nan")) for _ in range(1 + (cell == "lstm"))])
+    state = as_hx([torch.full((N, H), float("nan")) for _ in range(1 + (cell == "lstm"))])
     resets = torch.tensor([True, False, True, True])
     for a, zeros in zip(flat(single(x, state, resets=resets)), flat(single(x)), strict=True):
         assert torch.equal(a[resets], zeros[resets])
         assert a[~resets].isnan().all()
-    for a, b in zip(flat(single(x, resets=resets)), flat(single(x)), strict=True):
-        assert torch.equal(a, b)
+    assert same(flat(single(x, resets=resets)), flat(single(x)))
 
 
 def test_an_empty_batch_is_taken():
@@ -338,13 +319,13 @@ META = PackedSequence(torch.zeros(8).bool().to("meta"), PACKED.batch_sizes)
     ],
 )
 def test_errors_of_the_functions(resets, error, message):
-    weights = {n: w.float() for n, w in weights_of("lstm").items()}
+    weights = weights_of("lstm", dtype=torch.float32)
     with pytest.raises(error, match=message):
         LF.lstm(X, (torch.zeros(2, H), torch.zeros(2, H)), weights, resets=resets)
 
 
 def test_an_error_of_the_functions_on_packed_data():
-    weights = {n: w.float() for n, w in weights_of("gru").items()}
+    weights = weights_of("gru", dtype=torch.float32)
     with pytest.raises(RuntimeError, match=r"gru: Expected resets of shape \[8\], .* but got \[5, 2\]"):
         LF.gru(PACKED.data, torch.zeros(2, H), weights, batch_sizes=[2, 2, 2, 1, 1], resets=MASK)
 
