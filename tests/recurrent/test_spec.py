@@ -1,4 +1,4 @@
-"""The spec of a layer: its codes, the facts that follow from it, and what is no spec."""
+"""The spec of a layer: its codes, the facts that follow from it, and codes of no spec."""
 
 from __future__ import annotations
 
@@ -141,22 +141,7 @@ def test_every_operator_names_the_code_that_is_unknown(codes, message):
                 operator(**lifted)
 
 
-# ---- what is no spec, and what cannot be changed ----
-
-
-@pytest.mark.parametrize(
-    ("cell", "variant", "error", "message"),
-    [
-        ("lstm", "papr", ValueError, "unknown variant 'papr'; expected one of paper"),
-        ("gru", "tf1", ValueError, "'tf1' has no GRU; its cells: LSTM"),
-        ("rnn", None, TypeError, "a preset's name or a layernorm.Variant, got NoneType"),
-        ("rnn", ["paper"], TypeError, "a preset's name or a layernorm.Variant, got list"),
-        ("cnn", "paper", ValueError, "cell must be one of 'lstm', 'gru', 'rnn'; got 'cnn'"),
-    ],
-)
-def test_a_spec_of_nothing_known_is_refused(cell, variant, error, message):
-    with pytest.raises(error, match=message):
-        layer_spec(cell, variant)
+# ---- specs of presets and modules ----
 
 
 def test_a_preset_and_its_variant_are_one_spec():
