@@ -1,4 +1,4 @@
-"""What PyTorch's own tools do with the compiled operators: vmap over gradients, compiled autograd, hooks on
+"""The compiled operators under PyTorch's own tools: vmap over gradients, compiled autograd, hooks on
 saved tensors, changes in place, counting of FLOPs, tracing."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ F, H = 3, 4
 
 
 def subjects(dtype=torch.float64):
-    """A function of a (T, N, F) tensor for each kind of node, by name, and the parameters that it reads."""
+    """Yield a function of a (T, N, F) tensor for each kind of node, with its name and its parameters."""
     for name in ("LayerNormLSTM", "LayerNormGRU", "LayerNormRNN"):
         for variant in ("paper", "none"):
             module = getattr(layernorm, name)(F, H, variant=variant).to(dtype)

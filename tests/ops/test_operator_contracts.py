@@ -1,5 +1,4 @@
-"""What every operator owes whoever calls it by name: no crash whatever it is given, and results that are
-laid out as its fake kernel says."""
+"""Calls of every operator by its name: none crashes, and results are laid out as the fake kernels say."""
 
 from __future__ import annotations
 
@@ -11,19 +10,20 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from layernorm import Variant, ops, recurrent_operator
-from layernorm.variants import parameter_shapes
+from layernorm import Variant
+from layernorm.spec import layer_spec
+from tests.recurrent.cases import backward_arguments, detached, operator_arguments
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
-STATEFUL = {
+RECURRENT = {
     "lstm": Variant(),
     "gru": Variant(),
-    "rnn_tanh": Variant(),
+    "rnn": Variant(),
     "gru-summed": Variant(kind="rms", inputs="summed", scope="gate"),
     "lstm-none": Variant(kind="none"),
 }
-# What a tensor may look like: of these functions each gives one of the same shape and values.
+# Each gives a tensor of the same shape in another layout.
 LAYOUTS = {
     "contiguous": lambda t: t.contiguous(),
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
@@ -34,7 +34,7 @@ LAYOUTS = {
 
 
 def norm_calls(rows=(4, 2), width=3, dtype=torch.float32, backward=True):
-    """The norm operators' arguments by position."""
+    """Yield the norm operators with their arguments by position."""
     x, other = torch.randn(*rows, width).to(dtype), torch.randn(*rows, width).to(dtype)
     gain, bias, shape = torch.ones(width).to(dtype), torch.zeros(width).to(dtype), [width]
     yield "layer_norm", (x, shape, gain, bias, 1e-5)
@@ -49,43 +49,31 @@ def norm_calls(rows=(4, 2), width=3, dtype=torch.float32, backward=True):
             yield "norm_backward", (other, residual, x, stats, shape, gain, bias, True, wanted)
 
 
-def recurrent_calls(name, features=3, packed=False, recompute=False, proj=0, dtype=torch.float32):
-    """The arguments of a recurrent operator and its derivative by position."""
-    variant, (cell, _, _) = STATEFUL[name], name.partition("-")
-    kind = cell.partition("_")[0]
-    shapes = parameter_shapes(kind, variant, features, 4, proj_size=proj)
-    weights = recurrent_operator.listed({n: torch.randn(s).to(dtype) for n, s in shapes.items()}, variant)
-    input = torch.randn(*((6,) if packed else (3, 2)), features).to(dtype)
-    h = torch.zeros(3 if packed else 2, proj or 4).to(dtype)
-    c = torch.zeros(3 if packed else 2, 4).to(dtype) if kind == "lstm" else None
-    resets = torch.zeros(input.shape[:-1], dtype=torch.bool)
-    sizes = [3, 2, 1] if packed else None
-    spec = (input, h, c, weights, resets, sizes, cell, *recurrent_operator.spec(variant), False)
-    yield "recurrent", (*spec, recompute)
-    yield "recurrent_forward", (*spec, recompute)
-    output, hn, cn, *saved = torch.ops.layernorm.recurrent_forward(*spec, recompute)
-    wanted = [True, True, kind == "lstm", *(weight is not None for weight in weights)]
-    grads = (output, hn, cn if kind == "lstm" else None)
-    yield "recurrent_backward", (*spec, *grads, output, *saved, wanted)
+def recurrent_calls(name, **options):
+    """Yield a recurrent operator and its derivative with their arguments by position."""
+    given = detached(operator_arguments(name.partition("-")[0], RECURRENT[name], **options))
+    yield "recurrent", tuple(given.values())
+    yield "recurrent_forward", tuple(given.values())
+    kept = torch.ops.layernorm.recurrent_forward(**given)
+    yield "recurrent_backward", tuple(backward_arguments(given, kept).values())
 
 
 def gates_calls(dtype=torch.float32):
-    """The arguments of the gates' operator and its derivative by position."""
+    """Yield the gates' operator and its derivative with their arguments by position."""
     input_gates, hidden_gates, c = (torch.randn(3, n).to(dtype) for n in (20, 20, 5))
     ones, zeros = torch.ones(20).to(dtype), torch.zeros(20).to(dtype)
     parameters = (None, None, ones, ones, zeros, ones[:5].clone(), zeros[:5].clone())
-    spec = (input_gates, hidden_gates, c, *parameters, *recurrent_operator.spec(Variant()))
-    yield "lstm_gates", spec
-    yield (
-        "lstm_gates_backward",
-        (c.clone(), c.clone(), *spec, [True] * 3 + [p is not None for p in parameters]),
-    )
+    spec = layer_spec("lstm", Variant())
+    forward = (input_gates, hidden_gates, c, *parameters, list(spec.codes), spec.eps)
+    yield "lstm_gates", forward
+    wanted = [True] * 3 + [p is not None for p in parameters]
+    yield "lstm_gates_backward", (c.clone(), c.clone(), *forward, wanted)
 
 
 def every_call():
-    """A call of every operator but the composites, which are plain PyTorch."""
+    """Yield a call of every operator but the composites, which are plain PyTorch."""
     yield from norm_calls()
-    for name in STATEFUL:
+    for name in RECURRENT:
         yield from recurrent_calls(name)
     yield from gates_calls()
 
@@ -94,7 +82,7 @@ def every_call():
 
 
 def replaced(arguments, place, value):
-    """The arguments with one, or one of a list, in another's place."""
+    """Return the arguments with a value in place of one of them, or of one in a list."""
     at, inside = place
     new = list(arguments)
     new[at] = value if inside is None else [*new[at][:inside], value, *new[at][inside + 1 :]]
@@ -102,7 +90,7 @@ def replaced(arguments, place, value):
 
 
 def places(arguments):
-    """Where tensors stand."""
+    """Yield the places of tensors."""
     for at, argument in enumerate(arguments):
         if isinstance(argument, Tensor):
             yield at, None
@@ -111,7 +99,7 @@ def places(arguments):
 
 
 def wrong_values(tensor):
-    """What may come in a tensor's place."""
+    """Yield wrong values for a tensor's place."""
     yield None
     yield tensor[:0]
     yield tensor.new_zeros(())
@@ -124,7 +112,7 @@ def wrong_values(tensor):
 
 
 def try_all():
-    """Calls every operator with every tensor replaced by wrong ones; anything but an exception ends it."""
+    """Call every operator with every tensor replaced by wrong ones; anything but an exception ends it."""
     torch.set_num_threads(1)
     tried = 0
     for name, arguments in every_call():
@@ -180,7 +168,7 @@ def assert_fake_is_real(name, arguments):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_results_are_laid_out_as_the_fake_kernels_say(layout, dtype):
     calls = [*norm_calls(dtype=dtype), *norm_calls(rows=(2, 0, 3), dtype=dtype), *gates_calls(dtype)]
-    for name in STATEFUL:
+    for name in RECURRENT:
         for options in ({}, {"packed": True}, {"recompute": True}, {"features": 0}, {"features": 1}):
             calls += recurrent_calls(name, dtype=dtype, **options)
     calls += recurrent_calls("lstm", proj=2, dtype=dtype)
@@ -208,7 +196,6 @@ def test_triton_lays_out_as_the_fake_kernels_say(layout):
     if layout == "transposed":
         calls += [*recurrent_calls("lstm"), *recurrent_calls("gru-summed", recompute=True)]
     for name, arguments in calls:
-        assert name in ops.TRITON
         assert_fake_is_real(
             name,
             tree_map(lambda a: LAYOUTS[layout](a) if isinstance(a, Tensor) and a.dim() > 1 else a, arguments),
