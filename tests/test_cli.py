@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 import layernorm
-from layernorm import backends, ops
-from layernorm.cli import main
+from layernorm import backends, ops, override
+from layernorm.cli import COMMANDS, main
+from layernorm.experiments import registry
 
 
 def test_info_names_every_operator_its_kernel_and_why(capsys):
@@ -19,7 +23,9 @@ def test_info_names_every_operator_its_kernel_and_why(capsys):
     assert f"\ncompiled  {served}\n" in text
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["info", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([command.name, "--help"] for command in COMMANDS)]
+)
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -49,8 +55,54 @@ def test_info_shows_the_override(kernel, capsys):
 
 
 def test_an_override_that_names_no_kernel_is_refused_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(backends, "_override", "fast")
+    monkeypatch.setattr(override, "process", "fast")
     assert main(["compare"]) == 2
     captured = capsys.readouterr()
     kernels = "native, triton, persistent, torch, reference"
     assert captured.err == f"layernorm: LAYERNORM_BACKEND must be one of {kernels}; got 'fast'\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["norms", "--quick"], ["--help"]], ids=str)
+def test_bench_says_where_it_went(arguments, capsys):
+    assert main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "python -m benchmarks" in captured.err
+    assert not captured.out
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["--help"], ["--version"], ["bench"]], ids=str)
+def test_a_light_command_imports_no_experiment_and_no_benchmark(arguments):
+    script = f"""
+import sys
+from layernorm.cli import main
+try:
+    main({arguments})
+except SystemExit:
+    pass
+print(*sys.modules, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = done.stderr.splitlines()[-1].split()
+    assert "layernorm.cli" in loaded
+    heavy = ("layernorm.experiments", "benchmarks", "pandas", "matplotlib", "rich", "sklearn", "triton")
+    assert not [name for name in loaded if name.startswith(heavy)]
+
+
+def test_a_list_of_options_imports_no_task():
+    script = """
+import sys
+from layernorm.cli import main
+try:
+    main(["compare", "--help"])
+except SystemExit:
+    print(*sys.modules, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert all(f"\n  {name} " in done.stdout for name in registry.TASKS)
+    heavy = ("layernorm.experiments.tasks", "layernorm.experiments.task", "pandas", "matplotlib", "rich")
+    assert not [name for name in done.stderr.split() if name.startswith(heavy)]
+
+
+def test_every_study_is_a_command():
+    assert set(registry.STUDIES) < {command.name for command in COMMANDS}

@@ -86,10 +86,11 @@ def test_who_is_sooner(metric):
 
 
 def test_a_damaged_table_is_named(tmp_path):
+    from layernorm.experiments import registry
     from layernorm.experiments import task as tasks
 
     path = tmp_path / "none.csv"
     for content in ("", "norm,batch_size\n", TABLE[:0].drop(columns="recall").to_csv(index=False)):
         path.write_text(content)
         with pytest.raises(tasks.ExperimentError, match=r"none\.csv is damaged .*; delete it"):
-            results.read(path, tasks.find("digits"))
+            results.read(path, registry.find("digits"))

@@ -73,12 +73,12 @@ class Point:
 
 def grid(names: Sequence[str], presets: Sequence[str]) -> Iterator[Point]:
     """All points: the presets' batch sizes. Presets of a task that are the same are one."""
-    from layernorm.experiments import task as tasks
+    from layernorm.experiments import registry
 
     for name in names:
         seen = []
         for preset in presets:
-            found = tasks.find(name).presets[preset]
+            found = registry.find(name).presets[preset]
             if found not in seen:
                 yield from (Point(name, preset, batch) for batch in found.batch_sizes)
             seen.append(found)
@@ -114,18 +114,18 @@ def _measure(point: Point, job: Mapping[str, Any], emit: Emit) -> list[Row]:
 @functools.lru_cache(maxsize=1)
 def _problem(name: str, preset: str) -> Problem:
     """A task's problem, the same for all its points and peers as long as they follow one another."""
-    from layernorm.experiments import task as tasks
+    from layernorm.experiments import registry
 
-    task = tasks.find(name)
+    task = registry.find(name)
     return task.problem(**task.presets[preset].sizes)
 
 
 def _subject(point: Point, norm: str, problem: Problem) -> Subject:
     """Updates of a network with this norm."""
-    from layernorm.experiments import task as tasks
+    from layernorm.experiments import registry
     from layernorm.experiments.run.training import Run, Trainer
 
-    preset = tasks.find(point.task).presets[point.preset]
+    preset = registry.find(point.task).presets[point.preset]
     # There is no checkpoint in the null device, and none is written unless it is asked for.
     trainer = Trainer(problem, Run(norm, point.batch, 0), preset, checkpoint=Path(os.devnull))
     batches = _batches(trainer)

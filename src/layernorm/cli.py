@@ -1,30 +1,63 @@
-"""The ``layernorm`` command."""
+"""The ``layernorm`` command: a list of commands, each imported when it runs or tells its options."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
-import itertools
 import os
-import platform
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
 import layernorm
-from layernorm import backends, ops
+from layernorm import backends
 from layernorm.arguments import Parser, plain
-from layernorm.experiments.commands import options as experiments
-from layernorm.variants import resolve
 
-_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_HIDDEN_SIZES: Final = (128, 256, 512, 1024, 2048)
+_EXPERIMENTS: Final = "layernorm.experiments.commands.options"
+
+
+class Command(NamedTuple):
+    """A command of the command line.
+
+    Attributes:
+        name: what users type.
+        help: one line.
+        module: has ``add_options(parser, name)``, and ``run(options)``, which returns the exit code.
+    """
+
+    name: str
+    help: str
+    module: str
+
+
+COMMANDS: Final = (
+    Command("compare", "train the same network with different norms", _EXPERIMENTS),
+    Command("theory", "the paper's invariances and its geometry, checked numerically", _EXPERIMENTS),
+    Command(
+        "dynamics",
+        "norms of hidden states and gradients over time, with and without normalization",
+        _EXPERIMENTS,
+    ),
+    Command(
+        "online",
+        "the same network on any batch and step by step: the same bits with layer norm",
+        _EXPERIMENTS,
+    ),
+    Command("reproduce", "all experiments, and one report over them", _EXPERIMENTS),
+    Command("report", "one HTML page from a folder of results", _EXPERIMENTS),
+    Command("info", "versions, and which kernel computes which operator here and why", "layernorm.info"),
+)
+#: Commands that are gone, and what to say of them.
+GONE: Final = {
+    "bench": "the benchmarks are no longer installed; in a checkout of the source: python -m benchmarks NAME"
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code.
+    """Run the command; return its exit code.
 
     Examples:
         >>> from layernorm.cli import main
@@ -34,9 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that is not text must not end the command
         sys.stdout.reconfigure(errors="backslashreplace")
+    given = sys.argv[1:] if arguments is None else list(arguments)
     code = 0
     try:
-        code = _run(_parser().parse_args(arguments))
+        code = _run(given)
         sys.stdout.flush()
     except OSError as error:
         # What is left in its buffer goes nowhere, and must not raise again at the interpreter's end.
@@ -47,81 +81,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(arguments: Sequence[str]) -> int:
+    name = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if name in GONE:
+        return _fail(f"{name}: {GONE[name]}", code=2)
+    module: Any = next((importlib.import_module(c.module) for c in COMMANDS if c.name == name), None)
+    options = _parser(module, name).parse_args(arguments)
     try:
         backends.choose("lstm", torch.device("cpu"), torch.float32)
     except ValueError as error:  # LAYERNORM_BACKEND names no kernel
         return _fail(str(error), code=2)
     except RuntimeError:
         pass  # it names one that not every operator has; `info` says so
-    if options.command == "info":
-        print(info())  # noqa: T201
-        return 0
-    if options.command == "bench":
-        return _fail("the benchmarks moved to a checkout of the source: python -m benchmarks NAME", code=2)
-    return experiments.run(options)
+    code: int = module.run(options)
+    return code
 
 
-def info() -> str:
-    """Versions, instruction sets, and which kernel serves which operator here and why."""
-    problem = ops.NATIVE_PROBLEM
-    lines = [
-        f"layernorm {layernorm.__version__}",
-        f"python    {platform.python_version()}, {platform.system()} {platform.machine()}",
-        f"torch     {torch.__version__}, {torch.get_num_threads()} threads",
-        f"CPU       {torch.backends.cpu.get_cpu_capability()} instructions",
-        f"CUDA      {_cuda()}",
-        f"compiled  {f'none: {problem}' if problem else f'{backends.capability()} instructions'}",
-        "",
-        f"{'operator':<16}{'device':<8}{'dtype':<28}{'kernel':<11}why",
-    ]
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for operator in (*backends.NORMS, *backends.RECURRENT, backends.GATES):
-        for device in devices:
-            served: dict[backends.Choice, list[str]] = {}
-            for dtype in _DTYPES:
-                try:
-                    choice = backends.choose(operator, torch.device(device), dtype)
-                except RuntimeError as error:
-                    choice = backends.Choice("none", str(error))
-                served.setdefault(choice, []).append(str(dtype).removeprefix("torch."))
-            for (kernel, reason), dtypes in served.items():
-                names = "every" if len(served) == 1 else ", ".join(dtypes)
-                lines.append(f"{operator:<16}{device:<8}{names:<28}{kernel:<11}{reason}")
-    if torch.cuda.is_available():
-        lines += ["", *_tiers(torch.device("cuda", torch.cuda.current_device()))]
-    return "\n".join(lines)
-
-
-def _tiers(device: torch.device) -> list[str]:
-    """Which kernel serves the paper's recurrent layers on a GPU, by hidden size and dtype, and why."""
-    lines = [f"{'on the GPU':<16}{'hidden':<13}{'dtype':<10}{'':<10}{'kernel':<11}why"]
-    for cell in backends.RECURRENT:
-        for dtype, backward in itertools.product(backends.TRITON_DTYPES, (False, True)):
-            served: dict[backends.Choice, list[str]] = {}
-            for size in _HIDDEN_SIZES:
-                found = backends.tier(cell, resolve("paper", cell), size, dtype, device, backward=backward)
-                served.setdefault(found, []).append(str(size))
-            name, way = str(dtype).removeprefix("torch."), "backward" if backward else "forward"
-            for (kernel, reason), sizes in served.items():
-                of = sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-                lines.append(f"{cell:<16}{of:<13}{name:<10}{way:<10}{kernel:<11}{reason}")
-    return lines
-
-
-def _cuda() -> str:
-    if not torch.cuda.is_available():
-        return "not available"
-    return f"{torch.version.cuda}, {torch.cuda.get_device_name()}"
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser(module: Any, name: str | None) -> argparse.ArgumentParser:
+    """Return the parser of all commands, with the options of one."""
     parser = Parser(prog="layernorm", description="Layer normalization for PyTorch.")
     parser.add_argument("--version", action="version", version=layernorm.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    experiments.add_to(commands)
-    commands.add_parser("bench")  # where it went; without help it is not listed
-    commands.add_parser("info", help="versions, and which kernel serves which operator here and why")
+    for command in COMMANDS:
+        description = f"{command.help[0].upper()}{command.help[1:]}."
+        found = commands.add_parser(command.name, help=command.help, description=description)
+        if command.name == name:
+            module.add_options(found, name)
     return parser
 
 

@@ -14,6 +14,7 @@ from benchmarks.core import workers
 from benchmarks.core.table import Table, read
 from benchmarks.updates import measure as updates
 from layernorm.cli import main
+from layernorm.experiments import registry
 from layernorm.experiments import task as tasks
 from layernorm.experiments.run.training import Run, Trainer
 
@@ -53,16 +54,16 @@ def without_data(monkeypatch):
     monkeypatch.setattr(
         importlib.import_module("layernorm.experiments.tasks.draw.task"),
         "TASK",
-        dataclasses.replace(tasks.find("draw"), problem=problem),
+        dataclasses.replace(registry.find("draw"), problem=problem),
     )
 
 
 def test_the_tasks_are_all_that_are_recurrent():
     others = {"convnet", "digits", "mnist", "permuted-mnist"}
-    assert set(updates.TASKS) == set(tasks.TASKS) - others
+    assert set(updates.TASKS) == set(registry.TASKS) - others
     for name in updates.TASKS:
-        assert set(updates.PEERS.values()) <= set(tasks.find(name).norms)
-        assert set(updates.PRESETS) <= set(tasks.find(name).presets)
+        assert set(updates.PEERS.values()) <= set(registry.find(name).norms)
+        assert set(updates.PRESETS) <= set(registry.find(name).presets)
 
 
 def test_the_points_are_the_presets_batch_sizes():

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import layernorm
 from layernorm import theory
-from layernorm.experiments import task as tasks
+from layernorm.experiments import registry
 from layernorm.experiments.studies.theory import study
 from layernorm.experiments.task import ExperimentError
 from layernorm.theory import invariances
@@ -275,7 +275,7 @@ def results(measured, tmp_path):
 
 
 def test_the_study_shows_the_paper_beside_what_it_measured(measured):
-    section = tasks.find_study("theory").read(measured)
+    section = registry.find_study("theory").read(measured)
     assert [card.verdict for card in section.cards if card.section == "§5.1, table 1"] == ["agrees"] * 3
     assert {card.verdict for card in section.cards} == {"agrees", "partly"}
     for card in section.cards:
@@ -290,7 +290,7 @@ def test_bands_go_over_the_seeds(results):
     for path in results.glob("*.csv"):
         table = pd.read_csv(path)
         put(path, pd.concat([table, table.assign(seed=1)]))
-    charts = tasks.find_study("theory").read(results).charts
+    charts = registry.find_study("theory").read(results).charts
     for line in [line for chart in charts for row in chart.rows for panel in row for line in panel.lines]:
         if line.name != "1/factor":
             assert list(line.low) == list(line.y) == list(line.high)
@@ -314,7 +314,7 @@ def test_a_verdict_follows_from_the_numbers(results):
     table.loc[wrong, "invariant"] = False
     put(path, table)
     card = next(
-        card for card in tasks.find_study("theory").read(results).cards if "Layer norm is" in card.claim
+        card for card in registry.find_study("theory").read(results).cards if "Layer norm is" in card.claim
     )
     assert (card.verdict, card.remark) == ("partly", "Not: dataset re-scaling.")
     assert "5 of 6" in card.figure
@@ -323,20 +323,20 @@ def test_a_verdict_follows_from_the_numbers(results):
 def test_a_missing_or_damaged_file_is_named(results):
     put(results / "gains.csv", pd.DataFrame({"seed": [0], "norm": ["layer"]}))
     with pytest.raises(ExperimentError, match=r"gains.csv is damaged \(no column 'family'\); delete it"):
-        tasks.find_study("theory").read(results)
+        registry.find_study("theory").read(results)
     content = (results / "fisher.csv").read_bytes()
     (results / "fisher.csv").write_bytes(content[: content.rindex(b"\n", 0, -1) + 1])  # at a line's end
     with pytest.raises(
         ExperimentError, match=r"fisher.csv is damaged \(its content does not have its SHA-256"
     ):
-        tasks.find_study("theory").read(results)
+        registry.find_study("theory").read(results)
     lines: list[str] = []
     study.run(results, lines.append, **SIZES)
     assert sum("is measured again" in line for line in lines) == 2
     assert (results / "fisher.csv").read_bytes() == content
     (results / "gains.csv").unlink()
     with pytest.raises(ExperimentError, match=r"gains.csv is missing"):
-        tasks.find_study("theory").read(results)
+        registry.find_study("theory").read(results)
 
 
 def test_the_analysis_needs_only_torch():

@@ -7,7 +7,6 @@ the sizes of their presets: ``paper`` as published, ``small`` for minutes on two
 from __future__ import annotations
 
 import abc
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,23 +20,6 @@ from torch import Tensor, nn
 from layernorm.experiments.errors import ExperimentError as ExperimentError
 from layernorm.experiments.errors import MissingData as MissingData
 from layernorm.experiments.section import Card, Section, Table
-
-#: The tasks, each a module of this package that defines ``TASK``.
-TASKS: Final = (
-    "digits",
-    "digits-rows",
-    "order-embeddings",
-    "attentive-reader",
-    "skip-thoughts",
-    "draw",
-    "handwriting",
-    "mnist",
-    "convnet",
-    "sequential-mnist",
-    "permuted-mnist",
-)
-#: The studies, each a module of this package that defines ``STUDY``.
-STUDIES: Final[tuple[str, ...]] = ("theory", "dynamics", "online")
 
 Optimizer: TypeAlias = Literal["adam", "sgd", "rmsprop"]
 Schedule: TypeAlias = Literal["constant", "cosine", "linear"]
@@ -226,31 +208,3 @@ class Study:
     run: Callable[..., None]
     read: Callable[[Path], Section]
     presets: Mapping[str, Mapping[str, Any]]
-
-
-def find(name: str) -> Task:
-    """The task of this name.
-
-    Raises:
-        ExperimentError: there is none.
-    """
-    if name not in TASKS:
-        raise ExperimentError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
-    task: Task = importlib.import_module(_module("tasks", name)).TASK
-    return task
-
-
-def find_study(name: str) -> Study:
-    """The study of this name.
-
-    Raises:
-        ExperimentError: there is none.
-    """
-    if name not in STUDIES:
-        raise ExperimentError(f"unknown study {name!r}; expected one of {', '.join(STUDIES)}")
-    study: Study = importlib.import_module(_module("studies", name)).STUDY
-    return study
-
-
-def _module(room: str, name: str) -> str:
-    return f"layernorm.experiments.{room}.{name.replace('-', '_')}"

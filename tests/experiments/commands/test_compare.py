@@ -27,9 +27,10 @@ from layernorm.experiments.commands import compare as compare_module
 from layernorm.experiments.commands.compare import Comparison, compare
 from layernorm.experiments.networks import feedforward
 from layernorm.experiments.networks.feedforward import NORMS
+from layernorm.experiments.registry import TASKS, find
 from layernorm.experiments.results import table as results
 from layernorm.experiments.run.training import Interrupted
-from layernorm.experiments.task import TASKS, Preset, find
+from layernorm.experiments.task import Preset
 from layernorm.variants import PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

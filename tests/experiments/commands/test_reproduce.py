@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from layernorm.cli import main
-from layernorm.experiments import task as tasks
+from layernorm.experiments import registry
 from layernorm.experiments.commands import reproduce
 from layernorm.experiments.section import Card, Section
 from layernorm.experiments.task import MissingData, Preset, Study, Task
@@ -33,7 +33,7 @@ def _read(folder: Path) -> Section:
 @pytest.fixture
 def experiments(monkeypatch) -> None:
     """Three experiments in the place of the real ones: a study, a task, and a task without its data."""
-    digits = tasks.find("digits")
+    digits = registry.find("digits")
     small = Preset(epochs=1, batch_sizes=(128,), norms=("none", "layer"))
     quick = Task(**{**vars(digits), "presets": {"small": small, "paper": small}})
 
@@ -45,11 +45,11 @@ def experiments(monkeypatch) -> None:
             "theory", "A study", "§1", "s", _measure, _read, {"small": {"value": 3}, "paper": {"value": 4}}
         ),
         "digits": quick,
-        "mnist": Task(**{**vars(tasks.find("mnist")), "problem": lambda **_: missing()}),
+        "mnist": Task(**{**vars(registry.find("mnist")), "problem": lambda **_: missing()}),
     }
-    monkeypatch.setattr(tasks, "find", found.__getitem__)
-    monkeypatch.setattr(tasks, "find_study", found.__getitem__)
-    monkeypatch.setattr(tasks, "STUDIES", ("theory",))
+    monkeypatch.setattr(registry, "find", found.__getitem__)
+    monkeypatch.setattr(registry, "find_study", found.__getitem__)
+    monkeypatch.setattr(registry, "STUDIES", ("theory",))
     monkeypatch.setattr(reproduce, "EXPERIMENTS", tuple(found))
 
 
@@ -112,9 +112,9 @@ def test_what_cannot_be_reported_is_named(tmp_path, capsys, experiments):
     assert "left-out.json is damaged" in refused(capsys, "report", str(tmp_path))
 
 
-@pytest.mark.parametrize("name", [*tasks.TASKS, *tasks.STUDIES])
+@pytest.mark.parametrize("name", [*registry.TASKS, *registry.STUDIES])
 def test_every_experiment_has_both_presets_a_page_and_a_place_in_the_help(name, capsys):
-    experiment = tasks.find_study(name) if name in tasks.STUDIES else tasks.find(name)
+    experiment = registry.find_study(name) if name in registry.STUDIES else registry.find(name)
     assert experiment.name == name
     assert set(experiment.presets) == {"small", "paper"}
     with pytest.raises(SystemExit):

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from layernorm.cli import main
-from layernorm.experiments import task as tasks
+from layernorm.experiments import registry
 from layernorm.experiments.commands.compare import Comparison, Interrupted, compare, train
 from layernorm.experiments.errors import ExperimentError
 from layernorm.experiments.report import drawing
@@ -58,7 +58,11 @@ def whole(tmp_path_factory) -> Path:
     comparison = Comparison("digits", dataclasses.replace(_preset(), norms=preset.norms), out)
     with pytest.raises(Interrupted):
         train(
-            comparison, comparison.runs[0], tasks.find("digits").problem(), None, lambda: next(updates) == 5
+            comparison,
+            comparison.runs[0],
+            registry.find("digits").problem(),
+            None,
+            lambda: next(updates) == 5,
         )
     torch.set_num_threads(threads)
     assert (out / "runs/rms-batch128-seed0.checkpoint").is_file()
@@ -66,7 +70,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 def _preset() -> Preset:
-    small = tasks.find("digits").presets["small"]
+    small = registry.find("digits").presets["small"]
     return dataclasses.replace(small, epochs=1, batch_sizes=(128,), norms=("none", "layer"), seeds=1)
 
 
@@ -237,12 +241,12 @@ def test_a_worker_that_was_only_thought_lost_stops_before_it_writes(tmp_path):
     comparison = Comparison("digits", dataclasses.replace(_preset(), norms=("layer",)), tmp_path)
     (run,) = comparison.runs
     (tmp_path / "runs").mkdir()
-    problem = tasks.find("digits").problem()
+    problem = registry.find("digits").problem()
     updates = itertools.count()
 
     def taken_over() -> bool:
         if next(updates) == 3:
-            train(comparison, run, tasks.find("digits").problem(), None)
+            train(comparison, run, registry.find("digits").problem(), None)
         return False
 
     with pytest.raises(ExperimentError, match=r"trains layer-batch128-seed0 now; this process stops"):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from layernorm.experiments import data, task
+from layernorm.experiments import data, registry
 from layernorm.experiments.data import finding, sources
 from layernorm.experiments.task import ExperimentError, MissingData
 from layernorm.experiments.tasks.skip_thoughts import running_text
@@ -592,7 +592,7 @@ def test_the_registry_is_whole():
     names = [file.name for source in data.SOURCES for file in source.files]
     assert len(set(names)) == len(names) == 24
     for source in data.SOURCES:
-        assert set(source.used_by) <= {*task.TASKS, *task.STUDIES}, source.title
+        assert set(source.used_by) <= {*registry.TASKS, *registry.STUDIES}, source.title
         for file in source.files:
             assert len(bytes.fromhex(file.sha256)) == 32
             assert all(

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from layernorm.experiments import task as tasks
+from layernorm.experiments import registry
 from layernorm.experiments.classification import Classification, Data
 from layernorm.experiments.run import processes, training
 from layernorm.experiments.run.training import Interrupted, Run, Trainer
@@ -307,7 +307,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["digits", "digits-rows"])
 def test_every_norm_of_a_task_trains(name, tmp_path):
-    task = tasks.find(name)
+    task = registry.find(name)
     problem = task.problem()
     for preset in task.presets.values():
         assert set(preset.norms) <= set(task.norms)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import layernorm
-from layernorm.experiments import task as tasks
+from layernorm.experiments import registry
 from layernorm.experiments.report import drawing
 from layernorm.experiments.studies import dynamics
 from layernorm.experiments.task import ExperimentError
@@ -112,11 +112,11 @@ def test_a_row_is_the_geometric_mean_over_the_seeds(measured):
 
 
 def verdicts(folder):
-    return [card.verdict for card in tasks.find_study("dynamics").read(folder).cards]
+    return [card.verdict for card in registry.find_study("dynamics").read(folder).cards]
 
 
 def test_cards_tables_and_charts(measured):
-    section = tasks.find_study("dynamics").read(measured)
+    section = registry.find_study("dynamics").read(measured)
     # Gradients of the RNNs and the GRU vanish with layer norm too, and the card says so.
     assert [card.verdict for card in section.cards] == ["agrees", "agrees", "partly"]
     assert "forgets" in section.cards[2].remark
@@ -161,7 +161,7 @@ def test_what_has_overflowed_is_said(results):
     table.loc[grown & (table.step > 20), "hidden"] = math.inf
     table.loc[grown, "gradient"] = math.nan
     put(path, table)
-    section = tasks.find_study("dynamics").read(results)
+    section = registry.find_study("dynamics").read(results)
     assert "overflow" in section.cards[0].figure
     assert [table.rows[2][-1] for table in section.tables] == ["overflow", "overflow"]
     hidden, gradient = section.charts[0].rows

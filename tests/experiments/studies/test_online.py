@@ -9,7 +9,7 @@ from torch import nn
 
 from layernorm import backends
 from layernorm.baselines import BatchNorm
-from layernorm.experiments import task as tasks
+from layernorm.experiments import registry
 from layernorm.experiments.classification import Data
 from layernorm.experiments.report import drawing
 from layernorm.experiments.studies.online import study as online
@@ -128,11 +128,11 @@ def results(measured, tmp_path, monkeypatch):
 
 
 def cards(folder):
-    return tasks.find_study("online").read(folder).cards
+    return registry.find_study("online").read(folder).cards
 
 
 def test_cards_tables_and_charts(measured):
-    section = tasks.find_study("online").read(measured)
+    section = registry.find_study("online").read(measured)
     # One epoch teaches the LSTM enough only with batch size 1, which is what the last card is of.
     assert [card.verdict for card in section.cards[:3]] == ["agrees"] * 3
     assert "batch norm cannot be trained so" in section.cards[3].figure

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, distributions, nn
 from torch.nn import functional as F
 
-from layernorm.experiments import data
-from layernorm.experiments import task as tasks
+from layernorm.experiments import data, registry
 from layernorm.experiments.run.training import Run, Trainer
 from layernorm.experiments.task import Batch, ExperimentError, Preset
 from layernorm.experiments.tasks.draw import network as draw_network
@@ -286,7 +285,7 @@ def test_sizes_that_cannot_be_are_refused(sizes, message, digits):
 
 
 def test_the_task_judges_and_has_the_paper_s_sizes(digits):
-    assert tasks.find("draw") is draw.TASK
+    assert registry.find("draw") is draw.TASK
     paper = draw.TASK.presets["paper"]
     assert (paper.batch_sizes, paper.epochs, paper.optimizer, paper.learning_rate) == (
         (128,),

@@ -215,7 +215,7 @@ def test_the_choice(monkeypatch):
 
 
 def test_the_tiers_and_what_info_says_of_them(monkeypatch):
-    from layernorm import cli
+    from layernorm import info
     from layernorm.gpu.persistent import compiling as persistent_compile
 
     gpu, half = torch.device("cuda", 0), torch.bfloat16
@@ -254,7 +254,7 @@ def test_the_tiers_and_what_info_says_of_them(monkeypatch):
     with backends.use("triton"):
         assert tier() == ("triton", "the override asks for it")
     backends._tier.cache_clear()
-    lines = cli._tiers(gpu)
+    lines = info.tiers(gpu)
     served = ["lstm", "128", "to", "256", "bfloat16", "forward", "persistent"]
     assert any(line.split()[: len(served)] == served for line in lines)
     backends._tier.cache_clear()

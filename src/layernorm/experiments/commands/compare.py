@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from layernorm.arguments import say
-from layernorm.experiments import task as tasks
+from layernorm.experiments import registry
 from layernorm.experiments.commands.progress import Display
 from layernorm.experiments.errors import ExperimentError
 from layernorm.experiments.report import drawing
@@ -58,7 +58,7 @@ def compare(comparison: Comparison, console: Console, sweep: Sweep | None = None
         OSError: a file cannot be written.
         Interrupted: by Ctrl-C or SIGTERM; what was reached is kept.
     """
-    task = tasks.find(comparison.task)
+    task = registry.find(comparison.task)
     check(comparison, task)
     problem = task.problem(**comparison.preset.sizes)
     _check_sizes(comparison, problem)
@@ -193,7 +193,7 @@ def read(path: Path) -> Section:
         ExperimentError: the folder holds none, or is damaged.
     """
     config = folder.read(path)
-    task = tasks.find(config["task"])
+    task = registry.find(config["task"])
     return results.section(path, task, config, records(path))
 
 
@@ -204,7 +204,7 @@ def records(path: Path) -> pd.DataFrame:
         ExperimentError: there are none, or a file is damaged.
     """
     config = folder.read(path)
-    table = _table(finished(path, config, tasks.find(config["task"])))
+    table = _table(finished(path, config, registry.find(config["task"])))
     if table.empty:
         raise ExperimentError(f"{path} has no results yet: no run is finished; give its command again")
     return table

@@ -15,32 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from layernorm.arguments import names, number, plain, positive, positives, say
+from layernorm.experiments import registry
 
-#: The commands that this module serves.
-STUDIES: Final = {
-    "theory": "the paper's invariances and its geometry, checked numerically",
-    "dynamics": "norms of hidden states and gradients over time, with and without normalization",
-    "online": "the same network on any batch and step by step: the same bits with layer norm",
-}
-COMMANDS: Final = ("compare", "reproduce", "report", *STUDIES)
 _PRESETS: Final = ("small", "paper")
 _DATA: Final = """\
 Data is looked for in the folder that LAYERNORM_DATA names, then in a cache folder, then
 downloaded where its licence allows. The same command goes on where an earlier one was stopped.
 """
-_TASKS: Final = """\
-tasks:
-  digits            scikit-learn's handwritten digits by a feed-forward network
-  digits-rows       the same read row by row by an LSTM
-  order-embeddings  order embeddings of images and captions (§6.1)
-  attentive-reader  cloze questions about a passage (§6.2)
-  skip-thoughts     sentence vectors (§6.3)
-  draw              DRAW on binarized MNIST (§6.4)
-  handwriting       handwriting generation (§6.5)
-  mnist             permutation-invariant MNIST, 784-1000-1000-10 (§6.6)
-  convnet           a convolutional network on MNIST (§6.7)
-  sequential-mnist  MNIST pixel by pixel (Cooijmans et al.)
-  permuted-mnist    the same in a fixed random order
+_NOTES: Final = """\
 norms: none, layer and others by task; an unknown one is answered with the task's list.
 
 With several processes, on one machine or many:
@@ -48,41 +30,39 @@ With several processes, on one machine or many:
 """
 
 
-def add_to(commands: Any) -> None:
-    """Adds the parsers of the commands."""
-    _add_compare(commands)
-    for name, text in STUDIES.items():
-        study = _command(commands, name, text, _DATA)
-        study.add_argument(
-            "--out", type=Path, metavar="DIR", help=f"folder for the results (default: runs/{name})"
+def add_options(parser: argparse.ArgumentParser, command: str) -> None:
+    """Add the options of a command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    if command in registry.STUDIES:
+        parser.epilog = _DATA
+        parser.add_argument(
+            "--out", type=Path, metavar="DIR", help=f"folder for the results (default: runs/{command})"
         )
-        _add_preset(study)
-    reproduce = _command(
-        commands, "reproduce", "all experiments, and one report over them", f"{_TASKS}\n{_DATA}"
-    )
-    reproduce.add_argument(
-        "names", nargs="*", metavar="NAME", help="tasks and studies (default: all of them)"
-    )
-    reproduce.add_argument(
-        "--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="folder (default: runs/paper)"
-    )
-    reproduce.add_argument("--device", default="cpu", metavar="DEVICE", help="where to train (default: cpu)")
-    _add_preset(reproduce)
-    _add_ray(reproduce)
-    report = _command(commands, "report", "one HTML page from a folder of results", "")
-    report.add_argument("folder", type=Path, metavar="DIR", help="as compare, reproduce or a study wrote it")
-    report.add_argument("--out", type=Path, metavar="FILE", help="the page (default: DIR/report.html)")
+        _add_preset(parser)
+    else:
+        {"compare": _add_compare, "reproduce": _add_reproduce, "report": _add_report}[command](parser)
 
 
-def _command(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser
+def _list_of_tasks() -> str:
+    """Return the tasks with a line each, this package's and others'."""
+    lines = [f"  {name:<17} {registry.TASKS.get(name, 'of another package')}" for name in registry.names()]
+    return "\n".join(["tasks:", *lines, _NOTES, _DATA])
+
+
+def _add_reproduce(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _list_of_tasks()
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="tasks and studies (default: all of them)")
+    add("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="folder (default: runs/paper)")
+    add("--device", default="cpu", metavar="DEVICE", help="where to train (default: cpu)")
+    _add_preset(parser)
+    _add_ray(parser)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="as compare, reproduce or a study wrote it")
+    add("--out", type=Path, metavar="FILE", help="the page (default: DIR/report.html)")
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:
@@ -107,10 +87,8 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
     add("--gpus-per-run", type=number(0.0), metavar="X", help="with --ray (default: 0)")
 
 
-def _add_compare(commands: Any) -> None:
-    parser = _command(
-        commands, "compare", "train the same network with different norms", f"{_TASKS}\n{_DATA}"
-    )
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _list_of_tasks()
     add = parser.add_argument
     add("task", nargs="?", default="digits", metavar="TASK", help="see below (default: digits)")
     _add_preset(parser)
@@ -141,14 +119,14 @@ def _add_compare(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs a command; returns its exit code."""
+    """Run a command; return its exit code."""
     try:
         from layernorm.experiments.errors import ExperimentError, reason
         from layernorm.experiments.run.training import Interrupted
 
-        serve = {"compare": _compare, "reproduce": _reproduce, "report": _report}.get(options.command, _study)
+        start = {"compare": _compare, "reproduce": _reproduce, "report": _report}.get(options.command, _study)
         try:
-            serve(options)
+            start(options)
         except ExperimentError as error:
             return _fail(str(error), code=2)
         except (Interrupted, KeyboardInterrupt):
@@ -168,11 +146,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from layernorm.experiments import task as tasks
     from layernorm.experiments.commands.compare import Comparison, compare
+    from layernorm.experiments.errors import ExperimentError
     from layernorm.experiments.run import processes
 
-    task = tasks.find(options.task)
+    task = registry.find(options.task)
+    if options.preset not in task.presets:
+        raise ExperimentError(
+            f"--preset: {task.name} has no preset {options.preset!r}, only {', '.join(task.presets)}"
+        )
     comparison = Comparison(
         task=task.name,
         preset=_changed(options, task.presets[options.preset]),
@@ -190,7 +172,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _changed(options: argparse.Namespace, preset: Any) -> Any:
-    """A preset with what the command line says."""
+    """Return a preset with what the command line says."""
     changes = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(preset)
@@ -203,8 +185,8 @@ def _changed(options: argparse.Namespace, preset: Any) -> Any:
 
 
 def _converted(name: str, text: str, sizes: Mapping[str, Any]) -> Any:
-    """The value of a size, of the type of the one it replaces."""
-    from layernorm.experiments.task import ExperimentError
+    """Return the value of a size, of the type of the one it replaces."""
+    from layernorm.experiments.errors import ExperimentError
 
     if name not in sizes:
         known = ", ".join(sizes) or "none"
@@ -225,7 +207,7 @@ def _study(options: argparse.Namespace) -> None:
 
 def _reproduce(options: argparse.Namespace) -> None:
     from layernorm.experiments.commands import reproduce
-    from layernorm.experiments.task import ExperimentError
+    from layernorm.experiments.errors import ExperimentError
 
     for name in options.names:
         if name not in reproduce.EXPERIMENTS:
@@ -249,8 +231,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> Callable[..., None] | None:
+    from layernorm.experiments.errors import ExperimentError
     from layernorm.experiments.run import processes
-    from layernorm.experiments.task import ExperimentError
 
     if options.ray is None:
         for name in ("cpus_per_run", "gpus_per_run"):
@@ -274,7 +256,7 @@ def _console(speaks: bool = True) -> Any:
 
 
 def _typed() -> str:
-    """What was typed, as the README writes it."""
+    """Return what was typed, as the README writes it."""
     return (
         shlex.join(("layernorm", *sys.argv[1:]))
         if Path(sys.argv[0]).stem in ("layernorm", "__main__")

@@ -16,7 +16,7 @@ import pandas as pd
 from rich.console import Console
 
 from layernorm.arguments import say
-from layernorm.experiments import task as tasks
+from layernorm.experiments import registry
 from layernorm.experiments.commands import compare, study
 from layernorm.experiments.commands.compare import Comparison, Sweep
 from layernorm.experiments.commands.progress import duration
@@ -28,7 +28,7 @@ from layernorm.experiments.section import Card, Section
 from layernorm.experiments.storage import files
 
 #: All experiments in the order of the report.
-EXPERIMENTS: Final = (*tasks.STUDIES, *tasks.TASKS)
+EXPERIMENTS: Final = (*registry.STUDIES, *registry.TASKS)
 _LEFT_OUT: Final = "left-out.json"
 
 
@@ -130,10 +130,10 @@ def read(out: Path) -> list[Section]:
 
 
 def _run(name: str, out: Path, console: Console, preset: str, device: str, sweep: Sweep | None) -> None:
-    if name in tasks.STUDIES:
+    if name in registry.STUDIES:
         study.run(name, out, console, preset)
         return
-    task = tasks.find(name)
+    task = registry.find(name)
     comparison = Comparison(name, task.presets[preset], out, preset, device)
     compare.compare(comparison, console, sweep)
 
@@ -171,6 +171,6 @@ def _left_out(out: Path) -> dict[str, str]:
 
 def _not_run(name: str, why: str) -> Section:
     """The section of an experiment whose data is missing."""
-    experiment = tasks.find_study(name) if name in tasks.STUDIES else tasks.find(name)
+    experiment = registry.find_study(name) if name in registry.STUDIES else registry.find(name)
     card = Card(f"{experiment.title}.", experiment.section, "its data is not here", "not run", why)
     return Section(name, experiment.title, experiment.summary, f"layernorm reproduce {name}", (card,))

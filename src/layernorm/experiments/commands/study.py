@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from layernorm.arguments import say
-from layernorm.experiments import task as tasks
+from layernorm.experiments import registry
 from layernorm.experiments.report import drawing
 from layernorm.experiments.report import page as report
 from layernorm.experiments.results import folder
@@ -40,7 +40,7 @@ def run(
         ExperimentError: something that the user can mend, or another command in the folder.
         OSError: a file cannot be written.
     """
-    study = tasks.find_study(name)
+    study = registry.find_study(name)
     chosen = {**study.presets[preset], **(sizes or {})}
     settings = {"study": name, "preset": preset, "sizes": chosen}
     with folder.opened(out):
@@ -66,7 +66,7 @@ def read(out: Path) -> Section:
         ExperimentError: the folder holds none, or is damaged.
     """
     config = folder.read(out)
-    section = tasks.find_study(config["study"]).read(out)
+    section = registry.find_study(config["study"]).read(out)
     return Section(
         **{
             **vars(section),

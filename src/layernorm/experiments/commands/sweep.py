@@ -6,7 +6,7 @@ import logging
 import socket
 from pathlib import Path
 
-from layernorm.experiments import task as tasks
+from layernorm.experiments import registry
 from layernorm.experiments.commands import compare
 from layernorm.experiments.commands.compare import Comparison
 from layernorm.experiments.commands.progress import Display
@@ -93,7 +93,8 @@ class RaySweep:
                 continue
             files.make_folder(path.parent)
             files.write(path, content)
-        table = results.read(comparison.path(run, ".csv"), tasks.find(comparison.task), comparison.about(run))
+        task = registry.find(comparison.task)
+        table = results.read(comparison.path(run, ".csv"), task, comparison.about(run))
         display.finish(run, [{str(k): v for k, v in row.items()} for row in table.to_dict("records")])
 
 
@@ -113,7 +114,7 @@ def _train(comparison: Comparison, run: Run, threads: int) -> dict[str, bytes]:
     import torch
 
     torch.set_num_threads(threads)
-    task = tasks.find(comparison.task)
+    task = registry.find(comparison.task)
     table = comparison.path(run, ".csv")
     files.make_folder(table.parent)
     if not _is_finished(comparison, run, task):

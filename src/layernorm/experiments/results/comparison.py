@@ -13,7 +13,7 @@ from typing import Any, Final
 import pandas as pd
 import torch
 
-from layernorm.experiments import task as tasks
+from layernorm.experiments import registry
 from layernorm.experiments.errors import DamagedFile, ExperimentError
 from layernorm.experiments.results import table as results
 from layernorm.experiments.run.training import Precision, Run
@@ -137,7 +137,7 @@ def together(comparison: Comparison, there: Iterable[Run]) -> Comparison:
     norms = dict.fromkeys((*preset.norms, *(run.norm for run in there)))
     sizes = dict.fromkeys((*preset.batch_sizes, *(run.batch_size for run in there)))
     seeds = max([preset.seeds, *(run.seed + 1 for run in there)])
-    known = tasks.find(comparison.task).norms
+    known = registry.find(comparison.task).norms
     if len(norms) > len(set(preset.norms)):
         norms = dict.fromkeys(norm for norm in known if norm in norms)
     if len(sizes) > len(set(preset.batch_sizes)):
@@ -150,7 +150,7 @@ def command(comparison: Comparison) -> str:
     """Return the command that makes a comparison: what was typed, or what could have been."""
     if comparison.command:
         return comparison.command
-    plain = tasks.find(comparison.task).presets.get(comparison.preset_name)
+    plain = registry.find(comparison.task).presets.get(comparison.preset_name)
     words = ["layernorm", "compare", comparison.task, "--preset", comparison.preset_name]
     for field in dataclasses.fields(Preset):
         value = getattr(comparison.preset, field.name)

@@ -1,0 +1,107 @@
+"""The tasks and studies by name: this package's own, and tasks of other packages.
+
+A task of this package is a module or a folder in ``tasks/`` that defines ``TASK``, and a line in ``TASKS``;
+a study is one in ``studies/`` that defines ``STUDY``, and a name in ``STUDIES``. Another package adds a task
+by an entry point of the group ``layernorm.tasks`` whose object is a ``Task`` of that name::
+
+    [project.entry-points."layernorm.tasks"]
+    my-task = "my_package.my_module:TASK"
+
+A name of this package's own cannot be taken by another. Nothing is imported before it is asked for by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Final
+
+from layernorm.experiments.errors import ExperimentError
+
+if TYPE_CHECKING:
+    from layernorm.experiments.task import Study, Task
+
+#: The group of entry points.
+GROUP: Final = "layernorm.tasks"
+#: The tasks of this package, in the order of the paper's report, each with a line of help.
+TASKS: Final[Mapping[str, str]] = {
+    "digits": "scikit-learn's handwritten digits by a feed-forward network",
+    "digits-rows": "the same read row by row by an LSTM",
+    "order-embeddings": "order embeddings of images and captions (§6.1)",
+    "attentive-reader": "cloze questions about a passage (§6.2)",
+    "skip-thoughts": "sentence vectors (§6.3)",
+    "draw": "DRAW on binarized MNIST (§6.4)",
+    "handwriting": "handwriting generation (§6.5)",
+    "mnist": "permutation-invariant MNIST, 784-1000-1000-10 (§6.6)",
+    "convnet": "a convolutional network on MNIST (§6.7)",
+    "sequential-mnist": "MNIST pixel by pixel (Cooijmans et al.)",
+    "permuted-mnist": "the same in a fixed random order",
+}
+#: The studies of this package, each a command.
+STUDIES: Final = ("theory", "dynamics", "online")
+
+
+def find(name: str) -> Task:
+    """Return the task of this name.
+
+    Raises:
+        ExperimentError: there is none, or another package's cannot be loaded.
+    """
+    if name in TASKS:
+        task: Task = importlib.import_module(_module("tasks", name)).TASK
+        return task
+    found = _of_others(name)
+    if not found:
+        raise ExperimentError(f"unknown task {name!r}; expected one of {', '.join(names())}")
+    if len(found) > 1:
+        packages = ", ".join(map(_package, found))
+        raise ExperimentError(f"the task {name!r} is in several packages, {packages}; keep one of them")
+    return _loaded(found[0])
+
+
+def find_study(name: str) -> Study:
+    """Return the study of this name.
+
+    Raises:
+        ExperimentError: there is none.
+    """
+    if name not in STUDIES:
+        raise ExperimentError(f"unknown study {name!r}; expected one of {', '.join(STUDIES)}")
+    study: Study = importlib.import_module(_module("studies", name)).STUDY
+    return study
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all tasks, this package's own first."""
+    others = {entry.name for entry in entry_points(group=GROUP)} - TASKS.keys()
+    return (*TASKS, *sorted(others))
+
+
+def _of_others(name: str) -> list[EntryPoint]:
+    """Return the entry points of a name, each once."""
+    found = {(entry.value, _package(entry)): entry for entry in entry_points(group=GROUP, name=name)}
+    return list(found.values())
+
+
+def _loaded(entry: EntryPoint) -> Task:
+    from layernorm.experiments.task import Task
+
+    where = f"the task {entry.name!r} of {_package(entry)} ({entry.value})"
+    try:
+        task = entry.load()
+    except Exception as error:  # whatever another package's module raises when it is imported
+        raise ExperimentError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(task, Task):
+        raise ExperimentError(f"{where} must be a layernorm.experiments.task.Task, got {type(task).__name__}")
+    if task.name != entry.name:
+        raise ExperimentError(f"{where} calls itself {task.name!r}; both names must be the same")
+    return task
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "an unknown package"
+
+
+def _module(room: str, name: str) -> str:
+    return f"layernorm.experiments.{room}.{name.replace('-', '_')}"
