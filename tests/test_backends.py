@@ -16,6 +16,7 @@ import torch
 import layernorm
 from layernorm import backends, ops
 from layernorm import functional as LF
+from layernorm.ops import loading
 
 CPU = torch.device("cpu")
 
@@ -287,7 +288,7 @@ def test_the_environment_chooses_the_instruction_set():
 def test_kernels_built_for_another_torch_are_not_loaded(monkeypatch):
     built_for = pytest.importorskip("layernorm._built_for", reason="installed without compiled kernels")
     monkeypatch.setattr(built_for, "TORCH", "2.9.1")
-    problem = ops._load()
+    problem = loading._load()
     assert problem.startswith(f"they were built for PyTorch 2.9.1 and this is {torch.__version__}; install")
 
 

@@ -1,4 +1,4 @@
-"""Weights that are no parameters, and those that a stream takes: what a call of its module would use then."""
+"""Weights that are no parameters, and the weights of a stream: those of a call of its module at that time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import layernorm
-from layernorm import backends
+from tests.recurrent.cases import flat, same
 
 MODULES = {
     "lstm": functools.partial(layernorm.LayerNormLSTM, 3, 5, 2, bidirectional=True, proj_size=4),
@@ -29,14 +29,8 @@ MODULES = {
 }
 
 
-def flat(result):
-    if isinstance(result, torch.Tensor):
-        return [result]
-    return [tensor for part in result if part is not None for tensor in flat(part)]
-
-
 def as_replica(module):
-    """As ``DataParallel`` and FSDP's flat parameters leave it: tensors that are no leaves, as attributes."""
+    """Return the module as ``DataParallel`` and FSDP leave it: tensors that are no leaves, as attributes."""
     replica = module._replicate_for_data_parallel()
     for name, parameter in module._parameters.items():
         setattr(replica, name, parameter * 1.0)
@@ -121,7 +115,7 @@ def test_functional_weights_reach_layers_and_streams_of_them():
     changed = copy.deepcopy(module)
     changed.load_state_dict(weights)
     found = torch.func.functional_call(module, weights, (x,))
-    assert all(torch.equal(a, e) for a, e in zip(flat(found), flat(changed(x)), strict=True))
+    assert same(flat(found), flat(changed(x)))
 
 
 def test_replaced_norms_read_their_weights_by_attribute():
@@ -165,14 +159,6 @@ COMPUTED = {
     "spectral norm": lambda module: parametrizations.spectral_norm(module, "weight_hh_l0"),
     "orthogonal": lambda module: parametrizations.orthogonal(module, "weight_hh_l0"),
 }
-
-
-@pytest.fixture(params=["native", "reference"])
-def kernel(request):
-    if request.param == "native":
-        request.getfixturevalue("native")
-    with backends.use(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
