@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from layernorm import functional as LF
-from layernorm import ops
+from tests.norms.exact import array, exact, exact_gradients, forward_bound, statistics_dtype
+from tests.settings import CAPABILITIES, instruction_set, thread_count
 
 pytestmark = pytest.mark.usefixtures("native")
 
-CAPABILITIES = ops.native.capabilities() if ops.native is not None else ("none",)
 INTERPRETED = ("interpreted", "looped")
 TRITON = (*INTERPRETED, "on_gpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -34,52 +34,24 @@ def capability(request):
         request.getfixturevalue(request.param)
         yield request.param
         return
-    before = ops.native.capability()
-    assert ops.native.use_capability(request.param)
-    yield request.param
-    ops.native.use_capability(before)
+    with instruction_set(request.param):
+        yield request.param
 
 
 def dtypes(capability):
     return [dtype for dtype in DTYPES if capability not in TRITON or dtype != torch.float64]
 
 
-def array(t: torch.Tensor) -> np.ndarray:
-    return t.detach().double().cpu().numpy()
-
-
-def accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def parameters(dtype, width, affine, wide):
-    """Gain and bias of the dtype, or of float32 beside a half one."""
+    """Return gain and bias of the dtype, or of float32 with a half one."""
     of = torch.float32 if wide and dtype in (torch.bfloat16, torch.float16) else dtype
     gain = torch.randn(width).to(of) if affine in ("both", "gain") else None
     bias = torch.randn(width).to(of) if affine in ("both", "bias") else None
     return gain, bias
 
 
-def exact(x, gain=None, bias=None, eps=1e-5, centred=True):
-    """The norm of rows in extended precision, independent of the package; also |mean|/std and rstd."""
-    a = array(x).astype(np.longdouble)
-    mean = a.mean(-1, keepdims=True) if centred else 0 * a[..., :1]
-    std = np.sqrt(np.square(a - mean).mean(-1, keepdims=True) + np.longdouble(eps))
-    y = (a - mean) / std
-    if gain is not None:
-        y = y * array(gain)
-    if bias is not None:
-        y = y + array(bias)
-    return y, np.abs(mean) / std, 1 / std
-
-
-def forward_bound(y, gain, offset, dtype):
-    """4 eps·(1 + |mean|/std) of the normalized value times the gain; one rounding to the dtype."""
-    unit = torch.finfo(accumulate(dtype)).eps
-    size = 1 if gain is None else np.abs(array(gain))
-    rounding = torch.finfo(dtype).eps / 2 if dtype in (torch.bfloat16, torch.float16) else unit
-    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    return 4 * unit * (1 + offset) * size * 1.5 + rounding * np.abs(y) + least
+def leaf(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().clone().requires_grad_()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,24 +73,6 @@ def test_forward(capability, dtype, width):
             assert (np.abs(array(actual) - y) <= forward_bound(y, gain, offset, dtype)).all()
 
 
-def exact_gradients(x, grad, gain, eps, centred):
-    """Gradients of input, gain and bias in extended precision, and a bound on the terms of each."""
-    n, offset, rstd = exact(x, eps=eps, centred=centred)
-    g = array(grad).astype(np.longdouble)
-    t = g if gain is None else g * array(gain)
-    along_n = (t * n).mean(-1, keepdims=True)
-    along_one = t.mean(-1, keepdims=True) if centred else 0
-    dx = rstd * (t - along_one - n * along_n)
-    size_n = np.abs(n) + offset  # what an error of n is relative to
-    terms = np.abs(t) + np.abs(t).mean(-1, keepdims=True) + size_n * np.abs(along_n)
-    terms = terms + np.abs(n) * (np.abs(t) * size_n).mean(-1, keepdims=True)
-    return (dx, (g * n).sum(0), g.sum(0)), (
-        rstd * terms,
-        (np.abs(g) * size_n).sum(0),
-        np.abs(g).sum(0),
-    )
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.usefixtures("poisoned")
@@ -127,7 +81,7 @@ def test_backward(capability, dtype, width):
     rows = 71 if width < 200 else 7  # some in a second block
     x = (torch.randn(rows, width) * 2 + 0.5).to(dtype)
     grad = torch.randn(rows, width).to(dtype)
-    unit = torch.finfo(accumulate(dtype)).eps
+    unit = torch.finfo(statistics_dtype(dtype)).eps
     for affine, wide, centred in itertools.product(AFFINE, (False, True), (True, False)):
         gain, bias = parameters(dtype, width, affine, wide)
         if bias is not None and not centred:
@@ -286,16 +240,12 @@ def test_the_same_bits_for_any_number_of_threads(dtype):
     rows, width = 1003, 257
     x, grad = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype)
     gain, bias = parameters(dtype, width, "both", False)
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        with thread_count(count):
             leaves = [t.clone().requires_grad_() for t in (x, gain, bias)]
             y = LF.layer_norm(leaves[0], (width,), *leaves[1:])
             results.append((y, *torch.autograd.grad(y, leaves, grad)))
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
@@ -327,10 +277,6 @@ def test_rows_with_nan_or_infinity_harm_no_other(capability):
         assert torch.equal(g[others], e[others])
         assert y[[2, 5, 6]].isnan().all()
         assert g[[2, 5, 6]].isnan().all()
-
-
-def leaf(t: torch.Tensor) -> torch.Tensor:
-    return t.detach().clone().requires_grad_()
 
 
 def test_rows_of_one_element_have_no_gradient_but_the_biass(capability):
