@@ -1,4 +1,4 @@
-"""What a case is drawn from: sizes, magnitudes around the kernels' thresholds, layouts, settings."""
+"""The draws of a case: sizes, magnitudes around the kernels' thresholds, layouts, settings."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layernorm import backends, ops
+from tests.settings import CAPABILITIES, instruction_set, poisoned_memory, thread_count
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -34,7 +35,7 @@ def check(fits: bool, message: str) -> None:
 
 
 class Draw(random.Random):
-    """The numbers of one case; ``notes`` say what was drawn."""
+    """The random numbers of one case; ``notes`` tell what was drawn."""
 
     def __init__(self, part: str, seed: int) -> None:
         super().__init__(f"{part} {seed}")
@@ -119,37 +120,21 @@ def computed(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def setting(draw: Draw) -> Iterator[None]:
-    """Some number of threads and some instruction set, with fresh memory that is filled with NaN."""
+    """Draw a number of threads and an instruction set, and fill fresh memory with NaN."""
     if ops.native is None:
         yield
         return
-    threads, capability = torch.get_num_threads(), ops.native.capability()
-    poison = torch.utils.deterministic.fill_uninitialized_memory
-    drawn = draw.choice((1, 1, 1, 2)), draw.choice(ops.native.capabilities())
-    draw.note(threads=drawn[0], capability=drawn[1])
-    torch.set_num_threads(drawn[0])
-    ops.native.use_capability(drawn[1])
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
+    threads, capability = draw.choice((1, 1, 1, 2)), draw.choice(CAPABILITIES)
+    draw.note(threads=threads, capability=capability)
+    with thread_count(threads), instruction_set(capability), poisoned_memory():
         yield
-    finally:
-        torch.set_num_threads(threads)
-        ops.native.use_capability(capability)
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = poison
 
 
 @contextmanager
 def by_reference() -> Iterator[None]:
-    """The reference, and one thread: several are slow for small tensors where others are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with backends.use("reference"):
-            yield
-    finally:
-        torch.set_num_threads(before)
+    """Compute by the reference in one thread: several are slow for small tensors where others are busy."""
+    with thread_count(1), backends.use("reference"):
+        yield
 
 
 def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

@@ -11,8 +11,8 @@ from layernorm import Variant, backends
 from layernorm import functional as LF
 from layernorm.variants import parameter_shapes, resolve
 
-from .draws import DTYPES, Draw, Failure, by_reference, check, rounded, same_bits, setting
-from .judging import moved_by_roundings, second_order, within
+from .draws import DTYPES, Draw, by_reference, check, rounded, same_bits
+from .judging import largest_share, moved_by_roundings, run_case, second_order
 from .layers import variant_of
 
 GIVEN = ("input_gates", "hidden_gates", "c")
@@ -71,12 +71,7 @@ def case_of(seed: int) -> tuple[Draw, Case]:
 
 def run(seed: int) -> float:
     """Draw a case, run it and judge it; returns the largest share of what is allowed."""
-    draw, case = case_of(seed)
-    try:
-        with setting(draw):
-            return judged(draw, case)
-    except Failure as failure:
-        raise Failure(f"{failure}\n  {draw.notes}") from None
+    return run_case(case_of(seed), judged)
 
 
 def judged(draw: Draw, case: Case) -> float:
@@ -110,10 +105,7 @@ def judged(draw: Draw, case: Case) -> float:
             name: draw.normal(*t.shape) if name in GIVEN else t.double() for name, t in case.tensors.items()
         }
         second_order(draw, case.call, ordinary)
-    share = 0.0
-    for name, e in expected.items():
-        share = max(share, within(name, found[name].double(), e, allowed[name], case.dtype))
-    return share
+    return largest_share(expected, found, expected, allowed, case.dtype)
 
 
 def results(case: Case, tensors: dict[str, Tensor], seeds: list[Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ of what is largest in a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,32 @@ from torch import Tensor
 
 from layernorm import backends
 
-from .draws import Draw, Failure, by_reference, check, unit
+from .draws import Draw, Failure, by_reference, check, setting, unit
 from .noise import roundings
 
 DRAWS = 3
 INPUTS = ("input", "h", "c", "input_gates", "hidden_gates")
+
+
+def run_case(drawn: tuple[Draw, Any], judged: Callable[[Draw, Any], float]) -> float:
+    """Judge a drawn case and return its largest share of what is allowed; a failure tells what was drawn."""
+    draw, case = drawn
+    try:
+        with setting(draw):
+            return judged(draw, case)
+    except Failure as failure:
+        raise Failure(f"{failure}\n  {draw.notes}") from None
+
+
+def largest_share(
+    names: Iterable[str],
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    allowed: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> float:
+    """Fail unless results of these names are as exact as they must be; return the largest share."""
+    return max(within(name, found[name].double(), expected[name], allowed[name], dtype) for name in names)
 
 
 def has_rows(name: str) -> bool:
@@ -38,12 +59,12 @@ def moved_by_roundings(
     dtype: torch.dtype,
     expected: Mapping[str, Tensor],
     seeds: Sequence[Tensor],
-    again: Callable[[list[Tensor], torch.dtype], Mapping[str, Tensor]],
+    compute: Callable[[list[Tensor], torch.dtype], Mapping[str, Tensor]],
     squashed: bool = True,
 ) -> dict[str, Tensor]:
     """Return what each row of the expected numbers is allowed.
 
-    ``again`` computes them from other seeds, in float64; or in float32, where rows that differ may be equal.
+    ``compute`` gives them for other seeds, in float64; or in float32, where rows that differ may be equal.
     """
     u, most = unit(dtype), torch.finfo(dtype).max / 8
     allowed = {}
@@ -62,9 +83,9 @@ def moved_by_roundings(
             # A bias's gradient may be a plain sum of them over the rows, which rounds.
             scale = [u * (1 + s[..., 0].numel() ** 0.5) for s in seeds]
             moved = [s * (1 + a * draw.normal(*s.shape)) for s, a in zip(seeds, scale, strict=True)]
-            add(again(moved, torch.float64), 32 / DRAWS, torch.inf)
+            add(compute(moved, torch.float64), 32 / DRAWS, torch.inf)
     if dtype != torch.float64:
-        add(again(list(seeds), torch.float32), 8, 0)  # its range is not that of the kernels
+        add(compute(list(seeds), torch.float32), 8, 0)  # its range is not that of the kernels
     return allowed
 
 
@@ -97,7 +118,7 @@ def second_order(
 
 
 def within(name: str, found: Tensor, expected: Tensor, allowed: Tensor, dtype: torch.dtype) -> float:
-    """Fail unless each row is as exact as it must be; returns the largest share of what is allowed."""
+    """Fail unless each row is as exact as it must be; return the largest share of what is allowed."""
     info = torch.finfo(dtype)
     away = torch.where((found == expected) | (found.isnan() & expected.isnan()), 0, found - expected)
     away = torch.where(expected.abs() > info.max / 8, 0, away)

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence
 
-import layernorm
 from layernorm import Variant, backends
 from layernorm.variants import PRESETS
+from tests.recurrent.cases import SEQUENCES, as_hx, flat, state_sizes
 
-from .draws import DTYPES, Draw, Failure, by_reference, check, rounded, setting
-from .judging import moved_by_roundings, within
+from .draws import DTYPES, Draw, by_reference, check, rounded
+from .judging import largest_share, moved_by_roundings, run_case
 
-MODULES = {"lstm": layernorm.LayerNormLSTM, "gru": layernorm.LayerNormGRU, "rnn": layernorm.LayerNormRNN}
 NAMES = ("input", "h", "c")
 
 
@@ -59,7 +58,7 @@ def variant_of(draw: Draw, cell: str) -> str | Variant:
 def case_of(seed: int, part: str = "layers") -> tuple[Draw, Case]:
     """Draw a case."""
     draw = Draw(part, seed)
-    cell, dtype = draw.choice(tuple(MODULES)), draw.choice((torch.float32, *DTYPES))
+    cell, dtype = draw.choice(tuple(SEQUENCES)), draw.choice((torch.float32, *DTYPES))
     variant = variant_of(draw, cell)
     hidden, features = draw.size(), draw.size(70)
     options: dict[str, Any] = {"bias": draw.chance(0.8), "recompute": draw.chance(0.3)}
@@ -70,7 +69,7 @@ def case_of(seed: int, part: str = "layers") -> tuple[Draw, Case]:
         options["nonlinearity"] = draw.choice(("tanh", "relu"))
     # Of several layers a relu's pattern could not be seen.
     options["num_layers"] = 1 if options.get("nonlinearity") == "relu" else draw.choice((1, 1, 2))
-    module = MODULES[cell](features, hidden, variant=variant, dtype=torch.float64, **options)
+    module = SEQUENCES[cell](features, hidden, variant=variant, dtype=torch.float64, **options)
     steps, rows = draw.choice((1, 2, 3, 5, 9)), draw.choice((1, 1, 2, 3, 4, 5, 8, 13))
     if draw.chance(0.03):
         steps, rows = draw.choice(((31, 9), (3, 70)))
@@ -125,10 +124,7 @@ def fill(draw: Draw, case: Case, steps: int, rows: int, given: bool) -> None:
     case.tensors["input"] = rounded(x, dtype)
     if given:
         count = module.num_layers * (1 + module.bidirectional)
-        sizes = {"h": getattr(module, "proj_size", 0) or module.hidden_size}
-        if case.cell == "lstm":
-            sizes["c"] = module.hidden_size
-        for name, size in sizes.items():
+        for name, size in state_sizes(case.cell, module.hidden_size, module.proj_size).items():
             state = torch.ldexp(draw.normal(count, rows, size), torch.tensor(orders["state"]))
             case.tensors[name] = rounded(state, dtype)
 
@@ -149,19 +145,10 @@ def arguments(case: Case, tensors: dict[str, Tensor], draw: Draw | None = None) 
         x = packed
     elif draw is not None:
         x = draw.laid(x)
-    state = tuple(tensors[name] for name in ("h", "c") if name in tensors)
+    state = [tensors[name] for name in ("h", "c") if name in tensors]
     if draw is not None:
-        state = tuple(draw.laid(s) for s in state)
-    return x, (state if case.cell == "lstm" else state[0]) if state else None, resets
-
-
-def flat(result: Any) -> list[Tensor]:
-    """Return the tensors of a result."""
-    if isinstance(result, Tensor):
-        return [result]
-    if isinstance(result, PackedSequence):
-        return [result.data]
-    return [tensor for part in result for tensor in flat(part)]
+        state = [draw.laid(s) for s in state]
+    return x, as_hx(state), resets
 
 
 def leaves_of(case: Case, module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -238,12 +225,7 @@ def named(outcome: Result) -> dict[str, Tensor]:
 
 def run(seed: int) -> float:
     """Draw a case, run it and judge it; returns the largest share of what is allowed."""
-    draw, case = case_of(seed)
-    try:
-        with setting(draw):
-            return judged(draw, case)
-    except Failure as failure:
-        raise Failure(f"{failure}\n  {draw.notes}") from None
+    return run_case(case_of(seed), judged)
 
 
 def judged(draw: Draw, case: Case) -> float:
@@ -260,13 +242,10 @@ def judged(draw: Draw, case: Case) -> float:
         if name in case.module.state_dict():
             found[name] = torch.ldexp(found[name], torch.tensor(scaled(case, name)))
     expected, allowed = judgement(draw, case, seeds)
-    share = 0.0
     names = list(found)
     if case.relu and not torch.equal(found["output"] == 0, expected["output"] == 0):
         names = ["output"]  # a rounding turned a unit on or off
-    for name in names:
-        share = max(share, within(name, found[name], expected[name], allowed[name], case.dtype))
-    return share
+    return largest_share(names, found, expected, allowed, case.dtype)
 
 
 def judgement(draw: Draw, case: Case, seeds: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""What recurrent layers promise to the bit: in streams, packed sequences, cells and batches, for threads."""
+"""The promises of recurrent layers to the bit: in streams, packed sequences, cells, batches and threads."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_packed_sequence
 
-import layernorm
+from tests.recurrent.cases import CELLS, as_hx, flat
+from tests.settings import thread_count
 
-from .draws import HALVES, Draw, Failure, check, same_bits, setting
-from .judging import second_order
-from .layers import Case, Result, arguments, case_of, enlarged, flat, result
+from .draws import HALVES, Draw, check, same_bits
+from .judging import run_case, second_order
+from .layers import Case, Result, arguments, case_of, enlarged, result
 
-CELLS = {
-    "lstm": layernorm.LayerNormLSTMCell,
-    "gru": layernorm.LayerNormGRUCell,
-    "rnn": layernorm.LayerNormRNNCell,
-}
 STATES = ("h", "c")
 
 
@@ -29,14 +25,15 @@ def run(seed: int) -> float:
     draw, case = case_of(seed, "promises")
     if draw.chance(0.05):
         widened(draw, case)
-    try:
-        with setting(draw):
-            chosen = draw.sample(PROMISES, 3)
-            draw.note(promises=[promise.__name__ for promise in chosen])
-            for promise in chosen:
-                promise(draw, case, enlarged(case, case.module).to(case.dtype))
-    except Failure as failure:
-        raise Failure(f"{failure}\n  {draw.notes}") from None
+    return run_case((draw, case), judged)
+
+
+def judged(draw: Draw, case: Case) -> float:
+    """Check three promises, each of a module of its own."""
+    chosen = draw.sample(PROMISES, 3)
+    draw.note(promises=[promise.__name__ for promise in chosen])
+    for promise in chosen:
+        promise(draw, case, enlarged(case, case.module).to(case.dtype))
     return 0.0
 
 
@@ -52,7 +49,7 @@ def widened(draw: Draw, case: Case) -> None:
     draw.note(widened=case.module.hidden_size)
 
 
-def plain(case: Case, **changes: Any) -> Case:
+def padded(case: Case, **changes: Any) -> Case:
     """Return the case with changes and without a packed sequence."""
     return Case(**vars(case) | {"lengths": None} | changes)
 
@@ -79,11 +76,11 @@ def all_alike(a: Result, b: Result, what: str) -> None:
 
 
 def rows_alone(draw: Draw, case: Case, module: torch.nn.Module) -> None:
-    whole = plain(case, wanted="all")
+    whole = padded(case, wanted="all")
     rows = whole.tensors["input"].size(1)
     chosen = torch.tensor(sorted(draw.sample(range(rows), draw.randint(1, rows))))
     tensors = {name: t[:, chosen] for name, t in whole.tensors.items()}
-    some = plain(whole, tensors=tensors, resets=None if whole.resets is None else whole.resets[:, chosen])
+    some = padded(whole, tensors=tensors, resets=None if whole.resets is None else whole.resets[:, chosen])
     axis = 0 if module.batch_first else 1
     seeds = [draw.normal(*t.shape) for t in outputs_of(whole, module)]
     found = result(whole, module, whole.tensors, seeds, "native")
@@ -102,7 +99,7 @@ def rows_alone(draw: Draw, case: Case, module: torch.nn.Module) -> None:
 
 
 def poisoned_row(draw: Draw, case: Case, module: torch.nn.Module) -> None:
-    whole = plain(case, wanted="input")
+    whole = padded(case, wanted="input")
     rows = whole.tensors["input"].size(1)
     row, bad = draw.randrange(rows), draw.choice((float("nan"), float("inf"), -float("inf")))
     tensors = {name: t.clone() for name, t in whole.tensors.items()}
@@ -120,15 +117,11 @@ def poisoned_row(draw: Draw, case: Case, module: torch.nn.Module) -> None:
 
 
 def threads(draw: Draw, case: Case, module: torch.nn.Module) -> None:
-    before = torch.get_num_threads()
     seeds = [draw.normal(*t.shape) for t in outputs_of(case, module)]
     results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    for count in (1, 2, 3):
+        with thread_count(count):
             results.append(result(case, module, case.tensors, seeds, "native"))
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         all_alike(results[0], other, "more threads")
 
@@ -137,17 +130,17 @@ def recomputed(draw: Draw, case: Case, module: torch.nn.Module) -> None:
     seeds = [draw.normal(*t.shape) for t in outputs_of(case, module)]
     one = result(case, module, case.tensors, seeds, "native")
     module.recompute = not module.recompute
-    again = result(case, module, case.tensors, seeds, "native")
+    other = result(case, module, case.tensors, seeds, "native")
     if case.dtype in HALVES:  # what is kept is rounded, what is computed again is not
         one.grads.clear()
-    all_alike(one, again, "recompute")
+    all_alike(one, other, "recompute")
 
 
 def packed(draw: Draw, case: Case, module: torch.nn.Module) -> None:
     x = case.tensors["input"]
     steps, rows = x.shape[:2]
     lengths = torch.tensor([steps, *(draw.randint(1, steps) for _ in range(rows - 1))])
-    data, state, resets = arguments(plain(case, lengths=lengths), case.tensors)
+    data, state, resets = arguments(padded(case, lengths=lengths), case.tensors)
     output, final = module(data, state, resets=resets)
     output = pad_packed_sequence(output)[0].detach()
     states = [s.detach() for s in flat(final)]
@@ -156,7 +149,7 @@ def packed(draw: Draw, case: Case, module: torch.nn.Module) -> None:
         alone_tensors = {name: t[:, place] for name, t in case.tensors.items()}
         alone_tensors["input"] = x[:length, place]
         alone_resets = None if case.resets is None else case.resets[:length, place]
-        alone, *last = outputs_of(plain(case, tensors=alone_tensors, resets=alone_resets), module)
+        alone, *last = outputs_of(padded(case, tensors=alone_tensors, resets=alone_resets), module)
         check(same_bits([s[:, place] for s in states], last), f"packed row {row} alone: other states")
         expected = alone.transpose(0, 1) if module.batch_first else alone
         check(same_bits([output[:length, place]], [expected]), f"packed row {row} alone: other outputs")
@@ -165,11 +158,11 @@ def packed(draw: Draw, case: Case, module: torch.nn.Module) -> None:
 def streamed(draw: Draw, case: Case, module: torch.nn.Module) -> None:
     if module.bidirectional:
         return
-    whole = plain(case)
+    whole = padded(case)
     x = whole.tensors["input"]
     output, *states = outputs_of(whole, module)
-    state = tuple(whole.tensors[name] for name in STATES if name in whole.tensors) or None
-    stream = module.stream(x.size(1), state if state is None or case.cell == "lstm" else state[0])
+    state = as_hx([whole.tensors[name] for name in STATES if name in whole.tensors])
+    stream = module.stream(x.size(1), state)
     for t in range(x.size(0)):
         if whole.resets is not None:
             stream.reset(whole.resets[t])
@@ -187,11 +180,11 @@ def streamed(draw: Draw, case: Case, module: torch.nn.Module) -> None:
 
 
 def strided_out(draw: Draw, case: Case, module: torch.nn.Module) -> None:
-    """An ``out`` in memory of its own or the input's takes the result, or is refused if its elements meet."""
+    """Check that an ``out`` takes the result, in memory of its own or the input's, or is refused."""
     if module.bidirectional:
         return
     x = case.tensors["input"][0].contiguous()
-    rows, size = x.size(0), getattr(module, "proj_size", 0) or module.hidden_size
+    rows, size = x.size(0), module.proj_size or module.hidden_size
     expected = module.stream(rows).step(x)
     strides = [draw.choice((0, 1, 2, 3, rows, size, size + 1, size - 1, 2 * size)) for _ in range(2)]
     reach = (rows - 1) * strides[0] + (size - 1) * strides[1] + 1
@@ -215,7 +208,7 @@ def strided_out(draw: Draw, case: Case, module: torch.nn.Module) -> None:
 
 
 def split(draw: Draw, case: Case, module: torch.nn.Module) -> None:
-    whole = plain(case)
+    whole = padded(case)
     steps = whole.tensors["input"].size(0)
     if module.bidirectional or module.num_layers > 1 or steps < 2:
         return
@@ -223,7 +216,7 @@ def split(draw: Draw, case: Case, module: torch.nn.Module) -> None:
 
     def part(tensors: dict[str, Tensor], begin: int, end: int) -> list[Tensor]:
         resets = None if whole.resets is None else whole.resets[begin:end]
-        return outputs_of(plain(whole, tensors=tensors, resets=resets), module)
+        return outputs_of(padded(whole, tensors=tensors, resets=resets), module)
 
     first = part(whole.tensors | {"input": whole.tensors["input"][:at]}, 0, at)
     between = dict(zip(STATES, first[1:], strict=False))
@@ -233,7 +226,7 @@ def split(draw: Draw, case: Case, module: torch.nn.Module) -> None:
 
 
 def as_cell(draw: Draw, case: Case, module: torch.nn.Module) -> None:
-    if module.bidirectional or module.num_layers > 1 or getattr(module, "proj_size", 0):
+    if module.bidirectional or module.num_layers > 1 or module.proj_size:
         return
     options: dict[str, Any] = {"nonlinearity": module.nonlinearity} if case.cell == "rnn" else {}
     cell = CELLS[case.cell](
@@ -242,14 +235,10 @@ def as_cell(draw: Draw, case: Case, module: torch.nn.Module) -> None:
     cell.load_state_dict({name.removesuffix("_l0"): p for name, p in module.state_dict().items()})
     x = case.tensors["input"][:1]
     resets = None if case.resets is None else case.resets[:1]
-    one = plain(case, tensors=case.tensors | {"input": x}, resets=resets)
+    one = padded(case, tensors=case.tensors | {"input": x}, resets=resets)
     _, *expected = outputs_of(one, module)
-    state = tuple(case.tensors[name][0] for name in STATES if name in case.tensors) or None
-    found = cell(
-        x[0],
-        state if state is None or case.cell == "lstm" else state[0],
-        resets=None if resets is None else resets[0],
-    )
+    state = as_hx([case.tensors[name][0] for name in STATES if name in case.tensors])
+    found = cell(x[0], state, resets=None if resets is None else resets[0])
     check(same_bits([f.detach() for f in flat(found)], [s[0] for s in expected]), "the cell has other bits")
 
 
@@ -267,13 +256,13 @@ def without_gradients(draw: Draw, case: Case, module: torch.nn.Module) -> None:
 
 
 def differentiable_again(draw: Draw, case: Case, module: torch.nn.Module) -> None:
-    """Not to the bit: the second derivative is the reference's."""
+    """Check, though not to the bit, that the second derivative is the reference's."""
     if module.variant.kind != "none" and module.variant.eps < 1e-5:
         return
     twin = copy.deepcopy(case.module)
     twin.reset_parameters()
     x = case.tensors["input"][:3, :3]
-    ordinary = plain(case, resets=None if case.resets is None else case.resets[:3, :3])
+    ordinary = padded(case, resets=None if case.resets is None else case.resets[:3, :3])
     names = [name for name, _ in twin.named_parameters()]
 
     def call(tensors: Mapping[str, Tensor]) -> list[Tensor]:

@@ -9,19 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import layernorm
-from layernorm import Variant, backends, recurrent_operator
+from layernorm import Variant, backends
 from layernorm import functional as LF
-from layernorm.variants import GATES, PRESETS, parameter_shapes, resolve
+from layernorm.spec import GATES_PARAMETERS, layer_spec
+from layernorm.variants import GATES, PRESETS, resolve
+from tests.recurrent import cases
+from tests.recurrent.cases import CELLS, SEQUENCES, backward_arguments, operator_arguments
 
 from .draws import Draw
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
-SEQUENCES = {"lstm": layernorm.LayerNormLSTM, "gru": layernorm.LayerNormGRU, "rnn": layernorm.LayerNormRNN}
-CELLS = {
-    "lstm": layernorm.LayerNormLSTMCell,
-    "gru": layernorm.LayerNormGRUCell,
-    "rnn": layernorm.LayerNormRNNCell,
-}
 STEPS, ROWS, FEATURES, HIDDEN = 3, 2, 4, 5
 
 
@@ -40,16 +37,14 @@ def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def spec_of(draw: Draw, cell: str) -> Variant:
-    """Draw a public variant's spec."""
+def variant_of(draw: Draw, cell: str) -> Variant:
+    """Draw a public variant."""
     return resolve(draw.choice([name for name, cells in PRESETS.items() if cell in cells]), cell)  # type: ignore[arg-type]
 
 
-def weights_of(draw: Draw, cell: str, spec: Variant, proj: int = 0) -> dict[str, Tensor]:
-    """Return parameters, half of the time such that need a gradient."""
-    shapes = parameter_shapes(cell, spec, FEATURES, HIDDEN, proj_size=proj)  # type: ignore[arg-type]
-    needs = draw.chance(0.5)
-    return {name: torch.randn(shape).requires_grad_(needs) for name, shape in shapes.items()}
+def weights_of(draw: Draw, cell: str, variant: Variant, proj: int = 0) -> dict[str, Tensor]:
+    """Return parameters, which need a gradient half of the time."""
+    return cases.weights_of(cell, variant, FEATURES, HIDDEN, proj, torch.float32, needs_grad=draw.chance(0.5))
 
 
 def norm_function(draw: Draw) -> Call:
@@ -92,14 +87,14 @@ def norm_operator(draw: Draw) -> Call:
 
 def sequence_function(draw: Draw) -> Call:
     cell = draw.choice(tuple(GATES))
-    spec = spec_of(draw, cell)
+    variant = variant_of(draw, cell)
     proj = 3 if cell == "lstm" and draw.chance(0.3) else 0
     h, c = torch.zeros(ROWS, proj or HIDDEN), torch.zeros(ROWS, HIDDEN)
     arguments: dict[str, Any] = {
         "input": torch.randn(STEPS, ROWS, FEATURES),
         "state": (h, c) if cell == "lstm" else h,
-        "weights": weights_of(draw, cell, spec, proj),
-        "variant": spec,
+        "weights": weights_of(draw, cell, variant, proj),
+        "variant": variant,
         "reverse": draw.chance(0.3),
         "batch_sizes": None,
         "resets": torch.rand(STEPS, ROWS) < 0.3,
@@ -117,16 +112,16 @@ def sequence_function(draw: Draw) -> Call:
 
 
 def gates_function(draw: Draw) -> Call:
-    spec = spec_of(draw, "lstm")
-    weights = {n: t for n, t in weights_of(draw, "lstm", spec).items() if not n.startswith("weight")}
+    variant = variant_of(draw, "lstm")
+    weights = {n: t for n, t in weights_of(draw, "lstm", variant).items() if not n.startswith("weight")}
     products = [torch.randn(ROWS, 4 * HIDDEN) for _ in range(2)]
     arguments = {"input_gates": products[0], "hidden_gates": products[1], "c": torch.randn(ROWS, HIDDEN)}
-    return named("lstm_gates", LF.lstm_gates), arguments | {"weights": weights, "variant": spec}
+    return named("lstm_gates", LF.lstm_gates), arguments | {"weights": weights, "variant": variant}
 
 
 def sequence_module(draw: Draw) -> Call:
     cell = draw.choice(tuple(SEQUENCES))
-    module = SEQUENCES[cell](FEATURES, HIDDEN, variant=spec_of(draw, cell), num_layers=draw.choice((1, 2)))
+    module = SEQUENCES[cell](FEATURES, HIDDEN, variant=variant_of(draw, cell), num_layers=draw.choice((1, 2)))
     state = torch.zeros(module.num_layers, ROWS, HIDDEN)
     x, resets = torch.randn(STEPS, ROWS, FEATURES), torch.rand(STEPS, ROWS) < 0.3
     if draw.chance(0.3):
@@ -137,7 +132,7 @@ def sequence_module(draw: Draw) -> Call:
 
 def cell_module(draw: Draw) -> Call:
     cell = draw.choice(tuple(CELLS))
-    module, state = CELLS[cell](FEATURES, HIDDEN, variant=spec_of(draw, cell)), torch.zeros(ROWS, HIDDEN)
+    module, state = CELLS[cell](FEATURES, HIDDEN, variant=variant_of(draw, cell)), torch.zeros(ROWS, HIDDEN)
     hx = (state, state) if cell == "lstm" else state
     return named(f"{cell} cell", module), {
         "input": torch.randn(ROWS, FEATURES),
@@ -176,7 +171,7 @@ def constructor(draw: Draw) -> Call:
     return named(cell, make), arguments
 
 
-def variant(draw: Draw) -> Call:
+def variant_or_resolve(draw: Draw) -> Call:
     fields = {
         "kind": "layer",
         "inputs": "separate",
@@ -192,7 +187,7 @@ def variant(draw: Draw) -> Call:
 
 def stream(draw: Draw) -> Call:
     cell = draw.choice(tuple(SEQUENCES))
-    module = SEQUENCES[cell](FEATURES, HIDDEN, variant=spec_of(draw, cell))
+    module = SEQUENCES[cell](FEATURES, HIDDEN, variant=variant_of(draw, cell))
     state = torch.zeros(1, ROWS, HIDDEN)
     hx = (state, state.clone()) if cell == "lstm" else state
     made = module.stream(ROWS)
@@ -219,23 +214,13 @@ def stream(draw: Draw) -> Call:
 
 
 def recurrent_operators(draw: Draw) -> Call:
-    cell = draw.choice(tuple(GATES))
-    spec = spec_of(draw, cell)
-    proj = 3 if cell == "lstm" and draw.chance(0.3) else 0
-    weights = recurrent_operator.listed(weights_of(draw, cell, spec, proj), spec)
-    kind, inputs, scope, cell_norm, eps = recurrent_operator.spec(spec)
-    packed = draw.chance(0.4)
-    arguments: dict[str, Any] = {
-        "input": torch.randn(5, FEATURES) if packed else torch.randn(STEPS, ROWS, FEATURES),
-        "h": torch.zeros(ROWS, proj or HIDDEN),
-        "c": torch.zeros(ROWS, HIDDEN) if cell == "lstm" else None,
-        "weights": weights,
-        "resets": torch.rand(5 if packed else (STEPS, ROWS)) < 0.3,
-        "batch_sizes": [2, 2, 1] if packed else None,
-        "cell": "rnn_tanh" if cell == "rnn" else cell,
-    }
-    arguments |= {"kind": kind, "inputs": inputs, "scope": scope, "cell_norm": cell_norm, "eps": eps}
-    arguments |= {"reverse": draw.chance(0.3), "recompute": draw.chance(0.3)}
+    cell, packed = draw.choice(tuple(GATES)), draw.chance(0.4)
+    variant, proj = variant_of(draw, cell), 3 if cell == "lstm" and draw.chance(0.3) else 0
+    arguments = operator_arguments(
+        cell, variant, proj, packed=packed, reverse=draw.chance(0.3), recompute=draw.chance(0.3)
+    )
+    if draw.chance(0.5):
+        arguments = cases.detached(arguments)
     name = draw.choice(("recurrent", "recurrent_forward", "recurrent_backward", "recurrent_backward"))
     if draw.chance(0.2):
         name = "recurrent_composite_backward"
@@ -243,27 +228,19 @@ def recurrent_operators(draw: Draw) -> Call:
     if not name.endswith("backward"):
         return named(name, operator), arguments
     with torch.no_grad():
-        output, hn, cn, *saved = torch.ops.layernorm.recurrent_forward(**arguments)
-    del arguments["recompute"]
-    arguments |= {"grad_output": torch.randn_like(output), "grad_h": torch.randn_like(hn)}
-    arguments |= {"grad_c": torch.randn_like(cn) if cell == "lstm" else None}
-    arguments["wanted"] = [True, True, cell == "lstm", *(w is not None for w in weights)]
-    if name == "recurrent_backward":
-        arguments |= dict(
-            zip(("saved_x", "saved_h", "saved_c", "saved_stats"), saved, strict=True), output=output
-        )
+        arguments = backward_arguments(arguments, torch.ops.layernorm.recurrent_forward(**arguments))
+    if name == "recurrent_composite_backward":
+        for kept in ("output", "saved_x", "saved_h", "saved_c", "saved_stats"):
+            del arguments[kept]
     return named(name, operator), arguments
 
 
 def gates_operators(draw: Draw) -> Call:
-    spec = spec_of(draw, "lstm")
-    names = ("bias_ih", "bias_hh", "gain_ih", "gain_hh", "bias", "gain_cell", "bias_cell")
-    listed = recurrent_operator.listed(weights_of(draw, "lstm", spec), spec, names)
-    kind, inputs, scope, cell_norm, eps = recurrent_operator.spec(spec)
-    arguments: dict[str, Any] = dict(zip(names, listed, strict=True))
+    spec = layer_spec("lstm", variant_of(draw, "lstm"))
+    listed = spec.listed_for_gates(weights_of(draw, "lstm", spec.variant))
+    arguments: dict[str, Any] = dict(zip(GATES_PARAMETERS, listed, strict=True))
     arguments |= {"input_gates": torch.randn(ROWS, 4 * HIDDEN), "hidden_gates": torch.randn(ROWS, 4 * HIDDEN)}
-    arguments |= {"c": torch.randn(ROWS, HIDDEN), "kind": kind, "inputs": inputs, "scope": scope}
-    arguments |= {"cell_norm": cell_norm, "eps": eps}
+    arguments |= {"c": torch.randn(ROWS, HIDDEN), "spec": list(spec.codes), "eps": spec.eps}
     name = draw.choice(("lstm_gates", "lstm_gates_backward", "lstm_gates_composite_backward"))
     if name.endswith("backward"):
         arguments |= {"grad_hidden": torch.randn(ROWS, HIDDEN), "grad_cn": torch.randn(ROWS, HIDDEN)}
@@ -301,7 +278,7 @@ SUBJECTS = (
     sequence_module,
     cell_module,
     constructor,
-    variant,
+    variant_or_resolve,
     stream,
     stream,
     recurrent_operators,

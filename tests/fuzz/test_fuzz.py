@@ -1,4 +1,4 @@
-"""The short form of the fuzz, and that its judges are right and see what is wrong.
+"""The short form of the fuzz; and checks that its judges are right and see what is wrong.
 
 The long form is ``python -m tests.fuzz --minutes 10``; see ``CONTRIBUTING.md``.
 """
@@ -13,8 +13,10 @@ import torch
 
 from layernorm import Variant, reference
 from layernorm import functional as LF
-from layernorm.variants import PRESETS, parameter_shapes
+from layernorm.spec import layer_spec
+from layernorm.variants import PRESETS
 from tests.fuzz import arguments, draws, exact_norm, layers, naive, norm_cases, norms, parts
+from tests.recurrent.cases import F, H, state_of, weights_of
 
 # Enough for every kind of row, variant and setting; about 15 s on one core.
 CASES = {"norms": 500, "large_norms": 4, "gates": 120, "layers": 100, "promises": 150}
@@ -37,7 +39,7 @@ def test_wrong_arguments():
 
 
 def test_reference_is_the_formulas_as_they_are_written():
-    specs = [
+    variants = [
         Variant(kind=kind, inputs=inputs, scope=scope, cell=cell_norm, projection_bias=bias)
         for kind in ("layer", "rms", "none")
         for inputs in ("separate", "summed")
@@ -45,27 +47,24 @@ def test_reference_is_the_formulas_as_they_are_written():
         for cell_norm in ("output", "carried", "none")
         for bias in (False, True)
     ]
-    functions = {(cell, spec) for cell, spec in itertools.product(("lstm", "gru", "rnn"), specs)}
-    functions |= {(cell, spec) for cells in PRESETS.values() for cell, spec in cells.items()}
-    for cell, spec in functions:
-        proj = 2 if cell == "lstm" and spec.scope == "gate" else 0
-        shapes = parameter_shapes(cell, spec, 3, 4, proj_size=proj)
-        weights = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
-        x = torch.randn(3, 2, 3, dtype=torch.float64)
-        state = [
-            torch.randn(2, size, dtype=torch.float64) for size in ((proj or 4, 4) if cell == "lstm" else (4,))
-        ]
-        options = {"nonlinearity": "relu"} if cell == "rnn" and spec.projection_bias else {}
-        given = tuple(state) if cell == "lstm" else state[0]
-        output, final = getattr(reference, cell)(x, given, weights, spec, **options)
-        plain = {name: w.numpy() for name, w in weights.items()}
+    functions = set(itertools.product(("lstm", "gru", "rnn"), variants))
+    functions |= {pair for cells in PRESETS.values() for pair in cells.items()}
+    for cell, variant in functions:
+        proj = 2 if cell == "lstm" and variant.scope == "gate" else 0
+        relu = cell == "rnn" and variant.projection_bias
+        weights = weights_of(cell, variant, F, H, proj, needs_grad=False)
+        x, state = torch.randn(3, 2, F, dtype=torch.float64), state_of(cell, 2, proj)
+        state = [s.detach() for s in state]
+        spec = layer_spec(cell, variant, "relu" if relu else "tanh")
+        output, final = reference.recurrent_layer(spec, x, state, weights)
+        arrays = {name: w.numpy() for name, w in weights.items()}
         for row in range(2):
             start = tuple(s[row].numpy() for s in state)
-            found, last = naive.sequence(cell, x[:, row].numpy(), start, plain, spec, bool(options))
+            found, last = naive.sequence(cell, x[:, row].numpy(), start, arrays, variant, relu)
             # Some thirty roundings in a step, of numbers of the order of 10, and norms that amplify by 1/√eps
             # where a row happens to be nearly constant.
             np.testing.assert_allclose(found, output[:, row].numpy(), rtol=1e-9, atol=1e-11)
-            for a, b in zip(last, final if isinstance(final, tuple) else (final,), strict=True):
+            for a, b in zip(last, final, strict=True):
                 np.testing.assert_allclose(a, b[row].numpy(), rtol=1e-9, atol=1e-11)
 
 
