@@ -185,22 +185,20 @@ def test_every_width_has_a_tile():
             assert settings.rows_per_part(settings.DEFAULT, tile, rows, width) % tile.rows == 0
 
 
-def test_the_choice_on_gpus(monkeypatch):
+def test_the_choice_on_gpus(monkeypatch, pretend_architecture):
     gpu, half = torch.device("cuda", 0), torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    backends._measured.cache_clear()
+    pretend_architecture(9, 0)
     if ops.NATIVE_PROBLEM is None:
         choice = backends.choose("layer_norm", gpu, half)
         assert choice.kernel == "torch"
         assert "not been measured on compute capability 9.0" in choice.reason
         monkeypatch.setitem(settings.FASTER, (9, 0), frozenset({("layer_norm", "bfloat16")}))
-        backends._measured.cache_clear()
+        pretend_architecture(9, 0)
         assert backends.choose("layer_norm", gpu, half).kernel == "triton"
         assert backends.choose("rms_norm", gpu, half).kernel == "torch"
         assert "float32, bfloat16" in backends.choose("layer_norm", gpu, torch.float64).reason
         with backends.use("triton"):
             assert backends.choose("rms_norm", gpu, half).kernel == "triton"
-    backends._measured.cache_clear()
     with backends.use("triton"), pytest.raises(RuntimeError, match="no kernel for cpu"):
         LF.layer_norm(torch.zeros(2, 3), (3,))
 

@@ -6,28 +6,20 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import functools
 import itertools
 import os
-import shutil
 import subprocess
 import sys
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
-from layernorm.gpu.persistent import compiling as persistent_compile
 from layernorm.gpu.persistent import launches as persistent
 from layernorm.gpu.persistent import plan as persistent_plan
-from layernorm.gpu.persistent.plan import Layout, Plan
+from layernorm.gpu.persistent.plan import Plan
 from layernorm.reference import recurrent as reference
-from layernorm.variants import Variant, parameter_shapes
-
-EMULATOR = Path(__file__).parent / "emulator"
-KERNELS = Path(persistent.__file__).parent
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+from layernorm.variants import Variant
+from tests.gpu.persistent.cases import DTYPES, EMULATOR, cells_of, make, name_of, scan, served
 
 # Each of the ways in which a plan can differ: blocks, the last one with fewer units or not, warps that share
 # the sums, weights in shared memory, in registers or in both, eights of rows.
@@ -48,195 +40,70 @@ PLANS = {
 ALL = [plan for plans in PLANS.values() for plan in plans]
 
 
-def name_of(plan: Layout) -> str:
-    return "-".join(str(value) for value in dataclasses.astuple(plan))
-
-
-class Emulator:
-    """The kernel of a plan on the CPU."""
-
-    def __init__(self, plan: Layout, library: Path) -> None:
-        self.plan = plan
-        self.library = ctypes.CDLL(str(library))
-        self.library.emulate.restype = ctypes.c_char_p
-        self.library.emulate.argtypes = (
-            *(ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int),
-        )
-        arguments = persistent.Arguments if isinstance(plan, Plan) else persistent.BackwardArguments
-        assert self.library.argument_bytes() == ctypes.sizeof(arguments)
-
-    def run(self, arguments: ctypes.Structure, seed: int = 0, races: bool = False, dropped: int = -1):
-        clusters = -(-arguments.batch // self.plan.rows)
-        error = self.library.emulate(ctypes.addressof(arguments), clusters, seed, races, dropped)
-        if error is not None:
-            raise RuntimeError(error.decode())
-
-
-@pytest.fixture(scope="session")
-def compiler() -> str:
-    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if found is None:
-        pytest.skip("there is no C++ compiler")
-    return found
-
-
-@pytest.fixture(scope="session")
-def emulator(compiler, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulator")
-    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-w"]
-
-    @functools.cache
-    def build(plan: Layout) -> Emulator:
-        library = folder / f"{type(plan).__name__}-{name_of(plan)}.so"
-        macros = [f"-D{name}={value}" for name, value in plan.macros().items()]
-        done = subprocess.run(
-            [*command, f"-I{KERNELS}", *macros, str(EMULATOR / "emulator.cpp"), "-o", str(library)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return Emulator(plan, library)
-
-    return build
-
-
-@dataclasses.dataclass
-class Case:
-    """Inputs of one layer, in the plan's dtype."""
-
-    plan: Plan
-    cell: str  # of the operator
-    variant: Variant
-    lengths: list[int]  # of the rows, not increasing
-    packed: bool
-    reverse: bool
-    tensors: dict[str, torch.Tensor | None]
-    vectors: dict[str, torch.Tensor | None]
-
-    @property
-    def batch_sizes(self) -> list[int]:
-        return [sum(length > t for length in self.lengths) for t in range(max(self.lengths, default=0))]
-
-
-def make(plan, cell, variant, batch, steps, *, packed=False, reverse=False, resets=False, affine=True):
-    dtype = DTYPES[plan.dtype]
-    generator = torch.Generator().manual_seed(batch * 100 + steps)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    lengths = [max(1, steps - n // 2) if packed else steps for n in range(batch)]
-    rows, width, hidden = sum(lengths), plan.gates * plan.hidden, plan.hidden
-    tensors = {
-        "x": random(rows, width),
-        "h0": random(batch, hidden),
-        "c0": random(batch, hidden) if plan.cell == "lstm" else None,
-        "weight_hh": random(width, hidden) * hidden**-0.5,
-    }
-    names = parameter_shapes(plan.cell, variant, 1, hidden)
-    vectors = {}
-    for name, shape in names.items():
-        if not name.startswith("weight") and name != "bias_ih" and affine:
-            vector = random(*shape) * 0.2 + (1 if name.startswith("gain") else 0)
-            vectors["gain_ih" if name == "gain" else name] = vector.to(dtype)
-    tensors = {name: t if t is None else t.to(dtype) for name, t in tensors.items()}
-    tensors["resets"] = torch.rand(rows, generator=generator) < 0.3 if resets else None
-    return Case(plan, cell, variant, lengths, packed, reverse, tensors, vectors)
-
-
 def called(case, *, keep=True):
-    """The arguments of ``persistent.forward``, with NaN in what it writes."""
-    plan, variant = case.plan, case.variant
-    rows, batch, groups = sum(case.lengths), len(case.lengths), persistent.groups_of(case.cell, variant.scope)
-    summed, lstm = variant.inputs == "summed", plan.cell == "lstm"
+    """Return the tensors for ``persistent.forward``, with NaN in what it writes."""
+    plan, spec = case.plan, case.spec
+    rows, batch = sum(case.lengths), len(case.lengths)
+    summed, lstm = spec.products == "summed", plan.cell == "lstm"
 
     def empty(*shape, dtype=DTYPES[plan.dtype]):
         return torch.full(shape, float("nan"), dtype=dtype)
 
-    given = dict(case.tensors) | {
-        "x": case.tensors["x"].clone(),
-        "batch_sizes": None,
-        "step_offsets": None,
-        "output": empty(rows, plan.hidden),
-        "hn": empty(batch, plan.hidden),
-        "cn": empty(batch, plan.hidden) if lstm else None,
-        "saved_c": empty(rows, plan.hidden) if lstm and keep else None,
-        "stats": empty(rows, groups * (1 if summed else 2), dtype=torch.float32) if keep else None,
-    }
+    given = (
+        case.vectors
+        | case.tensors
+        | {
+            "x": case.tensors["x"].clone(),
+            "batch_sizes": None,
+            "step_offsets": None,
+            "output": empty(rows, plan.hidden),
+            "hn": empty(batch, plan.hidden),
+            "cn": empty(batch, plan.hidden) if lstm else None,
+            "saved_c": empty(rows, plan.hidden) if lstm and keep else None,
+            "saved_h": empty(rows, plan.gates * plan.hidden) if keep and not summed else None,
+            "stats": empty(rows, spec.statistics, dtype=torch.float32) if keep else None,
+        }
+    )
     if case.packed:
         sizes = torch.tensor(case.batch_sizes)
         given |= {"batch_sizes": sizes, "step_offsets": sizes.cumsum(0) - sizes}
-    fields = (case.cell, variant.kind, variant.inputs, variant.scope, variant.cell, variant.eps, case.reverse)
-    saved_h = empty(rows, plan.gates * plan.hidden) if keep and not summed else None
-    return fields, len(case.batch_sizes), saved_h, given
+    return given
 
 
-def written(case, saved_h, given):
-    """What the kernel has written, by name."""
+def written(case, given):
+    """Return what the kernel has written, by name."""
     found = {name: given[name] for name in ("output", "hn", "cn", "saved_c")}
     if given["stats"] is not None:
-        summed, groups = case.variant.inputs == "summed", persistent.groups_of(case.cell, case.variant.scope)
-        found["normalized"] = given["x"] if summed else saved_h
-        found["stats"] = given["stats"][:, 0 if summed else groups :]
+        summed = case.spec.products == "summed"
+        found["normalized"] = given["x"] if summed else given["saved_h"]
+        found["stats"] = given["stats"][:, 0 if summed else len(case.spec.groups) :]
     return {name: t for name, t in found.items() if t is not None}
 
 
 def emulate(emulator, case, *, keep=True, plan=None, **options):
-    fields, steps, saved_h, given = called(case, keep=keep)
-    tensors = given | {name: case.vectors.get(name) for name in persistent.VECTORS}
-    arguments = persistent.make_arguments(*fields, steps, saved_h=saved_h, tensors=tensors)
+    """Return what the kernel writes, run by the emulator."""
+    given = called(case, keep=keep)
+    steps = len(case.batch_sizes)
+    arguments = persistent.make_arguments(case.spec, given, steps=steps, reverse=case.reverse)
     emulator(plan or case.plan).run(arguments, **options)
-    return written(case, saved_h, given)
-
-
-def scan(case, cell, *, grad=False):
-    """The reference's loop over a case in float64: the initial state, output and final state.
-
-    ``cell(step, x, state, weights)`` has the reference's step.
-    """
-    plan, variant = case.plan, case.variant
-    weights = {name: t.double() for name, t in case.vectors.items()}
-    weights |= {"weight_hh": case.tensors["weight_hh"].double()}
-    if variant.inputs == "summed":
-        weights["gain"] = weights.pop("gain_ih", torch.ones(()).double())
-    weights.setdefault("gain_cell", torch.ones(()).double())
-    step = getattr(reference, f"_{plan.cell}_step")
-    if plan.cell == "rnn":
-        step = partial(step, nonlinearity=case.cell.removeprefix("rnn_"))
-    step = partial(step, weights=weights, variant=variant)
-    state = [case.tensors[name] for name in ("h0", "c0") if case.tensors[name] is not None]
-    state = tuple(s.double().requires_grad_(grad) for s in state)
-    x, resets, sizes = case.tensors["x"].double(), case.tensors["resets"], None
-    if variant.inputs == "separate":  # the reference has this gain in its projection
-        x = x * weights.get("gain_ih", 1)
-    if case.packed:
-        sizes = case.batch_sizes
-    else:
-        x = x.unflatten(0, (-1, len(case.lengths)))
-        resets = resets if resets is None else resets.unflatten(0, (-1, len(case.lengths)))
-
-    def of_weights(x, state):
-        return cell(step, x, state, weights)
-
-    output, final = reference._scan(of_weights, x, state, case.reverse, sizes, resets)
-    return state, output.reshape(-1, plan.hidden), final
+    return written(case, given)
 
 
 def expected(case):
-    """The same by the reference in float64, with states rounded where the kernel rounds them."""
-    variant, dtype = case.variant, DTYPES[case.plan.dtype]
+    """Return the same by the reference in float64, with states rounded where the kernel rounds them."""
+    spec, dtype = case.spec, DTYPES[case.plan.dtype]
     kept = {name: [] for name in ("saved_c", "normalized", "stats")}
-    groups = reference._groups(case.plan.cell, variant, case.plan.hidden)
+    groups = [count * case.plan.hidden for count in spec.groups]
 
     def cell(step, x, state, weights):
         product = torch.nn.functional.linear(state[0], weights["weight_hh"], weights.get("bias_hh"))
-        parts = (product + x if variant.inputs == "summed" else product).split(groups, -1)
+        parts = (product + x if spec.products == "summed" else product).split(groups, -1)
         kept["normalized"].append(
-            torch.cat([reference._normalized(p, [p.size(-1)], None, None, variant) for p in parts], -1)
+            torch.cat([reference._normalized(p, (1,), None, None, spec) for p in parts], -1)
         )
-        moments = [p.var(-1, correction=0) if variant.kind == "layer" else p.square().mean(-1) for p in parts]
-        kept["stats"].append(torch.stack([(m + variant.eps).rsqrt() for m in moments], -1))
+        centred = spec.variant.kind == "layer"
+        moments = [p.var(-1, correction=0) if centred else p.square().mean(-1) for p in parts]
+        kept["stats"].append(torch.stack([(m + spec.eps).rsqrt() for m in moments], -1))
         new = tuple(s.to(dtype).double() for s in step(x, state))
         kept["saved_c"].append(new[-1])
         return new
@@ -260,18 +127,6 @@ def check(found, case):
         )
 
 
-def served(cell):
-    """The variants that the kernel has for a cell of a plan, with the operator's name of the cell."""
-    for kind, inputs, scope in itertools.product(
-        ("layer", "rms"), ("separate", "summed"), ("matrix", "all", "gate")
-    ):
-        for norm in ("output", "carried", "none") if cell == "lstm" else ("output",):
-            if cell == "gru" and inputs == "summed" and scope != "all":
-                continue
-            bias = scope == "all" or norm == "carried"
-            yield Variant(kind=kind, inputs=inputs, scope=scope, cell=norm, projection_bias=bias, eps=0.01)
-
-
 @pytest.mark.parametrize("plan", ALL, ids=name_of)
 def test_every_variant_agrees_with_the_reference(emulator, plan):
     # Shapes and options come round in fives and sevens, so that the variants meet them all.
@@ -282,7 +137,7 @@ def test_every_variant_agrees_with_the_reference(emulator, plan):
         if not (packed and reverse and not resets)
     )
     for seed, variant in enumerate(served(plan.cell)):
-        for cell in ("rnn_tanh", "rnn_relu") if plan.cell == "rnn" else (plan.cell,):
+        for cell in cells_of(plan):
             batch, steps = next(shapes)
             case = make(plan, cell, variant, batch, steps, **next(options))
             check(emulate(emulator, case, seed=seed), case)
@@ -293,14 +148,13 @@ def test_no_accesses_to_shared_memory_race(emulator, plan):
     # What orders them: the barriers of warp, block and cluster, not that threads happen to run so.
     summed = Variant(inputs="summed", scope="all", cell="none")
     for seed, variant in enumerate((Variant(), Variant(cell="carried", scope="gate"), summed)):
-        cell = "rnn_tanh" if plan.cell == "rnn" else plan.cell
-        case = make(plan, cell, variant, plan.rows + 1, 3, packed=seed == 1, resets=True)
+        case = make(plan, cells_of(plan)[0], variant, plan.rows + 1, 3, packed=seed == 1, resets=True)
         check(emulate(emulator, case, seed=seed, races=True), case)
 
 
 @pytest.mark.parametrize("plan", ALL[::2], ids=name_of)
 def test_what_is_not_kept_and_vectors_that_are_not_there(emulator, plan):
-    cell = "rnn_relu" if plan.cell == "rnn" else plan.cell
+    cell = cells_of(plan)[-1]
     for inputs in ("separate", "summed"):
         variant = Variant(inputs=inputs, scope="all")
         case = make(plan, cell, variant, 3, 2, affine=False)
@@ -313,8 +167,7 @@ def test_what_is_not_kept_and_vectors_that_are_not_there(emulator, plan):
 @pytest.mark.parametrize("cell", PLANS)
 def test_a_row_has_the_same_bits_in_any_batch_plan_and_cut(emulator, cell):
     plan = PLANS[cell][0]
-    name = "rnn_tanh" if cell == "rnn" else cell
-    case = make(plan, name, Variant(), 19, 4)
+    case = make(plan, cells_of(plan)[0], Variant(), 19, 4)
     whole = emulate(emulator, case)
     # One block where there were more, more rows, weights elsewhere; only k_split is as it was.
     blocks, rows = 1, 24 - plan.rows
@@ -346,10 +199,10 @@ def test_a_step_rounds_c_before_anything_is_made_of_it(emulator, cell_norm):
     weights = {name: t.double() for name, t in (case.vectors | case.tensors).items() if t is not None}
     x = weights["x"] * weights["gain_ih"]
     hidden = weights["h0"] @ weights["weight_hh"].T
-    gates = reference._gates(x, hidden, weights, variant, [4 * plan.hidden])
+    gates = reference._gates(x, hidden, weights, case.spec)
     seen = found["saved_c"].double()
     if cell_norm == "output":
-        seen = reference._normalized_cell(seen, weights, variant)
+        seen = reference._normalized_cell(seen, weights, case.spec)
     exact = gates.chunk(4, -1)[3].sigmoid() * seen.tanh()
     # One rounding, and float32's: from a c that is not rounded it would be two.
     unit = torch.finfo(torch.bfloat16).eps
@@ -396,7 +249,7 @@ def test_a_reset_lets_no_nan_through(emulator):
 @pytest.mark.parametrize("cell", PLANS)
 def test_a_lost_arrival_stops_the_kernel(emulator, cell):
     plan = PLANS[cell][0]
-    case = make(plan, "rnn_tanh" if cell == "rnn" else cell, Variant(), 3, 3)
+    case = make(plan, cells_of(plan)[0], Variant(), 3, 3)
     for dropped in (0, 1, 2 * plan.blocks**2 + 1, 5 * plan.blocks**2):
         with pytest.raises(RuntimeError, match="trap"):
             emulate(emulator, case, dropped=dropped)
@@ -440,33 +293,24 @@ def test_activations_are_accurate(emulator):
         assert function(float("nan")) != function(float("nan"))
 
 
-def test_forward_launches_its_plan(emulator, monkeypatch):
-    runs = []
-
-    def launch(loaded, plan, clusters, arguments, device):
-        runs.append((plan, clusters, loaded, device))
-        emulator(plan).run(arguments)
-
-    monkeypatch.setattr(persistent, "_architecture", lambda index: 90)
-    monkeypatch.setattr(persistent_compile, "load", lambda plan, device, groups: groups)
-    monkeypatch.setattr(persistent_compile, "launch", launch)
+def test_forward_launches_its_plan(emulated):
     plan = persistent_plan.plan("gru", 32, "float16", 90, 9, 2)
     assert isinstance(plan, Plan)
     case = make(plan, "gru", Variant(), 9, 2, packed=True, resets=True)
-    fields, steps, saved_h, given = called(case)
-    persistent.forward(*fields, steps=steps, saved_h=saved_h, vectors=case.vectors, **given)
-    assert runs == [(plan, 2, 2, 0)]
-    check(written(case, saved_h, given), case)
+    given = called(case)
+    persistent.forward(case.spec, given, steps=2, reverse=False)
+    assert emulated == [(plan, 2, 2, 0)]
+    check(written(case, given), case)
     given["h0"] = torch.zeros(9 * 32 + 1, dtype=torch.float16)[1:].view(9, 32)
     with pytest.raises(ValueError, match="h0 must begin at a multiple of 16 bytes"):
-        persistent.forward(*fields, steps=steps, saved_h=saved_h, vectors=case.vectors, **given)
-    fields, _, _, given = called(make(plan, "gru", Variant(), 2, 1))
+        persistent.forward(case.spec, given, steps=2, reverse=False)
+    given = called(make(plan, "gru", Variant(), 2, 1))
     given |= {
         name: t[:0] for name, t in given.items() if t is not None and name not in ("h0", "hn", "weight_hh")
     }
-    persistent.forward(*fields, steps=0, saved_h=None, vectors={}, **given)
+    persistent.forward(case.spec, given, steps=0, reverse=False)
     assert torch.equal(given["hn"], given["h0"])
-    assert len(runs) == 1
+    assert len(emulated) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the driver library has another name")
@@ -508,94 +352,3 @@ persistent_compile.launch(persistent_compile.load(plan, 3, 1), plan, 5, argument
         "context 7300",
         f"launch {5 * 16} 1 1, {plan.threads} 1 1, {shared} bytes, stream 17, first argument 42, extra 0",
     ]
-
-
-def test_what_is_not_served(monkeypatch):
-    monkeypatch.setattr(persistent_compile, "problem", lambda architecture: None)
-    fields = ("lstm", "layer", "separate", "matrix", "output", 512, False, torch.bfloat16, 90)
-    assert persistent.problem(*fields) is None
-    for index, value, reason in (
-        (1, "none", "no norm"),
-        (5, 500, "not a multiple of 16"),
-        (5, 4096, "do not fit into 16 multiprocessors"),
-        (6, True, "projected"),
-        (7, torch.float32, "float32 is not served"),
-        (8, 80, "8.0 has no thread block clusters"),
-        (8, 120, "12.0 has too little shared memory"),
-    ):
-        changed = [*fields[:index], value, *fields[index + 1 :]]
-        assert reason in persistent.problem(*changed)
-    late = ("gru", "layer", "summed", "gate", "none", 512, False, torch.float16, 90)
-    assert "after the reset" in persistent.problem(*late)
-    assert persistent.problem("gru", "layer", "summed", "all", *late[4:]) is None
-
-
-def plans(sizes, batches, architecture=90):
-    for cell, hidden, batch in itertools.product(PLANS, sizes, batches):
-        for groups in (1, persistent_plan.GATES[cell]):
-            yield persistent_plan.plan(cell, hidden, "bfloat16", architecture, batch, groups), groups
-
-
-def test_plans_keep_to_what_a_device_has():
-    sizes = (*range(16, 700, 48), 768, 1024, 1536)
-    found = {pair for pair in plans(sizes, (1, 128, 256, 4096)) if isinstance(pair[0], Plan)}
-    for plan, groups in found:
-        assert plan.shared_bytes(groups) <= 227 * 1024
-        assert plan.threads <= 512
-        assert plan.blocks <= 16
-        assert plan.blocks * plan.units >= plan.hidden
-        assert plan.registers * plan.threads <= 65536
-        assert 0 <= plan.register_pairs <= plan.pairs
-    # The bits of a row do not depend on its batch.
-    for cell, hidden, groups in {(p.cell, p.hidden, groups) for p, groups in found}:
-        one = [p for p, of in found if (p.cell, p.hidden, of) == (cell, hidden, groups)]
-        assert len({p.k_split for p in one}) == 1
-        assert len({p.rows for p in one}) == len(one)
-
-
-def test_the_cache_of_compiled_kernels(monkeypatch, tmp_path):
-    compiled = []
-
-    def compile_(text, options):
-        compiled.append(options)
-        return b"cubin of " + repr(options).encode()
-
-    monkeypatch.setattr(persistent_compile, "problem", lambda architecture: None)
-    monkeypatch.setattr(persistent_compile, "_nvrtc_version", lambda: (13, 0))
-    monkeypatch.setattr(persistent_compile, "_compile", compile_)
-    monkeypatch.setenv(persistent_compile.CACHE_VARIABLE, str(tmp_path / "cache"))
-    plan = ALL[0]
-    first = persistent_compile.compile(plan, 90)
-    assert persistent_compile.compile(plan, 90) == first
-    assert len(compiled) == 1
-    assert persistent_compile.compile(plan, 100) != first
-    (path,) = (p for p in (tmp_path / "cache").iterdir() if p.read_bytes().endswith(first))
-    for damage in (lambda b: b[:-1], lambda b: b"x" + b[1:], lambda b: b[:-1] + b"x", lambda b: b""):
-        path.write_bytes(damage(path.read_bytes()))
-        assert persistent_compile.compile(plan, 90) == first
-        assert persistent_compile.compile(plan, 90) == first
-    assert len(compiled) == 6
-    monkeypatch.setattr(persistent_compile, "_nvrtc_version", lambda: (13, 1))
-    assert persistent_compile.compile(plan, 90) == first
-    assert len(compiled) == 7
-    assert len(list((tmp_path / "cache").iterdir())) == 3  # and nothing temporary
-    (tmp_path / "file").touch()
-    monkeypatch.setenv(persistent_compile.CACHE_VARIABLE, str(tmp_path / "file"))
-    assert persistent_compile.compile(plan, 90) == first
-    assert len(compiled) == 8
-
-
-@pytest.mark.parametrize("architecture", [90, 100])
-def test_the_kernel_compiles_without_spills(architecture, monkeypatch, tmp_path, record_property):
-    why_not = persistent_compile.problem(architecture)
-    if why_not is not None:
-        pytest.skip(why_not)
-    resources = pytest.importorskip("tools.resources")
-    pytest.importorskip("triton", reason="its cuobjdump reads the resources")
-    monkeypatch.setenv(persistent_compile.CACHE_VARIABLE, str(tmp_path))
-    found = plans((128, 256, 512), (1, 256), architecture)
-    for plan in dict.fromkeys(plan for plan, _ in found):
-        registers, stack = resources.usage(persistent_compile.compile(plan, architecture))
-        record_property(name_of(plan), f"{registers} registers, {plan.shared_bytes()} bytes of shared memory")
-        assert stack == 0, plan
-        assert registers <= plan.registers, plan

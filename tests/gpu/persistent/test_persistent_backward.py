@@ -1,7 +1,5 @@
 """The persistent recurrent kernel's backward without a GPU, as ``test_persistent`` has forward."""
 
-# ruff: noqa: F811 - the fixture's name
-
 from __future__ import annotations
 
 import collections
@@ -12,14 +10,14 @@ import pytest
 import torch
 
 from layernorm.gpu.persistent import backward_plan as persistent_backward_plan
-from layernorm.gpu.persistent import compiling as persistent_compile
 from layernorm.gpu.persistent import launches as persistent
 from layernorm.gpu.persistent import plan as persistent_plan
+from layernorm.gpu.persistent.arguments import ChunkPlace
 from layernorm.gpu.persistent.backward_plan import BackwardPlan
 from layernorm.reference import recurrent as reference
 from layernorm.variants import Variant
-from tests.gpu.persistent.test_persistent import DTYPES, Case, compiler, emulator, make, name_of, scan, served  # noqa: F401 - a fixture
-from tests.recurrent.test_recurrent_promises import Layer, seeds_like
+from tests.gpu.persistent.cases import DTYPES, Case, cells_of, make, name_of, scan, served
+from tests.recurrent.cases import Layer, seeds_like
 
 # Each of the ways in which a plan can differ: blocks, the last one with fewer units, or none, or not; warps
 # with the same units, or without any; weights in shared memory, in registers or in both; a warp's units of
@@ -62,17 +60,17 @@ class Kept:
         """With the gradient of what was rounded."""
         return a + (a.to(self.dtype).double() - a).detach()
 
-    def normalized(self, a, groups, gain, bias, variant, *, of_cell):
-        """In place of the reference's."""
+    def normalized(self, a, counts, gain, bias, spec, *, of_cell):
+        """Do what the reference's does, and keep what comes by."""
         if of_cell:
             a = self.rounded(a)
         a.retain_grad()
-        layer = variant.kind == "layer"
-        parts = a.detach().split(groups, -1)
+        layer = spec.variant.kind == "layer"
+        parts = a.detach().split([count * (a.size(-1) // sum(counts)) for count in counts], -1)
         means = torch.stack([p.mean(-1) * layer for p in parts], -1)
         moments = [p.var(-1, correction=0) if layer else p.square().mean(-1) for p in parts]
-        stats = torch.stack([(m + variant.eps).rsqrt() for m in moments], -1)
-        n = self.normalize(a, groups, None, None, variant)
+        stats = torch.stack([(m + spec.eps).rsqrt() for m in moments], -1)
+        n = self.normalize(a, counts, None, None, spec)
         if not of_cell:
             n = self.rounded(n)
         result = reference._plus(n if gain is None else n * gain, bias)
@@ -88,9 +86,9 @@ class Kept:
         x = x + torch.zeros_like(x, requires_grad=True)
         x.retain_grad()
 
-        def normalized(a, groups, gain, bias, variant):
+        def normalized(a, counts, gain, bias, spec):
             of_cell = gain is weights["gain_cell"]
-            return self.normalized(a, groups, gain, bias, variant, of_cell=of_cell)
+            return self.normalized(a, counts, gain, bias, spec, of_cell=of_cell)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(reference, "_normalized", normalized)
@@ -111,24 +109,28 @@ class Kept:
 def prepare(case: Case) -> Backward:
     """By autograd of the reference in float64."""
     plan, dtype, kept = case.plan, DTYPES[case.plan.dtype], Kept(case)
-    lstm, summed = plan.cell == "lstm", case.variant.inputs == "summed"
+    lstm, summed = plan.cell == "lstm", case.spec.products == "summed"
     state, output, final = scan(case, kept.cell, grad=True)
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(t.shape, generator=generator) for t in (output, *final)]
     grads[0] = grads[0].to(dtype)
     sum((t * grad.double()).sum() for t, grad in zip((output, *final), grads, strict=True)).backward()
     stats = kept.whole("stats").float()
-    given = dict(case.tensors) | {
-        "x": kept.whole("n").to(dtype) if summed else case.tensors["x"],
-        "saved_h": None if summed else kept.whole("n").to(dtype),
-        "saved_c": kept.whole("c").to(dtype) if lstm else None,
-        "stats": stats if summed else torch.cat([torch.full_like(stats, float("nan")), stats], -1),
-        "grad_output": grads[0],
-        "grad_h": grads[1],
-        "grad_c": grads[2] if lstm else None,
-        "h_before": kept.whole("h").to(dtype) if plan.cell == "gru" else None,
-        "cell_stats": kept.whole("cell_stats").float() if "seen" in kept.steps else None,
-    }
+    given = (
+        case.vectors
+        | case.tensors
+        | {
+            "x": kept.whole("n").to(dtype) if summed else case.tensors["x"],
+            "saved_h": None if summed else kept.whole("n").to(dtype),
+            "saved_c": kept.whole("c").to(dtype) if lstm else None,
+            "stats": stats if summed else torch.cat([torch.full_like(stats, float("nan")), stats], -1),
+            "grad_output": grads[0],
+            "grad_h": grads[1],
+            "grad_c": grads[2] if lstm else None,
+            "h_before": kept.whole("h").to(dtype) if plan.cell == "gru" else None,
+            "cell_stats": kept.whole("cell_stats").float() if "seen" in kept.steps else None,
+        }
+    )
     exact = {
         "grad_gates": kept.whole("gates" if summed else "x", grad=True),
         "grad_wh": kept.whole("product", grad=True),
@@ -144,7 +146,7 @@ def prepare(case: Case) -> Backward:
 
 
 def called(problem: Backward, done: int, count: int, again: bool, carried):
-    """The chunk's first row and rows, and the arguments of ``persistent.backward``, NaN in what it writes."""
+    """Return a chunk's rows, its place, and the tensors for ``backward``, NaN in what it writes."""
     case, plan, given = problem.case, problem.case.plan, dict(problem.given)
     sizes = torch.tensor(case.batch_sizes)
     offsets = sizes.cumsum(0) - sizes
@@ -168,22 +170,20 @@ def called(problem: Backward, done: int, count: int, again: bool, carried):
     given |= {name: empty(name, plan.hidden) for name in ("grad_own", "grad_cell", "normalized_cell")}
     given |= {"batch_sizes": sizes, "step_offsets": offsets} if case.packed else {}
     given |= carried
-    given = {name: given.get(name) for name in (*given, "batch_sizes", "step_offsets") if name != "h0"}
-    return slice(begin, begin + rows), (done, count, begin, begin if again else 0), given
+    return slice(begin, begin + rows), ChunkPlace(done, count, begin, begin if again else 0), given
 
 
 def emulate(emulator, problem: Backward, *, chunks=None, again=False, plan=None, **options):
-    """What the kernel finds, in chunks of so many steps."""
-    case, variant = problem.case, problem.case.variant
+    """Return what the kernel finds, in chunks of these numbers of steps."""
+    case = problem.case
     steps, done = len(case.batch_sizes), 0
     found = {name: torch.empty(t.shape, dtype=DTYPES[case.plan.dtype]) for name, t in problem.exact.items()}
     carried = {name: problem.given[name] for name in ("grad_h", "grad_c")}
     carried = {name: None if t is None else t.clone() for name, t in carried.items()}
-    fields = (case.cell, variant.kind, variant.inputs, variant.scope, variant.cell, case.reverse, steps)
     for count in chunks or [steps]:
         rows, chunk, given = called(problem, done, count, again, carried)
-        tensors = given | {name: case.vectors.get(name) for name in persistent.VECTORS}
-        arguments = persistent.make_backward_arguments(*fields, chunk=chunk, tensors=tensors)
+        options_of_call = {"steps": steps, "reverse": case.reverse, "chunk": chunk}
+        arguments = persistent.make_backward_arguments(case.spec, given, **options_of_call)
         emulator(plan or case.plan).run(arguments, **options)
         for name in found.keys() - carried.keys():
             found[name][rows] = given[name]
@@ -211,10 +211,6 @@ def check(found, problem: Backward):
             atol=tolerance * max(1, exact.abs().max().item()),
             msg=lambda m, n=name: f"{n}: {m}",
         )
-
-
-def cells_of(plan):
-    return ("rnn_tanh", "rnn_relu") if plan.cell == "rnn" else (plan.cell,)
 
 
 @pytest.mark.parametrize("plan", ALL, ids=name_of)
@@ -310,8 +306,8 @@ def test_a_row_has_the_same_bits_in_any_batch_and_plan(emulator, cell):
         return tensor.unflatten(0, (3, 19))[:, part].flatten(0, 1).contiguous()
 
     for part in (slice(0, 1), slice(11, 19)):
-        vectors = ("weight_hh", "resets")
-        given = {name: t if name in vectors else rows(t, part) for name, t in problem.given.items()}
+        shared = {"weight_hh", "resets", *problem.case.vectors}
+        given = {name: t if name in shared else rows(t, part) for name, t in problem.given.items()}
         case = dataclasses.replace(problem.case, lengths=[3] * (part.stop - part.start))
         exact = {name: rows(t, part) for name, t in problem.exact.items()}
         for name, tensor in emulate(emulator, Backward(case, given, exact)).items():
@@ -359,34 +355,23 @@ def test_a_lost_arrival_stops_the_kernel(emulator, cell):
             emulate(emulator, problem, dropped=dropped)
 
 
-def test_backward_launches_its_plan(emulator, monkeypatch):
-    runs = []
-
-    def launch(loaded, plan, clusters, arguments, device):
-        runs.append((plan, clusters, loaded, device))
-        emulator(PLANS["gru"][1]).run(arguments)
-
-    monkeypatch.setattr(persistent, "_architecture", lambda index: 90)
-    monkeypatch.setattr(persistent_compile, "load", lambda plan, device, groups: groups)
-    monkeypatch.setattr(persistent_compile, "launch", launch)
+def test_backward_launches_its_plan(emulator, emulated, monkeypatch):
     plan = persistent_backward_plan.plan("gru", 16, "float16", 90, 9, 2)
     assert isinstance(plan, BackwardPlan)
     problem = prepare(make(PLANS["gru"][1], "gru", Variant(), 9, 2, packed=True, resets=True))
-    variant, given = Variant(), problem.given | {"grad_h": problem.given["grad_h"].clone()}
-    _, (done, count, base, kept), given = called(problem, 0, 2, False, {"grad_h": given["grad_h"]})
-    fields = ("gru", variant.kind, variant.inputs, variant.scope, variant.cell, False)
-    numbers = {"steps": 2, "done": done, "base": base, "kept": kept}
-    persistent.backward(*fields, **given, **numbers, count=count, vectors=problem.case.vectors)
-    assert runs == [(plan, -(-9 // plan.rows), 2, 0)]
+    grad_h, spec = problem.given["grad_h"].clone(), problem.case.spec
+    _, chunk, given = called(problem, 0, 2, False, {"grad_h": grad_h})
+    persistent.backward(spec, given, steps=2, reverse=False, chunk=chunk)
+    assert emulated == [(plan, -(-9 // plan.rows), 2, 0)]
     whole = emulate(emulator, problem)
     given["grad_h"][problem.case.tensors["resets"][:9]] = 0
     for name, tensor in whole.items():
         assert torch.equal(given[name], tensor), name
-    persistent.backward(*fields, **given, **numbers, count=0, vectors=problem.case.vectors)
-    assert len(runs) == 1
+    persistent.backward(spec, given, steps=2, reverse=False, chunk=chunk._replace(steps=0))
+    assert len(emulated) == 1
     wrong = given | {"grad_wh": given["grad_wh"].t().contiguous().t()}
     with pytest.raises(ValueError, match="grad_wh must be contiguous"):
-        persistent.backward(*fields, **wrong, **numbers, count=count, vectors=problem.case.vectors)
+        persistent.backward(spec, wrong, steps=2, reverse=False, chunk=chunk)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -399,19 +384,10 @@ def test_backward_launches_its_plan(emulator, monkeypatch):
         ("rnn", Variant(), False),
     ],
 )
-def test_the_operators_by_both_directions(emulator, monkeypatch, cell, variant, packed):
-    """All that a module calls, with Triton's interpreter for what is around the persistent kernel."""
+def test_the_operators_by_both_directions(emulated, monkeypatch, cell, variant, packed):
+    # All that a module calls, with Triton's interpreter for what is around the persistent kernel.
     from layernorm.gpu.recurrent import operators as recurrent
 
-    launched = []
-
-    def launch(loaded, plan, clusters, arguments, device):
-        launched.append(type(plan))
-        emulator(plan).run(arguments)
-
-    monkeypatch.setattr(persistent, "_architecture", lambda index: 90)
-    monkeypatch.setattr(persistent_compile, "load", lambda plan, device, groups: groups)
-    monkeypatch.setattr(persistent_compile, "launch", launch)
     monkeypatch.setattr(recurrent, "CHUNK_BYTES", 5000)  # two steps or so
     layer = Layer(cell, variant, 5, 32, torch.bfloat16)
     x, state = torch.randn(5, 3, 5).bfloat16(), layer.state(3, torch.bfloat16)
@@ -423,71 +399,16 @@ def test_the_operators_by_both_directions(emulator, monkeypatch, cell, variant, 
     for recompute in (False, True):
         options |= {"resets": resets, "recompute": recompute, "reverse": recompute}
         expected = layer(x, state, seeds, **options)
-        assert not launched
+        assert not emulated
         with monkeypatch.context() as patch:
-            patch.setattr(recurrent, "_tier", lambda layer, *, backward: "persistent")
+            patch.setattr(recurrent, "_is_persistent", lambda layer, *, backward: True)
             found = layer(x, state, seeds, **options)
-        assert launched[0] is persistent_plan.Plan
-        assert set(launched[1:]) == {BackwardPlan}
-        assert len(launched) > 2
-        launched.clear()
+        kinds = [type(plan) for plan, *_ in emulated]
+        assert kinds[0] is persistent_plan.Plan
+        assert set(kinds[1:]) == {BackwardPlan}
+        assert len(kinds) > 2
+        emulated.clear()
         # Another order of sums may round a state the other way, which the steps after it pass on.
         for a, b in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
             error = (a.float() - b.float()).abs().max()
             assert error <= 4 * torch.finfo(torch.bfloat16).eps * (1 + b.float().abs().max())
-
-
-def test_what_is_not_served(monkeypatch):
-    monkeypatch.setattr(persistent_compile, "problem", lambda architecture: None)
-    fields = ("lstm", "layer", "separate", "matrix", "output", 512, False, torch.bfloat16, 90)
-    assert persistent.backward_problem(*fields) is None
-    for index, value, reason in (
-        (1, "none", "no norm"),
-        (5, 500, "not a multiple of 16"),
-        (5, 1024, "do not fit into 16 multiprocessors"),
-        (6, True, "projected"),
-        (7, torch.float32, "float32 is not served"),
-        (8, 80, "8.0 has no thread block clusters"),
-    ):
-        changed = [*fields[:index], value, *fields[index + 1 :]]
-        assert reason in persistent.backward_problem(*changed)
-    late = ("gru", "layer", "summed", "gate", "none", 512, False, torch.float16, 90)
-    assert "after the reset" in persistent.backward_problem(*late)
-
-
-def plans(sizes, batches, architecture=90, groups=True):
-    for cell, hidden, batch in itertools.product(PLANS, sizes, batches):
-        for some in {1, persistent_plan.GATES[cell]} if groups else {1}:
-            yield persistent_backward_plan.plan(cell, hidden, "bfloat16", architecture, batch, some), some
-
-
-def test_plans_keep_to_what_a_device_has():
-    sizes = (*range(16, 700, 48), 768, 1024, 1536)
-    found = {pair for pair in plans(sizes, (1, 128, 256, 4096)) if isinstance(pair[0], BackwardPlan)}
-    for plan, groups in found:
-        assert plan.shared_bytes(groups) <= 227 * 1024
-        assert plan.threads <= 512
-        assert plan.blocks <= 16
-        assert plan.blocks * plan.units >= plan.hidden
-        assert plan.warps >= plan.unit_warps * plan.split
-        assert plan.registers * plan.threads <= 65536
-        assert 0 <= plan.register_steps <= plan.steps
-    # The bits of a row do not depend on its batch.
-    for cell, hidden, groups in {(p.cell, p.hidden, groups) for p, groups in found}:
-        one = {p.units for p, of in found if (p.cell, p.hidden, of) == (cell, hidden, groups)}
-        assert len(one) == 1
-
-
-def test_the_kernel_compiles_without_spills(monkeypatch, tmp_path, record_property):
-    why_not = persistent_compile.problem(90)
-    if why_not is not None:
-        pytest.skip(why_not)
-    resources = pytest.importorskip("tools.resources")
-    pytest.importorskip("triton", reason="its cuobjdump reads the resources")
-    monkeypatch.setenv(persistent_compile.CACHE_VARIABLE, str(tmp_path))
-    found = [plan for plan, _ in plans((128, 256, 512), (1,), groups=False)]
-    for plan in (*found, persistent_backward_plan.plan("lstm", 512, "bfloat16", 90, 256)):
-        registers, stack = resources.usage(persistent_compile.compile(plan, 90))
-        record_property(name_of(plan), f"{registers} registers, {plan.shared_bytes()} bytes of shared memory")
-        assert stack == 0, plan
-        assert registers <= plan.registers, plan

@@ -9,20 +9,27 @@ import pytest
 import torch
 
 from layernorm import Variant, backends, ops
-from layernorm.gpu import settings
+from layernorm.gpu import settings, tiers
 from layernorm.variants import GATES
-from tests.recurrent.test_recurrent_kernels import CHOICES, LARGE, alike, drawn_cases, of_cases
-from tests.recurrent.test_recurrent_operators import arguments, backward_arguments, detached
-from tests.recurrent.test_recurrent_promises import FUNCTIONS, Layer, every_function, same, seeds_like
+from tests.recurrent.cases import (
+    FUNCTIONS,
+    Layer,
+    backward_arguments,
+    detached,
+    every_function,
+    of_functions,
+    operator_arguments,
+    same,
+    seeds_like,
+)
+from tests.recurrent.drawn_networks import CHOICES, LARGE, alike, drawn_cases, of_cases
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'layernorm[triton]'")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The interpreter takes milliseconds for a row of a step.
 SMALL = CHOICES | {"hidden": (1, 3, 7, 33), "features": (1, 5, 33), "steps": (1, 3), "rows": (1, 3)}
-some_functions = pytest.mark.parametrize(
-    ("cell", "variant"), [pytest.param(*f, id=f"{f[0]}-{i}") for i, f in enumerate(FUNCTIONS[::2])]
-)
+some_functions = of_functions(FUNCTIONS[::2])
 
 
 @pytest.fixture(params=["interpreted", "on_gpu"])
@@ -167,7 +174,7 @@ def test_numbers_whose_squares_float32_cannot_hold(cell, variant, size, place):
 
 def test_operators_pass_opcheck(place):
     for (cell, variant), packed in zip((FUNCTIONS[0], FUNCTIONS[7]), (True, False), strict=True):
-        given = arguments(cell, variant, packed=packed)
+        given = operator_arguments(cell, variant, packed=packed)
         torch.library.opcheck(torch.ops.layernorm.recurrent.default, (), given)
         plain = detached(given)
         forward = torch.ops.layernorm.recurrent_forward.default
@@ -214,17 +221,17 @@ def test_the_choice(monkeypatch):
             assert backends.choose("gru", gpu, torch.float32).kernel == "reference"
 
 
-def test_the_tiers_and_what_info_says_of_them(monkeypatch):
+def test_the_tiers_and_what_info_says_of_them(monkeypatch, pretend_architecture):
     from layernorm import info
     from layernorm.gpu.persistent import compiling as persistent_compile
 
     gpu, half = torch.device("cuda", 0), torch.bfloat16
 
     def tier(cell="lstm", variant=None, size=256, dtype=half, **options):
-        backends._tier.cache_clear()
+        tiers._tier.cache_clear()  # the settings change
         return backends.tier(cell, variant or Variant(), size, dtype, gpu, **options)
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    pretend_architecture(9, 0)
     monkeypatch.setattr(persistent_compile, "problem", lambda architecture: None)
     assert tier() == ("triton", "the persistent kernel has not been measured on compute capability 9.0 yet")
     monkeypatch.setitem(settings.PERSISTENT, (9, 0), {"lstm": (256, 128)})
@@ -253,14 +260,11 @@ def test_the_tiers_and_what_info_says_of_them(monkeypatch):
         assert backends.choose("layer_norm", gpu, half).kernel == "torch"
     with backends.use("triton"):
         assert tier() == ("triton", "the override asks for it")
-    backends._tier.cache_clear()
     lines = info.tiers(gpu)
     served = ["lstm", "128", "to", "256", "bfloat16", "forward", "persistent"]
     assert any(line.split()[: len(served)] == served for line in lines)
-    backends._tier.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    pretend_architecture(8, 0)
     assert tier() == ("triton", "compute capability 8.0 has no thread block clusters")
-    backends._tier.cache_clear()
 
 
 # ---- replays, without a GPU ----

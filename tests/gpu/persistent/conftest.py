@@ -1,0 +1,40 @@
+"""Fixtures of the persistent kernels' tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+from layernorm.gpu.persistent import compiling
+from layernorm.gpu.persistent import launches as persistent
+from tests.gpu.persistent.cases import builder
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("there is no C++ compiler")
+    return found
+
+
+@pytest.fixture(scope="session")
+def emulator(compiler, tmp_path_factory):
+    return builder(compiler, tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.fixture
+def emulated(emulator, monkeypatch):
+    """Runs what is launched in the emulator: the list of (plan, clusters, groups, device)."""
+    runs = []
+
+    def launch(loaded, plan, clusters, arguments, device):
+        runs.append((plan, clusters, loaded, device))
+        emulator(plan).run(arguments)
+
+    monkeypatch.setattr(persistent, "_architecture", lambda index: 90)
+    monkeypatch.setattr(compiling, "load", lambda plan, device, groups: groups)
+    monkeypatch.setattr(compiling, "launch", launch)
+    return runs
