@@ -1,4 +1,4 @@
-"""Which kernel serves which call, the override, and an installation without compiled kernels."""
+"""The choice of a kernel for a call, the override, and an installation without compiled kernels."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_use_overrides_and_gives_back():
 
 
 def served():
-    """The kernel of a norm here and now."""
+    """Return the kernel of a norm here and now."""
     return backends.choose("layer_norm", CPU, torch.float32).kernel
 
 
@@ -243,7 +243,7 @@ print(layernorm.backends.choose('layer_norm', torch.device('cpu'), torch.float32
     assert result.stdout.startswith("Choice(kernel='reference'")
 
 
-def test_without_compiled_kernels_torch_serves_and_it_is_said_once(monkeypatch):
+def test_without_compiled_kernels_torch_computes_and_it_is_said_once(monkeypatch):
     monkeypatch.setattr(ops, "NATIVE_PROBLEM", "this installation was made without them")
     monkeypatch.setattr(ops, "native", None)
     monkeypatch.setattr(backends, "_said", set())

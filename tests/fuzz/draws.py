@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,6 +136,16 @@ def by_reference() -> Iterator[None]:
     """Compute by the reference in one thread: several are slow for small tensors where others are busy."""
     with thread_count(1), backends.use("reference"):
         yield
+
+
+def run_case(drawn: tuple[Draw, Any], judged: Callable[[Draw, Any], float]) -> float:
+    """Judge a drawn case and return its largest share of what is allowed; a failure tells what was drawn."""
+    draw, case = drawn
+    try:
+        with setting(draw), np.errstate(all="ignore"):
+            return judged(draw, case)
+    except Failure as failure:
+        raise Failure(f"{failure}\n  {draw.notes}") from None
 
 
 def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

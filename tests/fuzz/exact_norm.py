@@ -5,9 +5,9 @@ kernel computes in units of u = 2^-24 (float32; 2^-53 in float64) may be off by 
 of its own roundings, and √H for the sums over H features, whose roundings are independent. The terms are
 taken with n + 1 in place of |n| for the normalized n, whose own error is of the order of u whatever it is.
 
-Where the mean is large beside the deviation, by κ = max|a|·rstd, the difference a - mean loses κ units: all
-of it is allowed in a derivative, for which the mean is kept in one number of the type computed in. Forward
-has more of it than that; in float32 a loss of float64's units only is allowed.
+Where the mean is large compared with the deviation, by κ = max|a|·rstd, the difference a - mean loses κ
+units: all of it is allowed in a derivative, for which the mean is kept in one number of the type computed in.
+Forward has more of it than that; in float32 a loss of float64's units only is allowed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def wide(a: Tensor) -> Array:
 
 @dataclass
 class Exact:
-    """What is right, and how far from it a kernel's number may be before it is rounded."""
+    """An exact number, and how far from it a kernel's may be before it is rounded."""
 
     value: Array
     bound: Array

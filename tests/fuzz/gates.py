@@ -11,8 +11,8 @@ from layernorm import Variant, backends
 from layernorm import functional as LF
 from layernorm.variants import parameter_shapes, resolve
 
-from .draws import DTYPES, Draw, by_reference, check, rounded, same_bits
-from .judging import largest_share, moved_by_roundings, run_case, second_order
+from .draws import DTYPES, Draw, by_reference, check, rounded, run_case, same_bits
+from .judging import largest_share, moved_by_roundings, second_order
 from .layers import variant_of
 
 GIVEN = ("input_gates", "hidden_gates", "c")

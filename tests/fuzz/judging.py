@@ -15,21 +15,11 @@ from torch import Tensor
 
 from layernorm import backends
 
-from .draws import Draw, Failure, by_reference, check, setting, unit
+from .draws import Draw, Failure, by_reference, check, unit
 from .noise import roundings
 
 DRAWS = 3
 INPUTS = ("input", "h", "c", "input_gates", "hidden_gates")
-
-
-def run_case(drawn: tuple[Draw, Any], judged: Callable[[Draw, Any], float]) -> float:
-    """Judge a drawn case and return its largest share of what is allowed; a failure tells what was drawn."""
-    draw, case = drawn
-    try:
-        with setting(draw):
-            return judged(draw, case)
-    except Failure as failure:
-        raise Failure(f"{failure}\n  {draw.notes}") from None
 
 
 def largest_share(

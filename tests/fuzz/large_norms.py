@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from .draws import HALVES, Draw, Failure, check, same_bits, setting, unit
+from .draws import HALVES, Draw, check, run_case, same_bits, unit
 from .norm_cases import OPERATORS, Case
 from .norms import Judge, judge
 
@@ -47,11 +46,7 @@ def run(seed: int) -> float:
     if dtype != torch.float16:
         case.input[: len(exponents)] = torch.ldexp(case.input[: len(exponents)].double(), exponents).to(dtype)
     draw.note(operator=operator, dtype=dtype, shape=shape, eps=case.eps)
-    try:
-        with setting(draw), np.errstate(all="ignore"):
-            return judged(draw, case)
-    except Failure as failure:
-        raise Failure(f"{failure}\n  {draw.notes}") from None
+    return run_case((draw, case), judged)
 
 
 def judged(draw: Draw, case: Case) -> float:

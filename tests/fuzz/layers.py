@@ -18,8 +18,8 @@ from layernorm import Variant, backends
 from layernorm.variants import PRESETS
 from tests.recurrent.cases import SEQUENCES, as_hx, flat, state_sizes
 
-from .draws import DTYPES, Draw, by_reference, check, rounded
-from .judging import largest_share, moved_by_roundings, run_case
+from .draws import DTYPES, Draw, by_reference, check, rounded, run_case
+from .judging import largest_share, moved_by_roundings
 
 NAMES = ("input", "h", "c")
 

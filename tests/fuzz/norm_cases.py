@@ -68,25 +68,12 @@ def case_of(seed: int) -> tuple[Draw, Case]:
     dtype = draw.choice((torch.float32, torch.float32, torch.float64, *HALVES))
     if not exact_norm.IS_WIDER and dtype == torch.float64:
         dtype = torch.float32  # there is no judge of float64 then
-    width = (
-        draw.size()
-        if draw.chance(0.85)
-        else draw.choice(EDGES[3:]) * draw.randint(1, 2) + draw.randint(-1, 1)
-    )
-    rows = draw.choice((0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 33, 70))
-    if width < 10 and draw.chance(0.05):
-        rows = draw.choice((2049, 2100))
-    leading = draw.choice(((rows,), (rows,), (1, rows), (rows, 1)) if rows % 3 else ((3, rows // 3), (rows,)))
-    if rows == 1 and draw.chance(0.3):
-        leading = ()
-    tail = (2, width // 2) if width % 2 == 0 and draw.chance(0.15) else (width,)
-    shape = (*leading, *tail)
+    rows, width, shape, tail = sizes_of(draw)
     eps = draw.choice(EPS)
     if draw.chance(0.1):
         eps = 2.0 ** draw.randint(-300 if dtype == torch.float64 else -140, 3)
     if "rms" in operator and draw.chance(0.1):
         eps = None
-
     parameter_types = [dtype, torch.float32] if dtype in HALVES else [dtype]
 
     def parameter(present: float, one: float) -> Tensor | None:
@@ -126,6 +113,23 @@ def case_of(seed: int) -> tuple[Draw, Case]:
         operator=operator, dtype=dtype, shape=shape, tail=tail, eps=eps, entry=case.entry, wanted=case.wanted
     )
     return draw, case
+
+
+def sizes_of(draw: Draw) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """Draw the number of rows, their width, the shape of all, and the normalized shape."""
+    width = (
+        draw.size()
+        if draw.chance(0.85)
+        else draw.choice(EDGES[3:]) * draw.randint(1, 2) + draw.randint(-1, 1)
+    )
+    rows = draw.choice((0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 33, 70))
+    if width < 10 and draw.chance(0.05):
+        rows = draw.choice((2049, 2100))
+    leading = draw.choice(((rows,), (rows,), (1, rows), (rows, 1)) if rows % 3 else ((3, rows // 3), (rows,)))
+    if rows == 1 and draw.chance(0.3):
+        leading = ()
+    tail = (2, width // 2) if width % 2 == 0 and draw.chance(0.15) else (width,)
+    return rows, width, (*leading, *tail), tail
 
 
 def rows_of(draw: Draw, dtype: torch.dtype, rows: int, width: int) -> Tensor:

@@ -55,13 +55,13 @@ def longdouble_max(dtype: torch.dtype) -> np.longdouble:
 
 
 def least(dtype: torch.dtype) -> float:
-    """The smallest positive number."""
+    """Return the smallest positive number."""
     return float(torch.finfo(dtype).smallest_normal) * torch.finfo(dtype).eps
 
 
 @dataclass
 class Judge:
-    """What is right for a case, whose rows are those that were normalized."""
+    """The exact results of a case, whose rows are those that were normalized."""
 
     case: Case
     rows: Array
@@ -86,16 +86,16 @@ class Judge:
 
     @property
     def of_n(self) -> Array:
-        """The gradient of the normalized."""
+        """Return the gradient of the normalized rows."""
         return self.grad if self.gain is None else self.grad * self.gain
 
     def summed(self, terms: Exact) -> Exact:
-        """The sum over rows, with its own roundings."""
+        """Return the sum over rows, with its own roundings."""
         total = exact_norm.over_rows(terms)
         return Exact(total.value, total.bound * (1 + terms.value.shape[0] ** 0.5))
 
     def first(self, name: str) -> Exact:
-        """The gradient of the named tensor."""
+        """Return the gradient of the named tensor."""
         if name == "weight":
             return self.summed(exact_norm.of_gain(self.stats, self.grad))
         if name == "bias":
@@ -114,7 +114,7 @@ class Judge:
         return Exact(grad, 8 * unit(computed(self.case.input.dtype)) * np.abs(grad))
 
     def in_graph(self, name: str) -> Exact:
-        """The gradient of the named tensor by PyTorch's operators, whose means are sums first."""
+        """Return the gradient of the named tensor by PyTorch's operators, whose means are sums first."""
         found = self.first(name)
         if name in ("weight", "bias"):
             return found
@@ -123,7 +123,7 @@ class Judge:
         return Exact(found.value, np.where(beyond.any(-1, keepdims=True), np.inf, found.bound))
 
     def second(self, name: str, v: dict[str, Array]) -> Exact:
-        """The gradient of Σ v·(first gradients) for the named tensor."""
+        """Return the gradient of Σ v·(first gradients) for the named tensor."""
         found = self._second(name, v)
         # What PyTorch's operators make on the way is in range up to sums of rstd²·v·t.
         largest = [np.abs(a).max(-1, keepdims=True) for a in (self.grad, self.of_n, *v.values())]

@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_packed_sequence
 from tests.recurrent.cases import CELLS, as_hx, flat
 from tests.settings import thread_count
 
-from .draws import HALVES, Draw, check, same_bits
-from .judging import run_case, second_order
+from .draws import HALVES, Draw, check, run_case, same_bits
+from .judging import second_order
 from .layers import Case, Result, arguments, case_of, enlarged, result
 
 STATES = ("h", "c")
@@ -38,7 +38,7 @@ def judged(draw: Draw, case: Case) -> float:
 
 
 def widened(draw: Draw, case: Case) -> None:
-    """Give the case so many columns that threads share them."""
+    """Give the case enough columns for threads to share them."""
     module, options = case.module, {"variant": case.variant, "dtype": torch.float64}
     if case.relu:
         options["nonlinearity"] = "relu"

@@ -165,7 +165,7 @@ def constructor(draw: Draw) -> Call:
 
     def make(**arguments: Any) -> Any:
         if isinstance(layers := arguments.get("num_layers"), int) and layers > 1000:
-            raise ValueError("nobody waits for so many layers")
+            raise ValueError("nobody waits for that many layers")
         return kind(**arguments)
 
     return named(cell, make), arguments

@@ -1,4 +1,4 @@
-"""What tests of recurrent layers are made of: functions, parameters, states, modules, layers, operators."""
+"""Builders for tests of recurrent layers: functions, parameters, states, modules, layers, operators."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
 
 def activated(x: torch.Tensor, name: str) -> torch.Tensor:
-    """sigmoid or tanh of a vector as the kernel computes it, each element a row with one feature."""
+    """Return sigmoid or tanh of a vector as the kernel computes it, each element a row with one feature."""
     one, zero = torch.ones(1, 1, dtype=x.dtype), torch.zeros(1, 1, dtype=x.dtype)
     rows = x.view(1, -1, 1)
     ones, zeros = torch.ones_like(rows[0]), torch.zeros_like(rows[0])
@@ -28,7 +28,7 @@ def activated(x: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def all_exponents(dtype: torch.dtype) -> torch.Tensor:
-    """Numbers of either sign and of every exponent, the more the nearer to 1, but for subnormal ones."""
+    """Return numbers of either sign and every exponent but subnormal ones, most of them near 1."""
     limits = torch.finfo(dtype)
     least, most = (np.frexp(number)[1] - 1 for number in (limits.smallest_normal, limits.max))
     generator = torch.Generator().manual_seed(0)

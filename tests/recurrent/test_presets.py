@@ -38,7 +38,7 @@ def reorder(a, theirs: str):
 
 
 def haste_lstm():
-    """i, g, f, o; gains only on the products, one bias after; raw c carried."""
+    """Draw Haste's LSTM: i, g, f, o; gains only on the products, one bias after; raw c carried."""
     kernel, recurrent = draw(F, 4 * H), draw(H, 4 * H)
     gamma, b, gamma_h, beta_h = draw(2, 4 * H), draw(4 * H), draw(H), draw(H)
     ours = {
@@ -61,7 +61,7 @@ def haste_lstm():
 
 
 def haste_gru():
-    """z, r, g over all 3H; a bias after each norm; z keeps the old h."""
+    """Draw Haste's GRU: z, r, g over all 3H; a bias after each norm; z keeps the old h."""
     kernel, recurrent, gamma = draw(F, 3 * H), draw(H, 3 * H), draw(2, 3 * H)
     b, b_r = draw(3 * H), draw(3 * H)
     bias = reorder(b, "zrn")
@@ -85,7 +85,7 @@ def haste_gru():
 
 
 def kiros_lstm():
-    """i, f, o, g; one b both inside the input's norm and after; raw c carried."""
+    """Draw Kiros's LSTM: i, f, o, g; one b both inside the input's norm and after; raw c carried."""
     w, u, b = draw(F, 4 * H), draw(H, 4 * H), draw(4 * H)
     (s1, b1, s2, b2), (s3, b3) = draw(4, 4 * H), draw(2, H)
     ours = {
@@ -108,7 +108,7 @@ def kiros_lstm():
 
 
 def kiros_gru():
-    """r, u over 2H, the candidate over H; u keeps the old h."""
+    """Draw Kiros's GRU: r, u over 2H, the candidate over H; u keeps the old h."""
     w, u, wx, ux = draw(F, 2 * H), draw(H, 2 * H), draw(F, H), draw(H, H)
     b, bx = draw(2 * H), draw(H)
     (s1, b1, s3, b3), (s2, b2, s4, b4) = draw(4, 2 * H), draw(4, H)
@@ -131,7 +131,7 @@ def kiros_gru():
 
 
 def paper_gru():
-    """Equations 26-28: z takes the candidate, so ours has its gain and bias negated."""
+    """Draw the paper's GRU: equations 26-28: z takes the candidate, so ours has its gain and bias negated."""
     wh, wx, u, w = draw(2 * H, H), draw(2 * H, F), draw(H, H), draw(H, F)
     (a1, b1, a2, b2), (a3, b3, a4, b4) = draw(4, 2 * H), draw(4, H)
 
@@ -157,7 +157,7 @@ def paper_gru():
 
 
 def paper_lstm():
-    """Equations 20-22."""
+    """Draw the paper's LSTM: equations 20-22."""
     wh, wx = draw(4 * H, H), draw(4 * H, F)
     (a1, b1, a2, b2, b), (a3, b3) = draw(5, 4 * H), draw(2, H)
     ours = {
@@ -179,7 +179,7 @@ def paper_lstm():
 
 
 def paper_rnn():
-    """Equation 4."""
+    """Draw the paper's RNN: equation 4."""
     wh, wx, gain, bias = draw(H, H), draw(H, F), draw(H), draw(H)
     ours = {"weight_ih": wx, "weight_hh": wh, "gain": gain, "bias": bias}
 
@@ -190,7 +190,7 @@ def paper_rnn():
 
 
 def fastrnns_lstm(eps=1e-5, b=0.0):
-    """i, f, g, o; a LayerNorm with bias on each product; the normalized c is carried."""
+    """Draw fastrnns's LSTM: i, f, g, o; a LayerNorm with bias on each product; normalized c carried."""
     w, u = draw(4 * H, F), draw(4 * H, H)
     (g1, b1, g2, b2), (g3, b3) = draw(4, 4 * H), draw(2, H)
     ours = {
@@ -217,12 +217,12 @@ def nemo_lstm():
 
 
 def tfa_lstm():
-    """Keras i, f, c, o; a bias of its own after both norms; eps 1e-3."""
+    """Draw TensorFlow Addons' LSTM: Keras i, f, c, o; a bias of its own after both norms; eps 1e-3."""
     return fastrnns_lstm(1e-3, draw(4 * H))
 
 
 def tfa_rnn():
-    """A gain inside, the bias after."""
+    """Draw TensorFlow Addons' RNN: a gain inside, the bias after."""
     kernel, recurrent, gamma, bias = draw(F, H), draw(H, H), draw(H), draw(H)
     ours = {"weight_ih": kernel.T, "weight_hh": recurrent.T, "gain": gamma, "bias": bias}
 
@@ -233,7 +233,7 @@ def tfa_rnn():
 
 
 def torchaudio_lstm():
-    """i, f, c, o; one norm over 4H of the sum; the normalized c is carried."""
+    """Draw torchaudio's LSTM: i, f, c, o; one norm over 4H of the sum; normalized c carried."""
     w, u, g, b = draw(4 * H, F), draw(4 * H, H), draw(4 * H), draw(4 * H)
     cg, cb = draw(2, H)
     ours = {"weight_ih": w, "weight_hh": u, "gain": g, "bias": b, "gain_cell": cg, "bias_cell": cb}
@@ -252,7 +252,7 @@ def per_gate(v, gains, biases, eps=1e-5):
 
 
 def icefall_lstm():
-    """i, f, g, o; per gate on the sum with the biases inside; the normalized c is carried."""
+    """Draw icefall's LSTM: i, f, g, o; per gate on the sum, biases inside; normalized c carried."""
     w, u, b_ih, b_hh = draw(4 * H, F), draw(4 * H, H), draw(4 * H), draw(4 * H)
     gains, biases, (cg, cb) = draw(4, H), draw(4, H), draw(2, H)
     ours = {
@@ -275,7 +275,7 @@ def icefall_lstm():
 
 
 def icefall_gru():
-    """r, z, n; per gate on the sum; n is normalized after r·h_n."""
+    """Draw icefall's GRU: r, z, n; per gate on the sum; n is normalized after r·h_n."""
     w, u, b_ih, b_hh = draw(3 * H, F), draw(3 * H, H), draw(3 * H), draw(3 * H)
     gains, biases = draw(3, H), draw(3, H)
     ours = {
@@ -297,7 +297,7 @@ def icefall_gru():
 
 
 def tf1_lstm():
-    """i, j, f, o; per gate on the sum; a forget bias of 1 at run time; the normalized c is carried."""
+    """Draw TensorFlow 1's LSTM: i, j, f, o; per gate on the sum; a forget bias of 1; normalized c carried."""
     kernel, gains, biases, (cg, cb) = draw(F + H, 4 * H), draw(4, H), draw(4, H), draw(2, H)
     shifted = biases.copy()
     shifted[2] += 1.0
@@ -319,7 +319,7 @@ def tf1_lstm():
 
 
 def sheeprl_gru():
-    """reset, candidate, update over 3H of W[h, x]; update = σ(· - 1) takes the candidate."""
+    """Draw SheepRL's GRU: reset, candidate, update over 3H; update = σ(· - 1) takes the candidate."""
     w, gamma, beta = draw(3 * H, H + F), draw(3 * H), draw(3 * H)
     negate_z = np.repeat([1.0, -1.0, 1.0], H)
     ours = {
@@ -338,7 +338,7 @@ def sheeprl_gru():
 
 
 def tflite_lstm():
-    """Gates apart: input, forget, cell, output; coefficient and bias after each norm; c not normalized."""
+    """Draw TensorFlow Lite's LSTM: i, f, g, o, each gate apart; coefficient and bias after; raw c."""
     ws, us, coefficients, biases = draw(4, H, F), draw(4, H, H), draw(4, H), draw(4, H)
     ours = {
         "weight_ih": ws.reshape(4 * H, F),

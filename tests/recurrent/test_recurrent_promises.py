@@ -303,7 +303,7 @@ def test_lengths(cell, variant, steps):
     x, state, seeds = layer.drawn(steps, 2)
     outputs, grads, weights = layer(x, state, seeds)
     assert_same_results((outputs, grads, weights), layer(x, state, seeds, recompute=True))
-    # In pieces of 100 steps: the same outputs; the gradient of the last piece's input likewise.
+    # In pieces of 100 steps: the same outputs, and the same gradient of the last piece's input.
     pieces, between = [], state
     for part in x.split(100):
         output, *between = layer.forward(part, between)

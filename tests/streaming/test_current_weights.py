@@ -129,7 +129,7 @@ def test_replaced_norms_read_their_weights_by_attribute():
 
 
 def hooked(function):
-    """``torch.nn.utils``'s norms by hooks, which PyTorch no longer recommends."""
+    """Return a change of a module by one of ``torch.nn.utils``'s hooks, which are deprecated."""
 
     def change(module):
         with warnings.catch_warnings():
