@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,32 +11,21 @@ from torch.nn.utils.rnn import pack_sequence
 
 import layernorm
 from layernorm import functional as LF
-from layernorm.variants import parameter_shapes, resolve
+from tests.recurrent.cases import CELLS, SEQUENCES, as_hx, weights_of
 
 X, H, GATES = torch.randn(4, 2, 3), torch.zeros(2, 5), torch.randn(2, 20)
 ROWS = torch.randn(2, 3)
 
 
 def weights(cell):
-    shapes = parameter_shapes(cell, resolve("paper", cell), 3, 5)
-    return {name: torch.randn(shape) for name, shape in shapes.items()}
+    """Return parameters for X and H."""
+    return weights_of(cell, "paper", 3, 5, dtype=torch.float32, needs_grad=False)
 
 
 VECTORS = {name: tensor for name, tensor in weights("lstm").items() if not name.startswith("weight")}
-NO_TENSORS = (
-    None,
-    3,
-    2.5,
-    "a",
-    [1, 2],
-    (H,),
-    {},
-    object(),
-    np.zeros((2, 5)),
-    torch.Tensor,
-    pack_sequence([H]),
-)
-NO_FLAGS = (None, 1, "True", torch.tensor(True))
+NO_OPTIONS = (3, 2.5, "a", [1, 2], (H,), {}, object(), np.zeros((2, 5)), torch.Tensor)  # tensors, or None
+NO_TENSORS = (None, *NO_OPTIONS, pack_sequence([H]))
+NO_STATES = {"lstm": (H, (H, 3), (H, H, H)), "gru": ((H, H),), "rnn": ((H, H),)}
 NO_SIZES = (
     3,
     2.5,
@@ -47,117 +38,100 @@ NO_SIZES = (
     torch.tensor(2),
     torch.tensor([2.0]),
 )
-NO_VARIANTS = (None, 3, ["paper"], {}, object())
+NO_DIMS = (
+    None,
+    3,
+    2.5,
+    "3",
+    (3.0,),
+    ("3",),
+    (None,),
+    ((3,),),
+    [True],
+    {3},
+    np.array([3]),
+    torch.tensor([3]),
+)
+#: What an argument of a name cannot be.
+WRONG = {
+    **dict.fromkeys(("input", "residual", "input_gates", "hidden_gates", "c"), NO_TENSORS),
+    **dict.fromkeys(("weight", "bias", "resets"), NO_TENSORS[1:]),
+    **dict.fromkeys(("reverse", "recompute"), (None, 1, "True", torch.tensor(True))),
+    "weights": (None, 3, "a", [H], H, object()),
+    "variant": (None, 3, ["paper"], {}, object()),
+    "nonlinearity": (None, 3, ["tanh"], torch.tanh),
+    "batch_sizes": NO_SIZES,
+    "normalized_shape": NO_DIMS,
+    "eps": ("a", 1j, [1e-5], torch.ones(1), object()),
+}
 
-#: A call, the name by which its messages call the argument, and what the argument cannot be.
-SEQUENCES = {
-    f"{cell}: {name}": (call, name, bad)
-    for cell, state in (("lstm", (H, H)), ("gru", H), ("rnn", H))
-    for function, w in [(getattr(LF, cell), weights(cell))]
-    for call, name, bad in (
-        (lambda b, f=function, s=state, w=w: f(b, s, w), "input", NO_TENSORS),
-        (
-            lambda b, f=function, w=w: f(X, b, w),
-            "state",
-            (*NO_TENSORS, (H, H, H), H) if cell == "lstm" else (*NO_TENSORS, (H, H)),
-        ),
-        (lambda b, f=function, s=state: f(X, s, b), "weights", (None, 3, "a", [H], H, object())),
-        *(
-            (
-                lambda b, f=function, s=state, w=w, n=n: f(X, s, w | {n: b}),
-                rf"weights\['{n}'\]",
-                NO_TENSORS,
-            )
-            for n in ("weight_ih", "weight_hh", "bias")
-        ),
-        (lambda b, f=function, s=state, w=w: f(X, s, w, variant=b), "variant", NO_VARIANTS),
-        (lambda b, f=function, s=state, w=w: f(X, s, w, reverse=b), "reverse", NO_FLAGS),
-        (lambda b, f=function, s=state, w=w: f(X, s, w, recompute=b), "recompute", NO_FLAGS),
-        (
-            lambda b, f=function, s=state, w=w: f(X.flatten(0, 1), s, w, batch_sizes=b),
-            "batch_sizes",
-            NO_SIZES,
-        ),
-        (lambda b, f=function, s=state, w=w: f(X, s, w, resets=b), "resets", NO_TENSORS[1:]),
-    )
-}
-OTHERS = {
-    "lstm: h": (lambda b: LF.lstm(X, (b, H), weights("lstm")), r"state\[0\]", NO_TENSORS),
-    "lstm: c": (lambda b: LF.lstm(X, [H, b], weights("lstm")), r"state\[1\]", NO_TENSORS),
-    "rnn: nonlinearity": (
-        lambda b: LF.rnn(X, H, weights("rnn"), nonlinearity=b),
-        "nonlinearity",
-        (None, 3, ["tanh"], torch.tanh),
-    ),
-    "lstm_gates: input_gates": (lambda b: LF.lstm_gates(b, GATES, H, VECTORS), "input_gates", NO_TENSORS),
-    "lstm_gates: hidden_gates": (lambda b: LF.lstm_gates(GATES, b, H, VECTORS), "hidden_gates", NO_TENSORS),
-    "lstm_gates: c": (lambda b: LF.lstm_gates(GATES, GATES, b, VECTORS), "c", NO_TENSORS),
-    "lstm_gates: weights": (lambda b: LF.lstm_gates(GATES, GATES, H, b), "weights", (None, 3, [H], H)),
-    "lstm_gates: gain_ih": (
-        lambda b: LF.lstm_gates(GATES, GATES, H, VECTORS | {"gain_ih": b}),
-        r"weights\['gain_ih'\]",
-        NO_TENSORS,
-    ),
-    "lstm_gates: variant": (
-        lambda b: LF.lstm_gates(GATES, GATES, H, VECTORS, variant=b),
-        "variant",
-        NO_VARIANTS,
-    ),
-    "LSTM: input": (lambda b: layernorm.LayerNormLSTM(3, 5)(b), "input", NO_TENSORS[:-1]),
-    "LSTM: hx": (lambda b: layernorm.LayerNormLSTM(3, 5)(X, b), "hx", (*NO_TENSORS[1:], (H, 3), (H, H, H))),
-    "GRU: hx": (lambda b: layernorm.LayerNormGRU(3, 5)(X, b), "hx", NO_TENSORS[1:]),
-    "GRU: hx of packed": (
-        lambda b: layernorm.LayerNormGRU(3, 5)(pack_sequence([X[:, 0]]), b),
-        "hx",
-        NO_TENSORS[1:],
-    ),
-    "GRU: resets": (lambda b: layernorm.LayerNormGRU(3, 5)(X, resets=b), "resets", NO_TENSORS[1:]),
-    "LSTMCell: input": (lambda b: layernorm.LayerNormLSTMCell(3, 5)(b), "input", NO_TENSORS),
-    "LSTMCell: hx": (lambda b: layernorm.LayerNormLSTMCell(3, 5)(ROWS, b), "hx", (*NO_TENSORS[1:], (H, 3))),
-    "GRUCell: hx": (lambda b: layernorm.LayerNormGRUCell(3, 5)(ROWS, b), "hx", NO_TENSORS[1:]),
-    "GRUCell: resets": (
-        lambda b: layernorm.LayerNormGRUCell(3, 5)(ROWS, resets=b),
-        "resets",
-        NO_TENSORS[1:],
-    ),
-    "RNN: nonlinearity": (
-        lambda b: layernorm.LayerNormRNN(3, 5, nonlinearity=b),
-        "nonlinearity",
-        (None, 3, ["tanh"]),
-    ),
-}
-SHAPES = (None, 3, 2.5, "3", (3.0,), ("3",), (None,), ((3,),), [True], {3}, np.array([3]), torch.tensor([3]))
-EPS = ("a", 1j, [1e-5], torch.ones(1), object())
-for _name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"):
-    _function = getattr(LF, _name)
-    _rows = (ROWS,) if not _name.startswith("add") else (ROWS, ROWS)
-    OTHERS |= {
-        f"{_name}: input": (lambda b, f=_function, r=_rows: f(b, *r[1:], (3,)), "input", NO_TENSORS),
-        f"{_name}: shape": (lambda b, f=_function, r=_rows: f(*r, b), "normalized_shape", SHAPES),
-        f"{_name}: weight": (lambda b, f=_function, r=_rows: f(*r, (3,), b), "weight", NO_TENSORS[1:]),
-        f"{_name}: eps": (lambda b, f=_function, r=_rows: f(*r, (3,), eps=b), "eps", EPS),
-    }
-    if _name.startswith("add"):
-        OTHERS[f"{_name}: residual"] = (
-            lambda b, f=_function: f(ROWS, b, (3,)),
-            "residual",
-            NO_TENSORS,
+
+def subjects():
+    """Yield functions by name, with arguments that they take and what else some of these cannot be."""
+    gates = {"input_gates": GATES, "hidden_gates": GATES, "c": H, "weights": VECTORS, "variant": "paper"}
+    yield "lstm_gates", LF.lstm_gates, gates, {}
+    for cell in SEQUENCES:
+        hx = as_hx([H] * (2 if cell == "lstm" else 1))
+        nonlinearity = {"nonlinearity": "tanh"} if cell == "rnn" else {}
+        given = {"input": X, "state": hx, "weights": weights(cell), "variant": "paper", **nonlinearity}
+        given |= {"reverse": False, "recompute": False, "resets": None}
+        no_state = (*NO_TENSORS[1:], *NO_STATES[cell])
+        yield cell, getattr(LF, cell), given, {"state": (None, *no_state)}
+        packed = {"input": X.flatten(0, 1), "batch_sizes": [2] * 4}
+        yield f"{cell} packed", getattr(LF, cell), given | packed, {"state": (None, *no_state)}
+        module, single = SEQUENCES[cell](3, 5), CELLS[cell](3, 5)
+        yield (
+            f"{cell} module",
+            module,
+            {"input": X, "hx": None, "resets": None},
+            {
+                "input": NO_TENSORS[:-1],
+                "hx": no_state,
+            },
         )
-    if _name.endswith("layer_norm"):
-        OTHERS[f"{_name}: bias"] = (
-            lambda b, f=_function, r=_rows: f(*r, (3,), None, b),
-            "bias",
-            NO_TENSORS[1:],
-        )
-CASES = SEQUENCES | OTHERS
+        packed = {"input": pack_sequence([X[:, 0]]), "hx": None}
+        yield f"{cell} module, packed", module, packed, {"input": NO_TENSORS[:-1], "hx": no_state}
+        yield f"{cell} cell", single, {"input": ROWS, "hx": None, "resets": None}, {"hx": no_state}
+        sizes = {"input_size": 3, "hidden_size": 5, "variant": "paper", **nonlinearity}
+        yield f"{cell} module's constructor", SEQUENCES[cell], sizes, {}
+        yield f"{cell} cell's constructor", CELLS[cell], sizes, {}
+    for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"):
+        given = {"input": ROWS, "normalized_shape": (3,), "weight": None, "eps": 1e-5}
+        given |= {"residual": ROWS} if name.startswith("add") else {}
+        yield name, getattr(LF, name), given | ({"bias": None} if name.endswith("layer_norm") else {}), {}
+
+
+CASES = {
+    f"{name}: {argument}": (function, given, argument, values)
+    for name, function, given, others in subjects()
+    for argument, values in (WRONG | others).items()
+    if argument in given
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_value_of_the_wrong_type_is_a_type_error_that_names_it(case):
-    call, name, values = CASES[case]
+    function, given, name, values = CASES[case]
+    function(**given)  # which is right
     for value in values:
         with pytest.raises(TypeError, match=rf"(^|\W){name}\W.*(must|should) be"):
-            call(value)
+            function(**given | {name: value})
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn", "lstm_gates"])
+def test_a_weight_of_the_wrong_type_is_named(name):
+    given = CASES[f"{name}: weights"][1]
+    names = ("gain_ih",) if name == "lstm_gates" else ("weight_ih", "weight_hh", "bias")
+    for weight, value in itertools.product(names, NO_TENSORS):
+        with pytest.raises(TypeError, match=rf"(^|\W)weights\['{weight}'\]\W.*(must|should) be"):
+            getattr(LF, name)(**given | {"weights": given["weights"] | {weight: value}})
+
+
+def test_a_part_of_a_state_of_the_wrong_type_is_named():
+    for value in NO_TENSORS:
+        for at, state in enumerate(((value, H), [H, value])):
+            with pytest.raises(TypeError, match=rf"(^|\W)state\[{at}\]\W.*(must|should) be"):
+                LF.lstm(X, state, weights("lstm"))
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
