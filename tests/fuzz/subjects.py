@@ -14,7 +14,7 @@ from layernorm import functional as LF
 from layernorm.spec import GATES_PARAMETERS, layer_spec
 from layernorm.variants import GATES, PRESETS, resolve
 from tests.recurrent import cases
-from tests.recurrent.cases import CELLS, SEQUENCES, backward_arguments, operator_arguments
+from tests.recurrent.cases import CELLS, SEQUENCES, as_hx, backward_arguments, operator_arguments, state_sizes
 
 from .draws import Draw
 
@@ -89,10 +89,9 @@ def sequence_function(draw: Draw) -> Call:
     cell = draw.choice(tuple(GATES))
     variant = variant_of(draw, cell)
     proj = 3 if cell == "lstm" and draw.chance(0.3) else 0
-    h, c = torch.zeros(ROWS, proj or HIDDEN), torch.zeros(ROWS, HIDDEN)
     arguments: dict[str, Any] = {
         "input": torch.randn(STEPS, ROWS, FEATURES),
-        "state": (h, c) if cell == "lstm" else h,
+        "state": as_hx([torch.zeros(ROWS, n) for n in state_sizes(cell, HIDDEN, proj).values()]),
         "weights": weights_of(draw, cell, variant, proj),
         "variant": variant,
         "reverse": draw.chance(0.3),
@@ -101,11 +100,8 @@ def sequence_function(draw: Draw) -> Call:
         "recompute": draw.chance(0.3),
     }
     if draw.chance(0.4):
-        arguments |= {
-            "batch_sizes": [2, 2, 1],
-            "input": torch.randn(5, FEATURES),
-            "resets": torch.rand(5) < 0.3,
-        }
+        arguments |= {"batch_sizes": [2, 2, 1], "input": torch.randn(5, FEATURES)}
+        arguments["resets"] = torch.rand(5) < 0.3
     if cell == "rnn":
         arguments["nonlinearity"] = "tanh"
     return named(cell, getattr(LF, cell)), arguments
@@ -126,19 +122,15 @@ def sequence_module(draw: Draw) -> Call:
     x, resets = torch.randn(STEPS, ROWS, FEATURES), torch.rand(STEPS, ROWS) < 0.3
     if draw.chance(0.3):
         x, resets = (nn.utils.rnn.pack_padded_sequence(t, torch.tensor([3, 2])) for t in (x, resets))
-    hx = (state, state) if cell == "lstm" else state
+    hx = as_hx([state] * len(state_sizes(cell, HIDDEN)))
     return named(f"{cell} module", module), {"input": x, "hx": hx, "resets": resets}
 
 
 def cell_module(draw: Draw) -> Call:
     cell = draw.choice(tuple(CELLS))
     module, state = CELLS[cell](FEATURES, HIDDEN, variant=variant_of(draw, cell)), torch.zeros(ROWS, HIDDEN)
-    hx = (state, state) if cell == "lstm" else state
-    return named(f"{cell} cell", module), {
-        "input": torch.randn(ROWS, FEATURES),
-        "hx": hx,
-        "resets": torch.rand(ROWS) < 0.5,
-    }
+    hx, x = as_hx([state] * len(state_sizes(cell, HIDDEN))), torch.randn(ROWS, FEATURES)
+    return named(f"{cell} cell", module), {"input": x, "hx": hx, "resets": torch.rand(ROWS) < 0.5}
 
 
 def constructor(draw: Draw) -> Call:
@@ -152,15 +144,8 @@ def constructor(draw: Draw) -> Call:
     if cell == "rnn":
         arguments["nonlinearity"] = "tanh"
     if not of_cell:
-        arguments |= {
-            "num_layers": 2,
-            "batch_first": False,
-            "dropout": 0.0,
-            "bidirectional": True,
-            "recompute": False,
-        }
-        if cell == "lstm":
-            arguments["proj_size"] = 2
+        arguments |= {"num_layers": 2, "batch_first": False, "dropout": 0.0, "bidirectional": True}
+        arguments |= {"recompute": False, **({"proj_size": 2} if cell == "lstm" else {})}
     kind = (CELLS if of_cell else SEQUENCES)[cell]
 
     def make(**arguments: Any) -> Any:
@@ -172,41 +157,27 @@ def constructor(draw: Draw) -> Call:
 
 
 def variant_or_resolve(draw: Draw) -> Call:
-    fields = {
-        "kind": "layer",
-        "inputs": "separate",
-        "scope": "gate",
-        "cell": "output",
-        "projection_bias": True,
-        "eps": 1e-5,
-    }
     if draw.chance(0.3):
         return named("resolve", resolve), {"variant": "paper", "cell": "lstm"}
-    return named("Variant", Variant), fields
+    fields = {"kind": "layer", "inputs": "separate", "scope": "gate", "cell": "output"}
+    return named("Variant", Variant), fields | {"projection_bias": True, "eps": 1e-5}
 
 
 def stream(draw: Draw) -> Call:
     cell = draw.choice(tuple(SEQUENCES))
     module = SEQUENCES[cell](FEATURES, HIDDEN, variant=variant_of(draw, cell))
-    state = torch.zeros(1, ROWS, HIDDEN)
-    hx = (state, state.clone()) if cell == "lstm" else state
+    hx = as_hx([torch.zeros(1, ROWS, HIDDEN) for _ in state_sizes(cell, HIDDEN)])
     made = module.stream(ROWS)
 
     def set_state(state: Any) -> None:
         made.state = state
         made.step(torch.randn(ROWS, FEATURES))
 
+    step = named("step", made.step), {"x_t": torch.randn(ROWS, FEATURES), "out": torch.empty(ROWS, HIDDEN)}
     return draw.choice(
         (
             (named("stream", module.stream), {"batch_size": ROWS, "state": hx}),
-            (
-                named("step", made.step),
-                {"x_t": torch.randn(ROWS, FEATURES), "out": torch.empty(ROWS, HIDDEN)},
-            ),
-            (
-                named("step", made.step),
-                {"x_t": torch.randn(ROWS, FEATURES), "out": torch.empty(ROWS, HIDDEN)},
-            ),
+            *(step, step),
             (named("state", set_state), {"state": hx}),
             (named("reset", made.reset), {"mask": torch.tensor([True, False])}),
         )
@@ -254,37 +225,19 @@ def others(draw: Draw) -> Call:
             LF.layer_norm(torch.randn(3, FEATURES), (FEATURES,))
 
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    choice = {"operator": "lstm", "device": torch.device("cpu"), "dtype": torch.float32}
     return draw.choice(
         (
             (named("use", use), {"kernel": "reference"}),
             (named("replace_norms", layernorm.replace_norms), {"model": model}),
-            (
-                named("choose", backends.choose),
-                {"operator": "lstm", "device": torch.device("cpu"), "dtype": torch.float32},
-            ),
+            (named("choose", backends.choose), choice),
         )
     )
 
 
+#: Each as often as it stands here.
 SUBJECTS = (
-    norm_function,
-    norm_module,
-    norm_operator,
-    norm_operator,
-    sequence_function,
-    sequence_function,
-    gates_function,
-    sequence_module,
-    sequence_module,
-    cell_module,
-    constructor,
-    variant_or_resolve,
-    stream,
-    stream,
-    recurrent_operators,
-    recurrent_operators,
-    recurrent_operators,
-    gates_operators,
-    gates_operators,
-    others,
+    *(norm_function, norm_module, cell_module, gates_function, constructor, variant_or_resolve, others),
+    *(norm_operator, sequence_function, sequence_module, stream, gates_operators) * 2,
+    *(recurrent_operators,) * 3,
 )

@@ -37,19 +37,19 @@ def reorder(a, theirs: str):
     return np.concatenate([parts[gate] for gate in ("ifgo" if "i" in theirs else "rzn")])
 
 
+def in_our_order(theirs: str, **weights):
+    """Return these weights with their gates in our order."""
+    return {name: reorder(a, theirs) for name, a in weights.items()}
+
+
 def haste_lstm():
     """Draw Haste's LSTM: i, g, f, o; gains only on the products, one bias after; raw c carried."""
     kernel, recurrent = draw(F, 4 * H), draw(H, 4 * H)
     gamma, b, gamma_h, beta_h = draw(2, 4 * H), draw(4 * H), draw(H), draw(H)
-    ours = {
-        "weight_ih": reorder(kernel.T, "igfo"),
-        "weight_hh": reorder(recurrent.T, "igfo"),
-        "gain_ih": reorder(gamma[0], "igfo"),
-        "gain_hh": reorder(gamma[1], "igfo"),
-        "bias": reorder(b, "igfo"),
-        "gain_cell": gamma_h,
-        "bias_cell": beta_h,
-    }
+    ours = in_our_order(
+        "igfo", weight_ih=kernel.T, weight_hh=recurrent.T, gain_ih=gamma[0], gain_hh=gamma[1], bias=b
+    )
+    ours |= {"gain_cell": gamma_h, "bias_cell": beta_h}
 
     def step(x, h, c):
         v = ln(x @ kernel, gamma[0]) + ln(h @ recurrent, gamma[1]) + b
@@ -66,14 +66,8 @@ def haste_gru():
     b, b_r = draw(3 * H), draw(3 * H)
     bias = reorder(b, "zrn")
     bias[: 2 * H] += reorder(b_r, "zrn")[: 2 * H]
-    ours = {
-        "weight_ih": reorder(kernel.T, "zrn"),
-        "weight_hh": reorder(recurrent.T, "zrn"),
-        "gain_ih": reorder(gamma[0], "zrn"),
-        "gain_hh": reorder(gamma[1], "zrn"),
-        "bias": bias,
-        "bias_hn": b_r[2 * H :],
-    }
+    ours = in_our_order("zrn", weight_ih=kernel.T, weight_hh=recurrent.T, gain_ih=gamma[0], gain_hh=gamma[1])
+    ours |= {"bias": bias, "bias_hn": b_r[2 * H :]}
 
     def step(x, h):
         a, r_all = ln(x @ kernel, gamma[0]) + b, ln(h @ recurrent, gamma[1]) + b_r
@@ -88,16 +82,10 @@ def kiros_lstm():
     """Draw Kiros's LSTM: i, f, o, g; one b both inside the input's norm and after; raw c carried."""
     w, u, b = draw(F, 4 * H), draw(H, 4 * H), draw(4 * H)
     (s1, b1, s2, b2), (s3, b3) = draw(4, 4 * H), draw(2, H)
-    ours = {
-        "weight_ih": reorder(w.T, "ifog"),
-        "weight_hh": reorder(u.T, "ifog"),
-        "bias_ih": reorder(b, "ifog"),
-        "gain_ih": reorder(s1, "ifog"),
-        "gain_hh": reorder(s2, "ifog"),
-        "bias": reorder(b1 + b2 + b, "ifog"),
-        "gain_cell": s3,
-        "bias_cell": b3,
-    }
+    ours = in_our_order(
+        "ifog", weight_ih=w.T, weight_hh=u.T, bias_ih=b, gain_ih=s1, gain_hh=s2, bias=b1 + b2 + b
+    )
+    ours |= {"gain_cell": s3, "bias_cell": b3}
 
     def step(x, h, c):
         i, f, o, g = np.split(ln(x @ w + b, s1, b1) + ln(h @ u, s2, b2) + b, 4, -1)
@@ -112,15 +100,9 @@ def kiros_gru():
     w, u, wx, ux = draw(F, 2 * H), draw(H, 2 * H), draw(F, H), draw(H, H)
     b, bx = draw(2 * H), draw(H)
     (s1, b1, s3, b3), (s2, b2, s4, b4) = draw(4, 2 * H), draw(4, H)
-    ours = {
-        "weight_ih": np.concatenate([w, wx], 1).T,
-        "weight_hh": np.concatenate([u, ux], 1).T,
-        "bias_ih": np.concatenate([b, bx]),
-        "gain_ih": np.concatenate([s1, s2]),
-        "gain_hh": np.concatenate([s3, s4]),
-        "bias": np.concatenate([b1 + b3, b2]),
-        "bias_hn": b4,
-    }
+    ours = {"weight_ih": np.concatenate([w, wx], 1).T, "weight_hh": np.concatenate([u, ux], 1).T}
+    ours |= {"bias_ih": np.concatenate([b, bx]), "gain_ih": np.concatenate([s1, s2])}
+    ours |= {"gain_hh": np.concatenate([s3, s4]), "bias": np.concatenate([b1 + b3, b2]), "bias_hn": b4}
 
     def step(x, h):
         r, z = np.split(sigmoid(ln(x @ w + b, s1, b1) + ln(h @ u, s3, b3)), 2, -1)
@@ -139,14 +121,10 @@ def paper_gru():
         z, r = np.split(rz, 2)
         return np.concatenate([r, -z])
 
-    ours = {
-        "weight_ih": np.concatenate([wx[H:], wx[:H], w]),
-        "weight_hh": np.concatenate([wh[H:], wh[:H], u]),
-        "gain_ih": np.concatenate([flip(a2), a3]),
-        "gain_hh": np.concatenate([flip(a1), a4]),
-        "bias": np.concatenate([flip(b1 + b2), b3]),
-        "bias_hn": b4,
-    }
+    ours = {"weight_ih": np.concatenate([wx[H:], wx[:H], w])}
+    ours |= {"weight_hh": np.concatenate([wh[H:], wh[:H], u]), "gain_ih": np.concatenate([flip(a2), a3])}
+    ours |= {"gain_hh": np.concatenate([flip(a1), a4]), "bias": np.concatenate([flip(b1 + b2), b3])}
+    ours |= {"bias_hn": b4}
 
     def step(x, h):
         z, r = np.split(ln(h @ wh.T, a1, b1) + ln(x @ wx.T, a2, b2), 2, -1)
@@ -160,15 +138,8 @@ def paper_lstm():
     """Draw the paper's LSTM: equations 20-22."""
     wh, wx = draw(4 * H, H), draw(4 * H, F)
     (a1, b1, a2, b2, b), (a3, b3) = draw(5, 4 * H), draw(2, H)
-    ours = {
-        "weight_ih": reorder(wx, "fiog"),
-        "weight_hh": reorder(wh, "fiog"),
-        "gain_ih": reorder(a2, "fiog"),
-        "gain_hh": reorder(a1, "fiog"),
-        "bias": reorder(b1 + b2 + b, "fiog"),
-        "gain_cell": a3,
-        "bias_cell": b3,
-    }
+    ours = in_our_order("fiog", weight_ih=wx, weight_hh=wh, gain_ih=a2, gain_hh=a1, bias=b1 + b2 + b)
+    ours |= {"gain_cell": a3, "bias_cell": b3}
 
     def step(x, h, c):
         f, i, o, g = np.split(ln(h @ wh.T, a1, b1) + ln(x @ wx.T, a2, b2) + b, 4, -1)
@@ -193,15 +164,8 @@ def fastrnns_lstm(eps=1e-5, b=0.0):
     """Draw fastrnns's LSTM: i, f, g, o; a LayerNorm with bias on each product; normalized c carried."""
     w, u = draw(4 * H, F), draw(4 * H, H)
     (g1, b1, g2, b2), (g3, b3) = draw(4, 4 * H), draw(2, H)
-    ours = {
-        "weight_ih": w,
-        "weight_hh": u,
-        "gain_ih": g1,
-        "gain_hh": g2,
-        "bias": b1 + b2 + b,
-        "gain_cell": g3,
-        "bias_cell": b3,
-    }
+    ours = {"weight_ih": w, "weight_hh": u, "gain_ih": g1, "gain_hh": g2, "bias": b1 + b2 + b}
+    ours |= {"gain_cell": g3, "bias_cell": b3}
 
     def step(x, h, c):
         gates = ln(x @ w.T, g1, b1, eps) + ln(h @ u.T, g2, b2, eps) + b
@@ -255,16 +219,8 @@ def icefall_lstm():
     """Draw icefall's LSTM: i, f, g, o; per gate on the sum, biases inside; normalized c carried."""
     w, u, b_ih, b_hh = draw(4 * H, F), draw(4 * H, H), draw(4 * H), draw(4 * H)
     gains, biases, (cg, cb) = draw(4, H), draw(4, H), draw(2, H)
-    ours = {
-        "weight_ih": w,
-        "weight_hh": u,
-        "bias_ih": b_ih,
-        "bias_hh": b_hh,
-        "gain": gains.ravel(),
-        "bias": biases.ravel(),
-        "gain_cell": cg,
-        "bias_cell": cb,
-    }
+    ours = {"weight_ih": w, "weight_hh": u, "bias_ih": b_ih, "bias_hh": b_hh, "gain": gains.ravel()}
+    ours |= {"bias": biases.ravel(), "gain_cell": cg, "bias_cell": cb}
 
     def step(x, h, c):
         i, f, g, o = per_gate(x @ w.T + b_ih + h @ u.T + b_hh, gains, biases)
@@ -278,14 +234,8 @@ def icefall_gru():
     """Draw icefall's GRU: r, z, n; per gate on the sum; n is normalized after r·h_n."""
     w, u, b_ih, b_hh = draw(3 * H, F), draw(3 * H, H), draw(3 * H), draw(3 * H)
     gains, biases = draw(3, H), draw(3, H)
-    ours = {
-        "weight_ih": w,
-        "weight_hh": u,
-        "bias_ih": b_ih,
-        "bias_hh": b_hh,
-        "gain": gains.ravel(),
-        "bias": biases.ravel(),
-    }
+    ours = {"weight_ih": w, "weight_hh": u, "bias_ih": b_ih, "bias_hh": b_hh, "gain": gains.ravel()}
+    ours |= {"bias": biases.ravel()}
 
     def step(x, h):
         (ir, iz, i_n), (hr, hz, h_n) = np.split(x @ w.T + b_ih, 3, -1), np.split(h @ u.T + b_hh, 3, -1)
@@ -301,14 +251,10 @@ def tf1_lstm():
     kernel, gains, biases, (cg, cb) = draw(F + H, 4 * H), draw(4, H), draw(4, H), draw(2, H)
     shifted = biases.copy()
     shifted[2] += 1.0
-    ours = {
-        "weight_ih": reorder(kernel[:F].T, "igfo"),
-        "weight_hh": reorder(kernel[F:].T, "igfo"),
-        "gain": reorder(gains.ravel(), "igfo"),
-        "bias": reorder(shifted.ravel(), "igfo"),
-        "gain_cell": cg,
-        "bias_cell": cb,
-    }
+    ours = in_our_order(
+        "igfo", weight_ih=kernel[:F].T, weight_hh=kernel[F:].T, gain=gains.ravel(), bias=shifted.ravel()
+    )
+    ours |= {"gain_cell": cg, "bias_cell": cb}
 
     def step(x, h, c):
         i, j, f, o = per_gate(np.concatenate([x, h], -1) @ kernel, gains, biases, 1e-12)
@@ -322,12 +268,9 @@ def sheeprl_gru():
     """Draw SheepRL's GRU: reset, candidate, update over 3H; update = σ(· - 1) takes the candidate."""
     w, gamma, beta = draw(3 * H, H + F), draw(3 * H), draw(3 * H)
     negate_z = np.repeat([1.0, -1.0, 1.0], H)
-    ours = {
-        "weight_ih": reorder(w[:, H:], "rnz"),
-        "weight_hh": reorder(w[:, :H], "rnz"),
-        "gain": reorder(gamma, "rnz") * negate_z,
-        "bias": (reorder(beta, "rnz") - np.repeat([0.0, 1.0, 0.0], H)) * negate_z,
-    }
+    ours = in_our_order("rnz", weight_ih=w[:, H:], weight_hh=w[:, :H])
+    ours |= {"gain": reorder(gamma, "rnz") * negate_z}
+    ours |= {"bias": (reorder(beta, "rnz") - np.repeat([0.0, 1.0, 0.0], H)) * negate_z}
 
     def step(x, h):
         reset, candidate, update = np.split(ln(np.concatenate([h, x], -1) @ w.T, gamma, beta, 1e-3), 3, -1)
@@ -340,12 +283,8 @@ def sheeprl_gru():
 def tflite_lstm():
     """Draw TensorFlow Lite's LSTM: i, f, g, o, each gate apart; coefficient and bias after; raw c."""
     ws, us, coefficients, biases = draw(4, H, F), draw(4, H, H), draw(4, H), draw(4, H)
-    ours = {
-        "weight_ih": ws.reshape(4 * H, F),
-        "weight_hh": us.reshape(4 * H, H),
-        "gain": coefficients.ravel(),
-        "bias": biases.ravel(),
-    }
+    ours = {"weight_ih": ws.reshape(4 * H, F), "weight_hh": us.reshape(4 * H, H)}
+    ours |= {"gain": coefficients.ravel(), "bias": biases.ravel()}
 
     def step(x, h, c):
         sums = [x @ w.T + h @ u.T for w, u in zip(ws, us, strict=True)]
