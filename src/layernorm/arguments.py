@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program with code 2."""
+        """End the program with code 2."""
         self.exit(2, f"{self.prog}: error: {plain(message)}\n")
 
 
@@ -45,7 +45,7 @@ def say(console: Console, text: str) -> None:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Names separated by commas, each once.
+    """Split names separated by commas, each once.
 
     Examples:
         >>> from layernorm.arguments import names
@@ -59,7 +59,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def some_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """The type of an argument that holds some of ``choices``, separated by commas."""
+    """Return the type of an argument that holds some of ``choices``, separated by commas."""
 
     def parse(text: str) -> tuple[str, ...]:
         found = names(text)
@@ -74,7 +74,7 @@ def some_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Convert text to a whole number of at least 1."""
     try:
         value = int(text)
     except ValueError:
@@ -90,7 +90,7 @@ def positives(text: str) -> tuple[int, ...]:
 
 
 def number(least: float, above: bool = False) -> Callable[[str], float]:
-    """The type of an argument that is a finite number of at least ``least``, or greater than it.
+    """Return the type of an argument that is a finite number of at least ``least``, or greater than it.
 
     Examples:
         >>> from layernorm.arguments import number
@@ -112,7 +112,7 @@ def number(least: float, above: bool = False) -> Callable[[str], float]:
 
 
 def seconds(text: str) -> float:
-    """A number of seconds greater than 0."""
+    """Convert text to a number of seconds greater than 0."""
     try:
         value = float(text)
     except ValueError:

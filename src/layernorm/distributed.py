@@ -49,7 +49,7 @@ def norm(
     bias: Tensor | None,
     eps: float | None,
 ) -> Any:
-    """The operator of that name; its results have the input's placements.
+    """Compute the operator of that name; its results have the input's placements.
 
     An input that is a partial sum is summed first. Residual, gain and bias are brought to where the input's
     placements want them, which costs nothing where they are there or replicated.
@@ -200,7 +200,7 @@ class _CutNorm(torch.autograd.Function):
 def _moments(
     a: Tensor, dims: tuple[int, ...], centred: bool, count: int, groups: _Groups
 ) -> tuple[Tensor, Tensor]:
-    """Mean and mean square about it of whole rows."""
+    """Return mean and mean square about it of whole rows."""
     own = math.prod(a.shape[dim] for dim in dims)
     rows = a.shape[: a.dim() - len(dims)] + (1,) * len(dims)
     if not centred:

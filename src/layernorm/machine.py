@@ -33,7 +33,7 @@ _CACHES: Final = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def processor() -> str:
-    """The processor's name, or its architecture where the system does not tell."""
+    """Return the processor's name, or its architecture where the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -43,14 +43,14 @@ def processor() -> str:
 
 
 def cpus() -> int:
-    """The CPUs that this process may run on."""
+    """Return how many CPUs this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def describe() -> str:
-    """The machine in one line: processor, CPUs, caches, instructions."""
+    """Describe the machine in one line: processor, CPUs, caches, instructions."""
     count = cpus()
     parts = [processor(), f"{count} CPU" if count == 1 else f"{count} CPUs"]
     parts += [f"L{level} {size}" for level, size in _caches().items() if level > 1]
@@ -58,7 +58,7 @@ def describe() -> str:
 
 
 def busy_seconds() -> float | None:
-    """Seconds of CPU time that all work on the machine has taken; None where Linux does not tell."""
+    """Return the seconds of CPU time that all work on the machine has taken; None if Linux does not tell."""
     try:
         first = Path("/proc/stat").read_text().split("\n", 1)[0].split()
         user, nice, system, _, _, interrupts, soft, stolen = (int(field) for field in first[1:9])
@@ -68,7 +68,7 @@ def busy_seconds() -> float | None:
 
 
 def environment() -> dict[str, str]:
-    """What a row of results carries, by the names in ``COLUMNS``.
+    """Return what a row of results carries, by the names in ``COLUMNS``.
 
     Examples:
         >>> from layernorm import machine
@@ -88,7 +88,7 @@ def environment() -> dict[str, str]:
 
 
 def gpu() -> dict[str, str]:
-    """The GPU, what drives it and packages for it, by ``GPU_COLUMNS``; nothing where there is none."""
+    """Return the GPU, its driver and packages for it, by ``GPU_COLUMNS``; nothing where there is none."""
     found = dict.fromkeys(GPU_COLUMNS, "")
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -121,7 +121,7 @@ def _version(package: str) -> str:
 
 
 def _caches() -> dict[int, str]:
-    """The size of each level's data cache, as the first CPU sees it; empty where Linux does not tell."""
+    """Return the size of each level's data cache, as the first CPU sees it; empty where unknown."""
     sizes: dict[int, str] = {}
     try:
         for folder in sorted(_CACHES.glob("index*")):
@@ -136,7 +136,7 @@ def _caches() -> dict[int, str]:
 
 
 def _commit() -> str:
-    """The checkout's commit, with a plus sign where the sources differ from it; else nothing."""
+    """Return the checkout's commit, with a plus sign where the sources differ from it; else nothing."""
     package = Path(layernorm.__file__).parent
     # An installation may lie inside a checkout of something else.
     if _git(package, "ls-files", "--", "__init__.py") in (None, ""):

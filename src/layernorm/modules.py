@@ -36,7 +36,7 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(*, *normalized_shape) to the same shape."""
+        """Normalize (*, *normalized_shape) to the same shape."""
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -67,5 +67,5 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(*, *normalized_shape) to the same shape."""
+        """Normalize (*, *normalized_shape) to the same shape."""
         return functional.rms_norm(input, self.normalized_shape, self.weight, self.eps)

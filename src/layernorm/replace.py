@@ -41,7 +41,7 @@ class Replacement(NamedTuple):
 
 
 def replace_norms(model: Module) -> Replacement:
-    """Makes every ``torch.nn.LayerNorm`` and ``torch.nn.RMSNorm`` of a model this package's, in place.
+    """Make every ``torch.nn.LayerNorm`` and ``torch.nn.RMSNorm`` of a model this package's, in place.
 
     Each norm stays the very object it was and only changes its class: parameters, state dict, hooks,
     training mode and places where the model or others hold it stay as they are, so optimizers go on and
@@ -102,7 +102,7 @@ def replace_norms(model: Module) -> Replacement:
 
 
 def _norm_of(cls: type[Module]) -> type[Module] | None:
-    """The norm of ``torch.nn`` that this class is or extends."""
+    """Return the norm of ``torch.nn`` that this class is or extends."""
     return next((norm for norm in _TWINS if issubclass(cls, norm)), None)
 
 
@@ -127,7 +127,7 @@ def _reason_to_leave(module: Module, norm: type[Module]) -> str | None:
 
 
 def _served(cls: type[Module], norm: type[Module]) -> type[Module]:
-    """The class that a module of class ``cls`` gets, which is ``norm`` or extends it.
+    """Return the class that a module of class ``cls`` gets, which is ``norm`` or extends it.
 
     For a subclass that is the subclass with ours put between it and ``norm``: its own methods come first,
     and ``forward``, which it does not have, is ours.
@@ -155,6 +155,6 @@ def _served(cls: type[Module], norm: type[Module]) -> type[Module]:
 
 
 def _empty(cls: type[Module], norm: type[Module]) -> Any:
-    """A replaced norm of the subclass ``cls``, without its state; pickles refer to this function."""
+    """Return a replaced norm of the subclass ``cls``, without its state; pickles refer to this function."""
     served = _served(cls, norm)
     return served.__new__(served)

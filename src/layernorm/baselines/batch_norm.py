@@ -73,7 +73,7 @@ class BatchNorm(_BatchNorm):
         self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, *) to the same shape."""
+        """Normalize (N, C, *) to the same shape."""
         self._check_input_dim(input)
         if self.training and shared(self.process_group) is not None:
             return self._over_processes(input)

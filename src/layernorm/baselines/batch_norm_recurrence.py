@@ -33,26 +33,26 @@ class Recurrence:
     training: bool
 
     def from_batch(self, t: int) -> bool:
-        """Whether step t is standardized with the statistics of its batch."""
+        """Return whether step t is standardized with the statistics of its batch."""
         return self.training and self.steps.total[t] > 1
 
     def parts(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """The rows of each step."""
+        """Return the rows of each step."""
         parts: tuple[Tensor, ...] = rows.split(self.steps.own)
         return parts
 
     def before(self, first: Tensor, rows: Tensor) -> Tensor:
-        """For each row (R, H) that of the step before; ``first`` (N, H) comes before the first step."""
+        """Return for each row (R, H) that of the step before; ``first`` (N, H) precedes the first step."""
         parts = [first, *self.parts(rows)]
         return torch.cat([part[:n] for part, n in zip(parts, self.steps.own, strict=False)])
 
     def last(self, rows: Tensor) -> Tensor:
-        """The last row of each sequence (N, H)."""
+        """Return the last row of each sequence (N, H)."""
         ends = zip(self.parts(rows), pairwise((*self.steps.own, 0)), strict=True)
         return torch.cat([part[after:n] for part, (n, after) in reversed(list(ends))])
 
     def standardize(self, t: int, rows: Tensor, mean: Tensor, var: Tensor, out: Tensor) -> Tensor:
-        """Writes the rows of step t standardized; returns rstd (H).
+        """Write the rows of step t standardized; return rstd (H).
 
         ``mean`` and ``var`` (H) are those that serve in evaluation; in training they become the batch's.
         """
@@ -76,7 +76,7 @@ class Recurrence:
         return rstd
 
     def derivative(self, t: int, grad: Tensor, standardized: Tensor, rstd: Tensor) -> Tensor:
-        """The gradient of step t's rows from that of their standardized values, which it overwrites."""
+        """Turn the gradient of step t's standardized rows into that of the rows, in place."""
         if self.from_batch(t):
             sums = torch.stack([grad.sum(0), (grad * standardized).sum(0)])
             sums = added(sums, self.steps.group).div_(self.steps.total[t])
@@ -112,7 +112,7 @@ class BatchNormRecurrence(torch.autograd.Function):
         statistics: tuple[Tensor, Tensor, Tensor, Tensor],
         recurrence: Recurrence,
     ) -> tuple[Tensor, ...]:
-        """The steps one by one; see the class."""
+        """Take the steps one by one; see the class."""
         size = h.size(1)
         mean, var, mean_cell, var_cell = (s.clone() for s in statistics)
         rstd, rstd_cell = torch.empty_like(var), torch.empty_like(var_cell)
@@ -147,7 +147,7 @@ class BatchNormRecurrence(torch.autograd.Function):
     def backward(
         ctx: Any, grad_output: Tensor, grad_h: Tensor, grad_c: Tensor, *_: Tensor
     ) -> tuple[Any, ...]:
-        """Gradients of the arguments of ``forward``."""
+        """Return gradients of the arguments of ``forward``."""
         h, c, weight, gain, gain_cell, *tapes = ctx.saved_tensors
         product, activations, cells, standard_cells, squashed, output, rstd, rstd_cell = tapes
         recurrence: Recurrence = ctx.recurrence
@@ -183,5 +183,5 @@ class BatchNormRecurrence(torch.autograd.Function):
 
 
 def _places(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Where each step's rows begin and end."""
+    """Return where each step's rows begin and end."""
     return list(pairwise(accumulate(sizes, initial=0)))

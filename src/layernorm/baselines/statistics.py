@@ -35,12 +35,12 @@ class Steps:
 
     @staticmethod
     def alone(sizes: Sequence[int]) -> Steps:
-        """The steps of this process, whoever else there is."""
+        """Return the steps of this process, whoever else there is."""
         return Steps(tuple(sizes), tuple(sizes))
 
     @staticmethod
     def of(sizes: Sequence[int], process_group: dist.ProcessGroup | None, like: Tensor) -> Steps:
-        """The steps of all processes; each calls this with its own sizes and a tensor on its device."""
+        """Return the steps of all processes; each calls this with its sizes and a tensor on its device."""
         group = shared(process_group)
         if group is None:
             return Steps.alone(sizes)
@@ -52,31 +52,31 @@ class Steps:
         return Steps(tuple(own), total, group, counts.to(like.dtype))
 
     def blocks(self, rows: Tensor) -> list[Tensor]:
-        """Views of the rows (R, H) as (steps, rows of each, H), one for every run of steps of equal size."""
+        """Return views of the rows (R, H) as (steps, rows of each, H), one for each run of equal steps."""
         runs = [(size, len(list(run))) for size, run in groupby(self.own)]
         parts = rows.split([size * count for size, count in runs])
         return [part.view(count, size, rows.size(1)) for part, (size, count) in zip(parts, runs, strict=True)]
 
     def spread(self, steps: Tensor) -> list[Tensor]:
-        """A row of each step (steps, H) to be broadcast over ``blocks``."""
+        """Return a row of each step (steps, H) to be broadcast over ``blocks``."""
         return list(steps.unsqueeze(1).split([len(list(run)) for _, run in groupby(self.own)]))
 
     def sums(self, rows: Tensor) -> Tensor:
-        """Of this process: rows (R, H) to their sums at each step (steps, H)."""
+        """Sum this process's rows (R, H) at each step (steps, H)."""
         return torch.cat([block.sum(1) for block in self.blocks(rows)])
 
     def standardized(self, rows: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        """Rows (R, H) less the mean of their step, times its rstd, both (steps, H)."""
+        """Return rows (R, H) less the mean of their step, times its rstd, both (steps, H)."""
         parts = zip(self.blocks(rows), self.spread(mean), self.spread(rstd), strict=True)
         return torch.cat([((part - m) * r).flatten(0, 1) for part, m, r in parts])
 
     def column(self, tensor: Tensor, values: Sequence[float]) -> Tensor:
-        """A number for each step as a column beside a tensor (steps, H)."""
+        """Return a number for each step as a column for a tensor (steps, H)."""
         return tensor.new_tensor(values).unsqueeze(1)
 
 
 def shared(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The group whose processes share a batch: the given or the default one, None where nobody shares."""
+    """Return the processes that share a batch: the given or the default group, None where nobody shares."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = process_group or dist.group.WORLD
@@ -86,7 +86,7 @@ def shared(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 def combined(
     mean: Tensor, squares: Tensor, counts: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Mean and sum of squares about it over all processes, from those of each (Chan, Golub, LeVeque 1979).
+    """Combine mean and sum of squares about it over all processes (Chan, Golub, LeVeque 1979).
 
     Args:
         mean: (*, H) of this process's rows, 0 where it has none.
@@ -100,14 +100,14 @@ def combined(
 
 
 def added(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sums over all processes, in place."""
+    """Add up the sums of all processes, in place."""
     if group is not None:
         dist.all_reduce(sums, group=group)
     return sums
 
 
 def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(processes, *own.shape)."""
+    """Gather the tensors of all processes: (processes, *own.shape)."""
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own, group)
     return torch.stack(parts)
@@ -149,7 +149,7 @@ class BatchStandardized(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of the rows."""
+        """Return the gradient of the rows."""
         output, rstd = ctx.saved_tensors
         steps: Steps = ctx.steps
         # A step of one row was standardized with constants.

@@ -14,7 +14,7 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @torch.no_grad()
 def start_weight_norm(network: nn.Module, *inputs: Any) -> None:
-    """Sets gains and biases so that each feature has mean 0 and variance 1 over a batch, layer after layer.
+    """Set gains and biases so that each feature has mean 0 and variance 1 over a batch, layer after layer.
 
     Of every layer with ``torch.nn.utils.parametrizations.weight_norm``, weight g·v/‖v‖, the features
     t = v·x/‖v‖ have a mean and a standard deviation over the batch (and over the places of an image);
@@ -70,7 +70,7 @@ def _is_weight_normalized(module: nn.Module) -> bool:
 
 
 def _started(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Sets a layer's gain and bias from its output, and returns what the output is then."""
+    """Set a layer's gain and bias from its output; return what the output is then."""
     bias, gain = layer.get_parameter("bias"), layer.get_parameter("parametrizations.weight.original0")
     features = output.dim() - 1 if isinstance(layer, nn.Linear) else 1
     others = [dim for dim in range(output.dim()) if dim != features]

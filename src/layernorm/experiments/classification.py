@@ -41,11 +41,11 @@ class Classification(Problem):
         self._data, self._network, self._at_once = data, network, at_once
 
     def to(self, device: torch.device) -> None:
-        """Moves the data."""
+        """Move the data to a device."""
         self._data = Data(**{name: tensor.to(device) for name, tensor in vars(self._data).items()})
 
     def network(self, norm: str) -> nn.Module:
-        """The network for a norm."""
+        """Make the network for a norm."""
         return self._network(norm)
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
@@ -55,7 +55,7 @@ class Classification(Problem):
         return Loss(total, len(batch.cases))
 
     def evaluate(self, network: nn.Module) -> Mapping[str, float]:
-        """Mean cross-entropy and percentage of errors over the test cases."""
+        """Return mean cross-entropy and percentage of errors over the test cases."""
         inputs, targets = self._data.test_inputs, self._data.test_targets
         loss, errors = 0.0, 0
         for start in range(0, len(inputs), self._at_once):

@@ -99,11 +99,11 @@ class Batch:
     generator: torch.Generator
 
     def normal(self, *size: int) -> Tensor:
-        """Standard normal numbers (cases, *size) in float32."""
+        """Draw standard normal numbers (cases, *size) in float32."""
         return self._draw(torch.randn, size)
 
     def uniform(self, *size: int) -> Tensor:
-        """Numbers uniform in [0, 1), (cases, *size) in float32."""
+        """Draw numbers uniform in [0, 1), (cases, *size) in float32."""
         return self._draw(torch.rand, size)
 
     def _draw(self, source: Callable[..., Tensor], size: tuple[int, ...]) -> Tensor:
@@ -135,25 +135,25 @@ class Problem(abc.ABC):
 
     @abc.abstractmethod
     def to(self, device: torch.device) -> None:
-        """Moves the data."""
+        """Move the data to a device."""
 
     @abc.abstractmethod
     def network(self, norm: str) -> nn.Module:
-        """A network with fresh weights from the global generator, normalized with this norm."""
+        """Make a network with fresh weights from the global generator, normalized with this norm."""
 
     @abc.abstractmethod
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
-        """The loss of a batch, in training mode."""
+        """Compute the loss of a batch, in training mode."""
 
     @abc.abstractmethod
     def evaluate(self, network: nn.Module) -> Mapping[str, float]:
-        """The task's metrics by name, on cases held out; the network is in evaluation mode.
+        """Compute the task's metrics by name, on cases held out; the network is in evaluation mode.
 
         Draws nothing from the global generator.
         """
 
     def pictures(self, network: nn.Module) -> Mapping[str, Figure]:
-        """Samples of a trained network by the name of their file, drawn at the end of a run."""
+        """Draw samples of a trained network by the name of their file, at the end of a run."""
         return {}
 
 

@@ -42,7 +42,7 @@ def weight_growth(
     batch_size: int = 32,
     seed: int = 0,
 ) -> list[Step]:
-    """Trains a classifier by plain gradient descent and follows the weights of its first linear layer.
+    """Train a classifier by plain gradient descent and follow the weights of its first linear layer.
 
     Where the outputs do not change with the scale of W, its gradient is orthogonal to W and as 1/‖W‖. So
     every update makes W longer, ‖W'‖² = ‖W‖² + (learning rate·‖gradient‖)², and turns it by an angle whose
@@ -106,6 +106,6 @@ def weight_growth(
 
 
 def _angle(first: Tensor, second: Tensor) -> float:
-    """In degrees, exact for small ones too, where the arc cosine is not (Kahan, 2006)."""
+    """Return an angle in degrees, exact for small ones too, where the arc cosine is not (Kahan, 2006)."""
     first, second = first / first.norm(), second / second.norm()
     return math.degrees(2 * math.atan2(float((first - second).norm()), float((first + second).norm())))

@@ -63,7 +63,7 @@ def kl_divergence(model: Model, inputs: Tensor, parameters: Tensor) -> Tensor:
 
 
 def fisher(model: Model, inputs: Tensor) -> Tensor:
-    """The Fisher information by autograd: the second derivative of the KL divergence (paper eq. 8, 9).
+    """Compute the Fisher information by autograd: the KL divergence's second derivative (paper eq. 8, 9).
 
     Args:
         model: with H outputs and P parameters for each.
@@ -87,7 +87,7 @@ def fisher(model: Model, inputs: Tensor) -> Tensor:
 
 
 def fisher_equation(model: Model, inputs: Tensor, complete: bool = False) -> Tensor:
-    """The Fisher information by the paper's formula.
+    """Compute the Fisher information by the paper's formula.
 
     As printed: equations 13 and 14, or 12 without a norm. There neuron i's weights act on its own summed
     input alone. Under layer norm μ and σ of all neurons depend on them, which the complete form includes:
@@ -121,7 +121,7 @@ def fisher_equation(model: Model, inputs: Tensor, complete: bool = False) -> Ten
 
 
 def compare_blocks(model: Model, inputs: Tensor) -> list[Block]:
-    """Every block of the Fisher information, by autograd beside the equations.
+    """Compare every block of the Fisher information, by autograd and by the equations.
 
     Examples:
         >>> from layernorm.theory import compare_blocks, features, model

@@ -48,7 +48,7 @@ class Invariance:
 
 
 def network(norm: str, sizes: tuple[int, ...], generator: torch.Generator) -> nn.Sequential:
-    """A network in which every layer is h = tanh(gain/σ·(a - μ) + bias), a = W h (paper eq. 5).
+    """Return a network in which every layer is h = tanh(gain/σ·(a - μ) + bias), a = W h (paper eq. 5).
 
     In float64 and with eps = 0, as the paper has it. Batch norm takes its statistics from the cases given,
     which are the whole data set here; for eps it has the least positive number, since PyTorch wants one,
@@ -98,7 +98,7 @@ def network(norm: str, sizes: tuple[int, ...], generator: torch.Generator) -> nn
 
 
 def weights(network: nn.Module) -> list[Tensor]:
-    """The weight matrices W (outputs, inputs) of the linear layers; under weight norm the unnormalized ones.
+    """Return the weight matrices W (outputs, inputs) of the linear layers; under weight norm those before it.
 
     Examples:
         >>> import torch
@@ -178,7 +178,7 @@ PAPER: Final = MappingProxyType(
 def invariance(
     norm: str, transformation: str, seed: int = 0, sizes: tuple[int, ...] = (12, 16, 16, 8), cases: int = 32
 ) -> Invariance:
-    """Decides one cell of table 1 by changing a network and comparing its outputs.
+    """Decide one cell of table 1 by changing a network and comparing its outputs.
 
     Args:
         norm: one of ``NORMS``.
@@ -231,7 +231,7 @@ def invariance(
 def invariance_table(
     seed: int = 0, sizes: tuple[int, ...] = (12, 16, 16, 8), cases: int = 32
 ) -> list[Invariance]:
-    """All cells of table 1, row by row, and those of the rows that the paper does not have.
+    """Return all cells of table 1, row by row, and those of the rows that the paper does not have.
 
     The arguments and errors are those of ``invariance``.
 
@@ -249,7 +249,7 @@ def invariance_table(
 
 
 def _amplification(network: nn.Module, inputs: Tensor, generator: torch.Generator) -> float:
-    """How much the outputs change, in standard deviations, for a relative change of all that goes in."""
+    """Return how much the outputs change, in standard deviations, for a relative change of the inputs."""
 
     def perturbed(tensor: Tensor) -> Tensor:
         signs = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1

@@ -68,7 +68,7 @@ class GainMetric:
 def scale_weights(
     model: Model, inputs: Tensor, scaled: Literal["vector", "matrix"] = "matrix", factor: float = 2.0
 ) -> Scaling:
-    """Scales the weights of the first neuron or of all, and compares the Fisher information.
+    """Scale the weights of the first neuron or of all, and compare the Fisher information.
 
     Args:
         model: as from ``layernorm.theory.model``.
@@ -119,7 +119,7 @@ def scale_weights(
 
 
 def gain_metric(model: Model, inputs: Tensor) -> Tensor:
-    """The metric M of ds² = δᵀ M δ for a change δ of the gains, by autograd (paper's supplement).
+    """Compute the metric M of ds² = δᵀ M δ for a change δ of the gains, by autograd (paper's supplement).
 
     Without a norm there is no gain; then δ_i lengthens neuron i's weights, along w_i/‖w_i‖.
 
@@ -144,7 +144,7 @@ def gain_metric(model: Model, inputs: Tensor) -> Tensor:
 
 
 def gain_metric_equation(model: Model, inputs: Tensor) -> Tensor:
-    """The metric along the gains by equations 32 (batch), 33 (layer), 34 (weight) and 35 (none).
+    """Compute the metric along the gains by equations 32 (batch), 33 (layer), 34 (weight) and 35 (none).
 
     Equation 32 lacks the normalized summed inputs that 13 has and stands for E[Cov[y | x]]/φ² alone;
     equation 35 is one pair's part, and the metric has it in row i, column j. RMS norm is as 33 with μ = 0.
@@ -174,7 +174,7 @@ def gain_metric_equation(model: Model, inputs: Tensor) -> Tensor:
 
 
 def compare_gain_metric(model: Model, inputs: Tensor) -> GainMetric:
-    """The metric along the gains beside its equation, and at twice the inputs and twice the weights.
+    """Compare the metric along the gains with its equation, and at twice the inputs and twice the weights.
 
     Examples:
         >>> from layernorm.theory import compare_gain_metric, features, model

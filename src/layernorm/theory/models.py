@@ -83,24 +83,24 @@ class Model:
         return torch.cat(columns, dim=1)
 
     def with_parameters(self, parameters: Tensor) -> Model:
-        """The same model with other ``parameters``."""
+        """Return the same model with other ``parameters``."""
         size = self.weight.shape[1]
         gain = self.gain if self.norm == "none" else parameters[:, size + 1]
         return replace(self, weight=parameters[:, :size], bias=parameters[:, size], gain=gain)
 
     def normalized(self, inputs: Tensor) -> Tensor:
-        """(a - μ)/σ (cases, H) of inputs (cases, D)."""
+        """Return (a - μ)/σ (cases, H) of inputs (cases, D)."""
         mean, deviation = statistics(self.norm, self.weight, inputs)
         return (inputs @ self.weight.T - mean) / deviation
 
     def natural(self, inputs: Tensor) -> Tensor:
-        """The natural parameters s (cases, H) of inputs (cases, D)."""
+        """Return the natural parameters s (cases, H) of inputs (cases, D)."""
         normalized = self.normalized(inputs)
         return (normalized if self.norm == "none" else self.gain * normalized) + self.bias
 
 
 def model(norm: str, family: str, outputs: int = 4, inputs: int = 6, seed: int = 0) -> Model:
-    """A model with random weights, gains and biases in float64.
+    """Make a model with random weights, gains and biases in float64.
 
     Args:
         norm: one of ``NORMS``.
@@ -138,7 +138,7 @@ def model(norm: str, family: str, outputs: int = 4, inputs: int = 6, seed: int =
 
 
 def features(cases: int = 100, inputs: int = 6, seed: int = 0) -> Tensor:
-    """Cases (cases, inputs) in float64 with means of their own and correlated features: x ~ P(x).
+    """Draw cases (cases, inputs) in float64 with means of their own and correlated features: x ~ P(x).
 
     Examples:
         >>> from layernorm.theory import features

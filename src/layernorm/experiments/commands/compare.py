@@ -215,7 +215,7 @@ def _table(there: Mapping[Run, pd.DataFrame]) -> pd.DataFrame:
 
 
 def check(comparison: Comparison, task: Task) -> None:
-    """Sees that a comparison can be run.
+    """Check that a comparison can be run.
 
     Raises:
         ExperimentError: it cannot; names the option.
@@ -287,7 +287,7 @@ def _log(comparison: Comparison, trainer: Trainer) -> Iterator[Callable[[Record]
 
 @contextmanager
 def stop_flag() -> Iterator[Callable[[], bool]]:
-    """Within the block Ctrl-C and SIGTERM ask for a stop between two updates.
+    """Let Ctrl-C and SIGTERM ask for a stop between two updates, within the block.
 
     Another Ctrl-C a second later or more stops at once, and what was reached since the last checkpoint is
     lost. (One that comes with the first is the same: a terminal and ``torchrun`` both pass it on.)

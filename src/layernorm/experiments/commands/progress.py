@@ -42,24 +42,24 @@ class Display:
         self._first, self._shown, self._began = 0, 0, 0.0
 
     def __enter__(self) -> Self:
-        """Starts to show."""
+        """Start to show."""
         self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leaves the last state on the screen."""
+        """Leave the last state on the screen."""
         self._progress.stop()
 
     def skip(self, run: Run) -> None:
-        """A run that was finished by an earlier command."""
+        """Count a run that was finished by an earlier command."""
         self._done += 1
         self._progress.advance(self._whole, self._updates[run])
         self._say(run, "finished before")
 
     def start(self, trainer: Trainer) -> None:
-        """A run begins, or goes on from its checkpoint."""
+        """Show that a run begins, or continues from its checkpoint."""
         self._first = self._shown = trainer.update
         self._began = time.monotonic()
         if trainer.update:
@@ -70,7 +70,7 @@ class Display:
         )
 
     def advance(self, trainer: Trainer) -> None:
-        """A run has gone on."""
+        """Show how far a run has come."""
         if self._line is None or trainer.update == self._first:
             return
         spent = time.monotonic() - self._began
@@ -86,7 +86,7 @@ class Display:
         self._progress.update(self._whole, text=f"{self._done}/{len(self._updates)} runs, {left} left")
 
     def finish(self, run: Run, records: Sequence[Record]) -> None:
-        """A run has ended, here or elsewhere."""
+        """Show that a run has ended, here or elsewhere."""
         self._done += 1
         if self._line is not None:
             self._progress.remove_task(self._line)
@@ -111,13 +111,13 @@ class Display:
         say(self._console, f"{count} {_name(run)}: {text}")
 
     def _left(self, trainer: Trainer) -> float:
-        """Seconds until all runs are done."""
+        """Estimate the seconds until all runs are done."""
         this = (trainer.updates - trainer.update) * self._seconds[trainer.run]
         pending = list(self._updates)[self._done + 1 :]
         return this + sum(self._updates[run] * self._cost(run) for run in pending)
 
     def _cost(self, run: Run) -> float:
-        """Seconds for an update: as the same norm and batch size took, or the same batch size, or any."""
+        """Estimate the seconds for an update from runs of the same norm and batch size, or the nearest to it."""
         likeness = {
             other: 2 * (other.batch_size == run.batch_size) + (other.norm == run.norm)
             for other in self._seconds
@@ -128,7 +128,7 @@ class Display:
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are any.
+    """Show seconds as minutes and seconds, with hours where there are any.
 
     Examples:
         >>> from layernorm.experiments.commands.progress import duration

@@ -40,7 +40,7 @@ def reproduce(
     device: str = "cpu",
     sweep: Sweep | None = None,
 ) -> Path:
-    """Runs experiments one after another and writes the report over all that are in the folder.
+    """Run experiments one after another and write the report over all that are in the folder.
 
     Args:
         names: of tasks and studies.
@@ -108,7 +108,7 @@ def write(out: Path, path: Path | None = None) -> Path:
 
 
 def read(out: Path) -> list[Section]:
-    """What the report shows of a folder, of one experiment or of many.
+    """Return what the report shows of a folder, of one experiment or of many.
 
     Raises:
         ExperimentError: there is nothing to report, or something is damaged.
@@ -139,7 +139,7 @@ def _run(name: str, out: Path, console: Console, preset: str, device: str, sweep
 
 
 def _folders(out: Path) -> list[Path]:
-    """The folders in a folder that hold experiments."""
+    """Return the folders in a folder that hold experiments."""
     return sorted(path.parent for path in out.glob(f"*/{folder.CONFIG}"))
 
 
@@ -148,7 +148,7 @@ def _section(place: Path) -> Section:
 
 
 def _records(place: Path) -> pd.DataFrame:
-    """The records of a comparison with its task and preset."""
+    """Return the records of a comparison with its task and preset."""
     config = folder.read(place)
     table = compare.records(place)
     table.insert(0, "task", config["task"])
@@ -170,7 +170,7 @@ def _left_out(out: Path) -> dict[str, str]:
 
 
 def _not_run(name: str, why: str) -> Section:
-    """The section of an experiment whose data is missing."""
+    """Return the section of an experiment whose data is missing."""
     experiment = registry.find_study(name) if name in registry.STUDIES else registry.find(name)
     card = Card(f"{experiment.title}.", experiment.section, "its data is not here", "not run", why)
     return Section(name, experiment.title, experiment.summary, f"layernorm reproduce {name}", (card,))

@@ -24,7 +24,7 @@ from layernorm.experiments.section import Card, Section, Table
 def run(
     name: str, out: Path, console: Console, preset: str = "small", sizes: Mapping[str, Any] | None = None
 ) -> Path:
-    """Measures what is not yet measured, writes the report, prints the tables and the cards.
+    """Measure what is not yet measured, write the report, print the tables and the cards.
 
     Args:
         name: of the study.
@@ -60,7 +60,7 @@ def run(
 
 
 def read(out: Path) -> Section:
-    """What the report shows of a study's folder.
+    """Return what the report shows of a study's folder.
 
     Raises:
         ExperimentError: the folder holds none, or is damaged.
@@ -77,7 +77,7 @@ def read(out: Path) -> Section:
 
 
 def show(console: Console, table: Table) -> None:
-    """Prints a table."""
+    """Print a table."""
     console.print()
     say(console, table.caption)
     shown = RichTable(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -91,7 +91,7 @@ def show(console: Console, table: Table) -> None:
 
 
 def show_cards(console: Console, cards: Sequence[Card]) -> None:
-    """Prints what was claimed, what was measured, and whether the two agree."""
+    """Print what was claimed, what was measured, and whether the two agree."""
     shown = RichTable(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for heading in ("verdict", "claim", "measured"):
         shown.add_column(heading)

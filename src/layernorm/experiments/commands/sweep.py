@@ -54,7 +54,7 @@ class RaySweep:
             raise ExperimentError(f"--ray: cannot reach the cluster {address!r}: {reason}") from error
 
     def __call__(self, comparison: Comparison, runs: list[Run], display: Display) -> None:
-        """Trains the runs and shows each when it ends.
+        """Train the runs, and show each when it ends.
 
         Raises:
             ExperimentError: a run failed, or was lost too often; the others are finished first.
@@ -86,7 +86,7 @@ class RaySweep:
 
     @staticmethod
     def _take(comparison: Comparison, run: Run, written: dict[str, bytes], display: Display) -> None:
-        """Writes what a run has written, where its machine does not share this one's storage."""
+        """Write what a run has written, where its machine does not share this one's storage."""
         for name, content in written.items():
             path = comparison.out / name
             if path.is_file() and path.read_bytes() == content:
@@ -99,7 +99,7 @@ class RaySweep:
 
 
 def _reach(address: str | None) -> None:
-    """Sees that something listens at host:port, for which Ray itself would wait for minutes.
+    """Check that something listens at host:port, for which Ray itself would wait for minutes.
 
     Raises:
         OSError: nothing does.
@@ -110,7 +110,7 @@ def _reach(address: str | None) -> None:
 
 
 def _train(comparison: Comparison, run: Run, threads: int) -> dict[str, bytes]:
-    """On a worker: trains a run; returns its files by their paths in the comparison's folder."""
+    """Train a run on a worker; return its files by their paths in the comparison's folder."""
     import torch
 
     torch.set_num_threads(threads)

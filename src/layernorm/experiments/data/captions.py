@@ -17,7 +17,7 @@ _CAPTIONS_PER_IMAGE: Final = 5
 
 
 def flickr8k(part: str) -> list[tuple[str, ...]]:
-    """The five captions of each image of Flickr8k.
+    """Return the five captions of each image of Flickr8k.
 
     M. Hodosh, P. Young, J. Hockenmaier, Framing image description as a ranking task, 2013.
 
@@ -43,7 +43,7 @@ def flickr8k(part: str) -> list[tuple[str, ...]]:
 
 
 def coco_features(part: str) -> tuple[Tensor, list[tuple[str, ...]]]:
-    """Features and captions of the images of COCO, as Vendrov et al. (arXiv 1511.06361) published them.
+    """Load features and captions of the images of COCO, as Vendrov et al. (arXiv 1511.06361) published them.
 
     Read from a copy that the user has, never downloaded: ``{train,val,test}.txt`` with a caption a line, five
     lines an image, and ``images/10crop/{train,val,test}.npy`` with a row an image.
@@ -84,7 +84,7 @@ def coco_features(part: str) -> tuple[Tensor, list[tuple[str, ...]]]:
 
 
 def _matrix(path: Path) -> np.ndarray:
-    """The numbers in a .npy file, whose header must say no more and no less than the file has."""
+    """Return the numbers in a .npy file, whose header must say no more and no less than the file has."""
     try:
         features = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:

@@ -37,7 +37,7 @@ _UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errn
 
 
 def content(source: Source, name: str, normal: Callable[[bytes], bytes]) -> bytes:
-    """A file of a data set in its normal form, found or downloaded, its checksum verified.
+    """Return a file of a data set in its normal form, found or downloaded, its checksum verified.
 
     Args:
         source: the data set.
@@ -57,7 +57,7 @@ def content(source: Source, name: str, normal: Callable[[bytes], bytes]) -> byte
 
 
 def folders(source: Source) -> Sequence[Path]:
-    """Where a data set is looked for, in this order.
+    """Return where a data set is looked for, in this order.
 
     Raises:
         ExperimentError: the folder that the user names is none.
@@ -70,7 +70,7 @@ def folders(source: Source) -> Sequence[Path]:
 
 
 def find(source: Source, *names: str) -> Path | None:
-    """The first file or folder of these names (paths within the data set), or None."""
+    """Return the first file or folder of these names (paths within the data set), or None."""
     for folder in folders(source):
         for name in names:
             if (folder / name).exists():
@@ -126,7 +126,7 @@ def entries(path: Path, suffix: str) -> Iterator[tuple[PurePosixPath, bytes]]:
 
 
 def missing(source: Source, tried: Sequence[str] = ()) -> MissingData:
-    """The error that says what is missing, whose it is, where to get it and where to put it."""
+    """Return the error that says what is missing, whose it is, where to get it and where to put it."""
     where = (
         f"the folder {source.folder} of a folder that the environment variable {VARIABLE} names, or into "
         f"{_cache(source)}"
@@ -139,12 +139,12 @@ def missing(source: Source, tried: Sequence[str] = ()) -> MissingData:
 
 
 def damaged(path: Path, error: object) -> ExperimentError:
-    """The error of a file that cannot be read."""
+    """Return the error of a file that cannot be read."""
     return ExperimentError(f"{path} is damaged: {error}. Replace it by a whole copy, or take it away")
 
 
 def check_part(part: str, parts: Sequence[str]) -> None:
-    """Raises ValueError where ``part`` is none of these."""
+    """Raise ValueError where ``part`` is none of these."""
     if part not in parts:
         raise ValueError(f"part: expected one of {', '.join(parts)}, got {part!r}")
 
@@ -158,7 +158,7 @@ def decoded(content: bytes) -> str:
 
 
 def lines(content: bytes) -> list[str]:
-    r"""The lines of a text that are not empty, without white space at their ends.
+    r"""Return the lines of a text that are not empty, without white space at their ends.
 
     Examples:
         >>> from layernorm.experiments.data import finding
@@ -169,7 +169,7 @@ def lines(content: bytes) -> list[str]:
 
 
 def normal_lines(content: bytes) -> bytes:
-    """The normal form of a text of which lines matter: UTF-8, no empty lines, no white space at line ends."""
+    """Return the normal form of a text of lines: UTF-8, no empty lines, no white space at line ends."""
     return "\n".join(lines(content)).encode()
 
 
@@ -178,7 +178,7 @@ def _cache(source: Source) -> Path:
 
 
 def _places(folder: Path, file: File) -> Iterator[tuple[Path, str]]:
-    """Files that may hold a file, and its path within them if they are archives."""
+    """Return files that may hold a file, and its path within them if they are archives."""
     for name in (file.name, *file.aliases):
         yield folder / name, ""
         yield folder / f"{name}.gz", ""
@@ -262,4 +262,4 @@ class _Bar:
         self._progress.reset(self._task)
 
     def close(self) -> None:
-        """The display is closed by the ``with`` block."""
+        """Leave the display open: its ``with`` block closes it."""

@@ -49,7 +49,7 @@ def matrix(content: bytes, name: str, limit: int) -> np.ndarray:
 
 
 def _elements(content: bytes, order: str, aligned: bool = True) -> Iterator[tuple[int, bytes]]:
-    """The type and the data of each element; inside of a matrix all begin at multiples of 8 bytes."""
+    """Yield the type and the data of each element; inside of a matrix all begin at multiples of 8 bytes."""
     at = 0
     while at < len(content):
         if at + 8 > len(content):
@@ -78,7 +78,7 @@ def _unpacked(data: bytes, order: str, limit: int) -> tuple[int, bytes]:
 
 
 def _matrix(data: bytes, order: str, name: str) -> np.ndarray | None:
-    """The matrix in an element, or None where it has another name."""
+    """Return the matrix in an element, or None where it has another name."""
     parts = list(_elements(data, order))
     if len(parts) < 3 or [kind for kind, _ in parts[:3]] != [_UINT32, _INT32, _INT8]:
         raise ValueError("a matrix lacks its flags, shape or name")

@@ -10,7 +10,7 @@ from layernorm.experiments.data import finding, matlab, sources
 
 
 def mnist(part: str) -> tuple[Tensor, Tensor]:
-    """Images and labels of MNIST.
+    """Return images and labels of MNIST.
 
     Args:
         part: "train" (60,000 cases) or "t10k" (10,000).
@@ -30,7 +30,7 @@ def mnist(part: str) -> tuple[Tensor, Tensor]:
 
 
 def binarized_mnist(part: str) -> Tensor:
-    """Images of MNIST with every pixel drawn once as 0 or 1, as models of images are compared on.
+    """Return images of MNIST with every pixel drawn once as 0 or 1, as models of images are compared on.
 
     R. Salakhutdinov and I. Murray, On the quantitative analysis of deep belief networks, 2008.
 
@@ -51,7 +51,7 @@ def binarized_mnist(part: str) -> Tensor:
 
 
 def _idx(content: bytes) -> Tensor:
-    """An idx file: a magic number with the rank, the sizes as big-endian int32, uint8 values."""
+    """Return an idx file: a magic number with the rank, the sizes as big-endian int32, uint8 values."""
     rank = content[3]
     start = 4 + 4 * rank
     sizes = np.frombuffer(content[4:start], dtype=">i4")
@@ -60,7 +60,7 @@ def _idx(content: bytes) -> Tensor:
 
 
 def _pixels(content: bytes) -> bytes:
-    """The pixels as bytes 0 and 1, out of text or out of a MATLAB file with a matrix X."""
+    """Return the pixels as bytes 0 and 1, out of text or out of a MATLAB file with a matrix X."""
     if content.startswith(b"MATLAB"):
         matrix = matlab.matrix(content, "X", finding.LIMIT)
         with np.errstate(invalid="ignore"):

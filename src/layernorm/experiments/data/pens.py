@@ -55,7 +55,7 @@ class WrittenLine(NamedTuple):
 
 
 def omniglot_strokes() -> list[Drawing]:
-    """Characters of five alphabets drawn by twenty people each, of Omniglot's "background small 1".
+    """Load characters of five alphabets drawn by twenty people each, of Omniglot's "background small 1".
 
     B. Lake, R. Salakhutdinov, J. Tenenbaum, Human-level concept learning through probabilistic program
     induction, 2015.
@@ -72,7 +72,7 @@ def omniglot_strokes() -> list[Drawing]:
 
 
 def iam_ondb(part: str = "all") -> list[WrittenLine]:
-    """Lines of English handwriting, IAM-OnDB, read from a copy that the user has; never downloaded.
+    """Return lines of English handwriting, IAM-OnDB, read from a copy that the user has; never downloaded.
 
     M. Liwicki and H. Bunke, IAM-OnDB: an on-line English sentence database, 2005.
 
@@ -111,7 +111,7 @@ def iam_ondb(part: str = "all") -> list[WrittenLine]:
 
 
 def _drawings(content: bytes) -> bytes:
-    """The normal form of the archive: each drawing's path and its file, with an empty line between."""
+    """Return the normal form of the archive: each drawing's path and its file, with an empty line between."""
     members = {
         PurePosixPath(name).parts[-3:]: text for name, text in archives.zipped(content, ".txt").items()
     }
@@ -142,7 +142,7 @@ def _official(*names: str) -> Path:
 
 
 def _transcription(content: bytes) -> list[str]:
-    """The lines after "CSR:" (corrected), which comes after those as the recognizer had them."""
+    """Return the lines after "CSR:" (corrected), which comes after those as the recognizer had them."""
     _, _, corrected = finding.decoded(content).partition("CSR:")
     return [line.strip() for line in corrected.split("\n") if line.strip()]
 
@@ -162,7 +162,7 @@ def _pen_strokes(path: Path, name: PurePosixPath, content: bytes) -> tuple[np.nd
 
 
 def _writers(original: Path) -> Iterator[tuple[str, str]]:
-    """Each form's name and writer, out of ``<Form id="a01-000u" writerID="10016" ...>``."""
+    """Yield each form's name and writer, out of ``<Form id="a01-000u" writerID="10016" ...>``."""
     for _, content in finding.entries(original, ".xml"):
         form = re.search(rb"<Form\b[^>]*>", content)
         fields = dict(re.findall(rb'(\w+)="([^"]*)"', form[0])) if form else {}

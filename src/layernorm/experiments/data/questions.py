@@ -26,7 +26,7 @@ class Question(NamedTuple):
 
 
 def cnn_questions(part: str) -> list[Question]:
-    """Questions on news, read from a copy that the user has; never downloaded.
+    """Load questions on news, read from a copy that the user has; never downloaded.
 
     K. M. Hermann et al., Teaching machines to read and comprehend, 2015 (arXiv 1506.03340). The files are
     ``questions/training/*.question`` and so on, a question a file: address, passage, query, answer and the

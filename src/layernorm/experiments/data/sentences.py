@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
 
 def sentence_set(name: str) -> tuple[list[str], Tensor]:
-    """Sentences of two classes, split into words by spaces.
+    """Return sentences of two classes, split into words by spaces.
 
     Args:
         name: "MR" (films), "CR" (products), "SUBJ" (1 is subjective) or "MPQA" (opinions).
@@ -59,7 +59,7 @@ def sentence_set(name: str) -> tuple[list[str], Tensor]:
 
 
 def sick(part: str) -> list[Pair]:
-    """Pairs of sentences with their semantic relatedness, SemEval 2014 task 1.
+    """Return pairs of sentences with their semantic relatedness, SemEval 2014 task 1.
 
     Args:
         part: "train" (4,500 pairs), "trial" (500) or "test" (4,927).
@@ -76,7 +76,7 @@ def sick(part: str) -> list[Pair]:
 
 
 def _sick_rows(content: bytes) -> bytes:
-    """The columns that are used, in a fixed order, without the header."""
+    """Return the columns that are used, in a fixed order, without the header."""
     header, *rows = [line.split("\t") for line in finding.lines(content)]
     places = [header.index(column) for column in _SICK_COLUMNS]
     return "\n".join("\t".join(row[place].strip() for place in places) for row in rows).encode()

@@ -253,7 +253,7 @@ CNN_QUESTIONS: Final = Source(
 
 
 def _sentences(name: str, sha256: str, folder: str, archive: str = "", member: str = "") -> File:
-    """A file by itself, in Wang and Manning's collection, and where there is one in its authors' archive."""
+    """Return a file by itself, in Wang and Manning's collection, and in its authors' archive if any."""
     copy = f"https://raw.githubusercontent.com/harvardnlp/sent-conv-torch/master/data/raw/{name}"
     collection = "https://dl.fbaipublicfiles.com/senteval/senteval_data/datasmall_NB_ACL12.zip"
     origins = [Origin((copy,)), Origin((collection,), f"data/{folder}/{name}")]
@@ -368,7 +368,7 @@ SOURCES: Final = (
 
 
 def table() -> str:
-    """All data sets as a table in Markdown, as in the documentation."""
+    """Return all data sets as a table in Markdown, as in the documentation."""
     head = "| data set | what | by | licence | size | experiments | downloaded |"
     rows = [head, "|---|---|---|---|---|---|---|"]
     for source in SOURCES:
@@ -388,5 +388,5 @@ def table() -> str:
 
 
 def layouts() -> str:
-    """The folder and the files of every data set as a list in Markdown, as in the documentation."""
+    """Return the folder and the files of every data set as a list in Markdown, as in the documentation."""
     return "".join(f"- {source.title}, in `{source.folder}/`: {source.layout}.\n" for source in SOURCES)

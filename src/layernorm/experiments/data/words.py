@@ -22,7 +22,7 @@ _WORD: Final = re.compile(r"@?\w+(?:-\w+)*|'\w+|[^\w\s]")
 
 
 def tokens(text: str) -> list[str]:
-    """The words and punctuation marks of a text, in lower case.
+    """Return the words and punctuation marks of a text, in lower case.
 
     Examples:
         >>> from layernorm.experiments.data.words import tokens
@@ -67,16 +67,16 @@ class Vocabulary:
         self._indices = {word: index for index, word in enumerate(self.words, start=2)}
 
     def __len__(self) -> int:
-        """The number of indices, padding and unknown words among them."""
+        """Return the number of indices, padding and unknown words among them."""
         return len(self.words) + 2
 
     def indices(self, words: Iterable[str]) -> list[int]:
-        """The index of each word, ``UNKNOWN`` for those not in the vocabulary."""
+        """Return the index of each word, ``UNKNOWN`` for those not in the vocabulary."""
         return [self._indices.get(word, UNKNOWN) for word in words]
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Rows of indices as one int64 Tensor (N, T), filled up with ``PAD``, and their lengths (N,).
+    """Return rows of indices as one int64 Tensor (N, T), filled up with ``PAD``, and their lengths (N,).
 
     Examples:
         >>> from layernorm.experiments.data.words import padded

@@ -26,7 +26,7 @@ GRU_NORMS: Final = ("none", "layer", "rms", "weight")
 def lstm(
     norm: str, input_size: int, hidden_size: int, *, max_length: int = 1024, **options: Any
 ) -> nn.Module:
-    """An LSTM with this norm, with the call of ``torch.nn.LSTM``.
+    """Return an LSTM with this norm, with the call of ``torch.nn.LSTM``.
 
     ==========  ==========================================================================================
     none        ``torch.nn.LSTM``
@@ -65,7 +65,7 @@ def lstm(
 
 
 def lstm_cell(norm: str, input_size: int, hidden_size: int) -> nn.LSTMCell | layernorm.LayerNormLSTMCell:
-    """One step of ``lstm`` with this norm, with the call of ``torch.nn.LSTMCell``; but for batch norm.
+    """Return one step of ``lstm`` with this norm, with the call of ``torch.nn.LSTMCell``; but for batch norm.
 
     Raises:
         ExperimentError: there is no such norm of a step.
@@ -85,7 +85,7 @@ def lstm_cell(norm: str, input_size: int, hidden_size: int) -> nn.LSTMCell | lay
 
 
 def gru(norm: str, input_size: int, hidden_size: int, **options: Any) -> nn.Module:
-    """A GRU with this norm, with the call of ``torch.nn.GRU``.
+    """Return a GRU with this norm, with the call of ``torch.nn.GRU``.
 
     The norms are those of ``lstm``: layer norm is ``layernorm.LayerNormGRU`` (paper eq. 26-28).
 
@@ -114,7 +114,7 @@ def gru(norm: str, input_size: int, hidden_size: int, **options: Any) -> nn.Modu
 
 @torch.no_grad()
 def start(network: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Gives parameters of an LSTM or a GRU of this module these values, whatever its norm.
+    """Give parameters of an LSTM or GRU in this module these values, whatever its norm.
 
     Args:
         network: the LSTM or GRU.
@@ -136,7 +136,7 @@ def start(network: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def _variant(norm: str, cell: str, norms: tuple[str, ...]) -> str:
-    """The variant of ``LayerNormLSTM`` or ``LayerNormGRU`` that a norm is made of."""
+    """Return the variant of ``LayerNormLSTM`` or ``LayerNormGRU`` that a norm is made of."""
     named = tuple(name for name, cells in PRESETS.items() if cell in cells and name not in norms)
     if norm not in norms + named:
         raise ExperimentError(
@@ -146,7 +146,7 @@ def _variant(norm: str, cell: str, norms: tuple[str, ...]) -> str:
 
 
 def _weight_normalized(network: _Module) -> _Module:
-    """The network, its weight matrices g·v/‖v‖ with one g for each row, starting as they were.
+    """Make the weight matrices g·v/‖v‖ with one g for each row, starting as they were.
 
     Not for ``torch.nn.LSTM``, which keeps a list of its weights as they were when it was made.
     """

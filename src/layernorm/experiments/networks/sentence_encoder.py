@@ -46,11 +46,11 @@ class Sentences:
         return len(self.lengths)
 
     def to(self, device: torch.device) -> None:
-        """Moves the words; the lengths stay on the CPU, where packing wants them."""
+        """Move the words to a device; the lengths stay on the CPU, where packing wants them."""
         self.indices = self.indices.to(device)
 
     def packed(self, cases: Tensor, before: bool = False, after: bool = False) -> PackedSequence:
-        """The words of these sentences, step by step; no step is spent on padding.
+        """Return the words of these sentences, step by step; no step is spent on padding.
 
         Args:
             cases: which sentences, (N,).
@@ -96,13 +96,13 @@ class SentenceEncoder(nn.Module):
         return cast(Tensor, state[0])
 
     def encode(self, sentences: Sentences) -> Tensor:
-        """All sentences' vectors (N, H), some sentences at a time."""
+        """Encode all sentences as vectors (N, H), some sentences at a time."""
         parts = torch.arange(len(sentences)).split(_SENTENCES_AT_ONCE)
         return torch.cat([self(sentences.packed(part)) for part in parts])
 
 
 def gru(norm: str, input_size: int, units: int) -> nn.Module:
-    """A GRU with the initial weights of Kiros et al. (2015), the same whatever the norm.
+    """Return a GRU with the initial weights of Kiros et al. (2015), the same whatever the norm.
 
     Weights from the input are uniform in ±0.1, those from the state orthogonal, biases zero.
     """

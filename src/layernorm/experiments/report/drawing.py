@@ -41,7 +41,7 @@ class Look(NamedTuple):
 
 
 def looks(chart: Chart) -> dict[str, Look]:
-    """The looks of a chart's lines by name, in the order in which the names first appear.
+    """Return the looks of a chart's lines by name, in the order in which the names first appear.
 
     Norms have their own; other names take those that no norm of the chart has, in order.
 
@@ -59,18 +59,18 @@ def looks(chart: Chart) -> dict[str, Look]:
 
 
 def _look(place: int) -> Look:
-    """Each colour with its own dashes first, then with the others'."""
+    """Return each colour with its own dashes first, then with the others'."""
     turn, colour = divmod(place, len(_COLOURS))
     return Look(_COLOURS[colour], _DASHES[(colour + turn) % len(_DASHES)])
 
 
 def shares_y(row: Sequence[Panel]) -> bool:
-    """Whether the panels of a row measure the same on the same scale, and so have one y axis."""
+    """Return whether the panels of a row measure the same on the same scale, and so have one y axis."""
     return len({(panel.y_label, panel.y_log) for panel in row}) == 1
 
 
 def check(chart: Chart) -> None:
-    """Sees that a chart can be drawn.
+    """Check that a chart can be drawn.
 
     Raises:
         ValueError: it has no panel, or a line's points are not as many on both axes.
@@ -90,7 +90,7 @@ def check(chart: Chart) -> None:
 
 
 def figure(chart: Chart) -> Figure:
-    """A chart as a picture: its panels, and one legend below them.
+    """Draw a chart as a picture: its panels, and one legend below them.
 
     Panels of a row with the same label and scale share the y axis. Bands are drawn around the lines.
 
@@ -170,7 +170,7 @@ def _draw_line(line: Line, axes: Axes, look: Look) -> None:
 
 
 def svg(chart: Chart) -> str:
-    """A chart as an SVG document, the same text for the same chart.
+    """Draw a chart as an SVG document, the same text for the same chart.
 
     Raises:
         ValueError: as ``figure``.
@@ -186,7 +186,7 @@ def _svg(drawn: Figure) -> str:
 
 
 def save(chart: Chart, folder: Path) -> None:
-    """Writes ``NAME.png`` and ``NAME.svg`` for the chart's name, each whole or not at all.
+    """Write ``NAME.png`` and ``NAME.svg`` for the chart's name, each whole or not at all.
 
     Raises:
         ValueError: as ``figure``.

@@ -33,7 +33,7 @@ _NUMBER: Final = re.compile(r"[-–−+±<>≤≥≈~]?\s*\d.*|[-–—]|not .*|
 
 
 def write(path: Path, title: str, sections: Sequence[Section]) -> Path:
-    """Writes the page, whole or not at all; the folder of ``path`` must be there.
+    """Write the page, whole or not at all; the folder of ``path`` must be there.
 
     With several sections an overview of all their cards comes first.
 
@@ -107,12 +107,12 @@ def _text(name: str) -> str:
 
 
 def _script(text: str) -> Markup:
-    """A script as it can stand in a page: no text in it ends the element."""
+    """Return a script as it can stand in a page: no text in it ends the element."""
     return Markup(text.replace("</script", r"<\/script"))  # noqa: S704 - the package's own, and plotly's
 
 
 def _data(chart: Chart) -> dict[str, Any]:
-    """A chart as ``report.js`` takes it."""
+    """Return a chart as ``report.js`` takes it."""
     return {
         "columns": max(map(len, chart.rows)),
         "looks": [{"name": name, **look._asdict()} for name, look in drawing.looks(chart).items()],
@@ -146,7 +146,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
 
 
 def _numbers(values: Sequence[float]) -> list[float | None]:
-    """For JSON, which has no NaN and no infinity: those are gaps. Seven digits are more than can be seen."""
+    """Prepare numbers for JSON, which has no NaN and no infinity: those are gaps. Seven digits suffice."""
     return [float(f"{value:.7g}") if math.isfinite(value) else None for value in values]
 
 
@@ -185,7 +185,7 @@ def _address(kind: str, content: bytes) -> str:
 
 
 def _numeric(table: Table) -> list[bool]:
-    """For each column whether it holds numbers, which stand to the right."""
+    """Return for each column whether it holds numbers, which stand to the right."""
     columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.columns)
     return [
         any(map(str.isdigit, "".join(column))) and all(map(_NUMBER.fullmatch, column)) for column in columns

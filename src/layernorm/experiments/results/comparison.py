@@ -80,11 +80,11 @@ class Comparison:
         return identity(self.settings)
 
     def path(self, run: Run, suffix: str) -> Path:
-        """A file of a run."""
+        """Return a file of a run."""
         return self.out / "runs" / f"{run.name}{suffix}"
 
     def about(self, run: Run) -> str:
-        """The description of a run's table, as its checksum file states it."""
+        """Return the description of a run's table, as its checksum file states it."""
         return f"{self.identity} {run.name}"
 
 

@@ -119,7 +119,7 @@ def write(folder: Path, settings: Mapping[str, Any], command: str) -> dict[str, 
 
 
 def _parsed(folder: Path, option: str) -> tuple[dict[str, Any], bool]:
-    """The ``config.json`` of a folder, of this version, and whether it is as it was written."""
+    """Return the ``config.json`` of a folder, of this version, and whether it is as it was written."""
     path = folder / CONFIG
     try:
         config, whole = files.read_json(path)

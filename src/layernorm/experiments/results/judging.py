@@ -11,12 +11,12 @@ from layernorm.experiments.task import Metric
 
 
 def best(run: pd.DataFrame, metric: Metric) -> float:
-    """The best value of a run."""
+    """Return the best value of a run."""
     return float(run[metric.name].max() if metric.higher else run[metric.name].min())
 
 
 def first_at(run: pd.DataFrame, metric: Metric, value: float) -> pd.Series | None:
-    """The first record of a run that is as good as a value; None if none is."""
+    """Return the first record of a run that is as good as a value; None if none is."""
     column = run[metric.name]
     there = run[column >= value if metric.higher else column <= value]
     return there.iloc[0] if len(there) else None
@@ -33,7 +33,7 @@ def sooner(
     batch_sizes: Sequence[int] | None = None,
     remark: str = "",
 ) -> Card:
-    """The card that says whether a norm reaches the best of another one in fewer updates.
+    """Return the card that says whether a norm reaches the best of another one in fewer updates.
 
     Batch sizes are judged one by one, each by the mean over its seeds; a run that never gets there makes its
     batch size a no.
@@ -86,7 +86,7 @@ def better(
     batch_sizes: Sequence[int] | None = None,
     remark: str = "",
 ) -> Card:
-    """The card that says whether a norm's best value is better than another one's.
+    """Return the card that says whether a norm's best value is better than another one's.
 
     Arguments as of ``sooner``; the values are means over the seeds.
     """
@@ -105,7 +105,7 @@ def better(
 def _by_batch_size(
     results: pd.DataFrame, norms: Sequence[str], batch_sizes: Sequence[int] | None
 ) -> list[tuple[int, pd.DataFrame]]:
-    """The records of the seeds that have all these norms, the greatest batch size first."""
+    """Return the records of the seeds that have all these norms, the greatest batch size first."""
     groups = []
     for batch_size, runs in results.groupby("batch_size"):
         if batch_sizes is not None and batch_size not in batch_sizes:

@@ -78,7 +78,7 @@ def write(table: pd.DataFrame, folder: Path) -> None:
 
 
 def summarize(table: pd.DataFrame, norms: Sequence[str], metric: Metric) -> pd.DataFrame:
-    """One row for each batch size and norm: mean and standard deviation over the seeds.
+    """Return one row for each batch size and norm: mean and standard deviation over the seeds.
 
     The baseline is the norm "none", or else the first of ``norms``; its best is its best value of the metric
     with the same batch size and seed. ``epochs_to_baseline`` and ``seconds_to_baseline`` tell when a run was
@@ -125,7 +125,7 @@ def summarize(table: pd.DataFrame, norms: Sequence[str], metric: Metric) -> pd.D
 
 
 def headings(metric: Metric) -> dict[str, str]:
-    """The columns of the summary and their headings."""
+    """Return the columns of the summary and their headings."""
     return {
         "batch_size": "batch",
         "norm": "norm",
@@ -138,7 +138,7 @@ def headings(metric: Metric) -> dict[str, str]:
 
 
 def cells(summary: pd.DataFrame, metric: Metric) -> list[dict[str, str]]:
-    """The summary as text, one dict for each row by the keys of ``headings``."""
+    """Return the summary as text, one dict for each row by the keys of ``headings``."""
     formats = {
         "best": (metric.form, metric.form),
         "epochs_to_baseline": ("{:.2f}", "{:.2f}"),
@@ -166,7 +166,7 @@ def cells(summary: pd.DataFrame, metric: Metric) -> list[dict[str, str]]:
 
 
 def show(console: Console, summary: pd.DataFrame, metric: Metric) -> None:
-    """Prints the summary."""
+    """Print the summary."""
     table = RichTable(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     columns = headings(metric)
     for name, heading in columns.items():
@@ -177,7 +177,7 @@ def show(console: Console, summary: pd.DataFrame, metric: Metric) -> None:
 
 
 def section(folder: Path, task: Task, config: Mapping[str, Any], table: pd.DataFrame) -> Section:
-    """What the report shows of a comparison.
+    """Return what the report shows of a comparison.
 
     Args:
         folder: of the comparison, with its pictures in ``samples/``.
@@ -219,7 +219,7 @@ def section(folder: Path, task: Task, config: Mapping[str, Any], table: pd.DataF
 
 
 def chart(name: str, table: pd.DataFrame, norms: Sequence[str], metrics: Sequence[Metric]) -> Chart:
-    """Metrics over the updates, a row for each metric and a column for each batch size.
+    """Draw metrics over the updates, a row for each metric and a column for each batch size.
 
     Lines are means over the seeds, bands go from the least to the greatest.
     """
@@ -251,7 +251,7 @@ def _line(norm: str, table: pd.DataFrame, metric: Metric) -> Line:
 
 
 def _described(config: Mapping[str, Any]) -> str:
-    """The settings in words."""
+    """Return the settings in words."""
     seeds = "1 seed" if config["seeds"] == 1 else f"{config['seeds']} seeds"
     sizes = "".join(f", {name} {value}" for name, value in config["sizes"].items())
     clip = f", gradients clipped at {config['clip']:g}" if config["clip"] else ""

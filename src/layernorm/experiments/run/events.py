@@ -45,7 +45,7 @@ class Log:
             raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def __enter__(self) -> Self:
-        """Nothing; the file is open already."""
+        """Return itself; the file is open already."""
         return self
 
     def __exit__(

@@ -22,7 +22,7 @@ _Value = TypeVar("_Value")
 
 @contextmanager
 def joined(device: str) -> Iterator[torch.device]:
-    """Within the block the processes of ``torchrun`` are one group: gloo on CPUs, NCCL on GPUs.
+    """Join the processes of ``torchrun`` in one group within the block: gloo on CPUs, NCCL on GPUs.
 
     Yields:
         The device of this process: ``cuda`` means the GPU of its local rank.
@@ -60,23 +60,23 @@ def joined(device: str) -> Iterator[torch.device]:
 
 
 def _is_loss(error: Exception) -> bool:
-    """Whether a collective failed for want of a peer; gloo says so in a plain RuntimeError."""
+    """Return whether a collective failed for want of a peer; gloo says so in a plain RuntimeError."""
     told = ("Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe", "gloo")
     return isinstance(error, dist.DistError) or any(words in str(error) for words in told)
 
 
 def rank() -> int:
-    """The number of this process; 0 leads: it evaluates, writes and speaks."""
+    """Return the number of this process; 0 leads: it evaluates, writes and speaks."""
     return dist.get_rank() if _several() else 0
 
 
 def count() -> int:
-    """The number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if _several() else 1
 
 
 def summed(*numbers: float) -> list[float]:
-    """Each number summed over the processes."""
+    """Sum each number over the processes."""
     if not _several():
         return list(numbers)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -86,7 +86,7 @@ def summed(*numbers: float) -> list[float]:
 
 
 def from_leader(value: _Value) -> _Value:
-    """What process 0 has given; the others' values are not used."""
+    """Return what process 0 has given; the others' values are not used."""
     if not _several():
         return value
     box = [value]
@@ -95,7 +95,7 @@ def from_leader(value: _Value) -> _Value:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The tensors (cases, ...) of all processes after one another, with gradients to each.
+    """Gather the tensors (cases, ...) of all processes one after another, with gradients to each.
 
     The processes may have different numbers of cases.
 

@@ -56,7 +56,7 @@ class Run:
 
     @classmethod
     def named(cls, name: str) -> Self | None:
-        """The run of a name, or None.
+        """Return the run of a name, or None.
 
         Examples:
             >>> from layernorm.experiments.run.training import Run
@@ -136,7 +136,7 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
         recorded: Callable[[Record], None] = lambda record: None,
     ) -> None:
-        """Trains to the end, calling ``progress`` now and then and ``recorded`` with each new record.
+        """Train to the end; call ``progress`` now and then and ``recorded`` with each new record.
 
         Raises:
             Interrupted: ``stop`` answered True in some process; the checkpoint holds what was reached.
@@ -167,7 +167,7 @@ class Trainer:
         progress(self)
 
     def step(self, cases: Tensor, stop: bool = False) -> bool:
-        """One update on these training cases; returns whether any process wants to stop."""
+        """Make one update on these training cases; return whether any process wants to stop."""
         began = time.perf_counter()
         self.network.train()
         for group in self._optimizer.param_groups:
@@ -192,13 +192,13 @@ class Trainer:
         return stops > 0
 
     def order(self, epoch: int) -> Tensor:
-        """The training cases in the order of this epoch."""
+        """Return the training cases in the order of this epoch."""
         generator = torch.Generator().manual_seed(_mixed(self.run.seed, epoch))
         order = torch.randperm(self._problem.cases, generator=generator)
         return order.to(self._device)
 
     def save(self) -> None:
-        """Replaces the checkpoint by the present state, whole or not at all; process 0 does it for all."""
+        """Replace the checkpoint by the present state, whole or not at all; process 0 does it for all."""
         if processes.rank() != 0:
             return
         state = {
@@ -218,7 +218,7 @@ class Trainer:
         checkpoints.write(self._checkpoint, state)
 
     def _restore(self) -> None:
-        """Takes the state of the checkpoint, which only process 0 needs to see."""
+        """Take the state of the checkpoint, which only process 0 needs to see."""
         content = None
         if processes.rank() == 0 and self._checkpoint.is_file():
             content = self._read()
@@ -239,7 +239,7 @@ class Trainer:
         self._loss_sum, self._loss_count = content["loss"]
 
     def _read(self) -> dict[str, Any] | ExperimentError | None:
-        """The checkpoint's state, tried on the network; or what is wrong with it; None if there is none."""
+        """Read the checkpoint's state and try it on the network; return it, what is wrong, or None."""
         try:
             state = checkpoints.read(self._checkpoint)
             if state.get("format") != FORMAT:
@@ -264,14 +264,14 @@ class Trainer:
         return None if self._precision == "float32" else getattr(torch, self._precision)
 
     def _batch(self, cases: Tensor) -> Batch:
-        """This process's part of the batch."""
+        """Return this process's part of the batch."""
         size, rank, count = len(cases), processes.rank(), processes.count()
         start, end = rank * size // count, (rank + 1) * size // count
         generator = torch.Generator().manual_seed(_mixed(self.run.seed, self.update))
         return Batch(cases[start:end], start, size, generator)
 
     def _rate(self) -> float:
-        """The learning rate of the next update."""
+        """Return the learning rate of the next update."""
         preset = self.preset
         rise = min(1.0, (self.update + 1) / preset.warmup) if preset.warmup else 1.0
         done = self.update / self.updates
@@ -282,7 +282,7 @@ class Trainer:
         return preset.learning_rate * rise
 
     def _is_mark(self) -> bool:
-        """Whether there is an evaluation after this update."""
+        """Return whether there is an evaluation after this update."""
         every = self.preset.evaluate_every
         if every is not None:
             return self.update % every == 0 or self.update == self.updates
@@ -290,7 +290,7 @@ class Trainer:
         return self.update % self.per_epoch in {self.per_epoch * k // count for k in range(count)}
 
     def _evaluate(self, recorded: Callable[[Record], None]) -> None:
-        """Records the mean training loss since the last record, and the metrics."""
+        """Record the mean training loss since the last record, and the metrics."""
         metrics: dict[str, float] = {}
         if processes.rank() == 0:
             self.network.eval()
@@ -313,7 +313,7 @@ class Trainer:
 
 
 def _mixed(seed: int, number: int) -> int:
-    """A seed for this number."""
+    """Mix a seed and a number into another seed."""
     return seed * 1_000_003 + number
 
 

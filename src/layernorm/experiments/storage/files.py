@@ -270,7 +270,7 @@ def _normal(about: str) -> str:
 
 
 def _line(content: bytes, path: Path) -> str:
-    """A line as ``sha256sum`` writes it."""
+    """Return a line as ``sha256sum`` writes it."""
     return f"{hashlib.sha256(content).hexdigest()}  {path.name}"
 
 

@@ -57,7 +57,7 @@ class Trace(NamedTuple):
 
 
 def trace(cell: str, norm: str, scale: float, steps: int, hidden_size: int, seed: int) -> Trace:
-    """Runs a fresh network in float64 over standard normal inputs.
+    """Run a fresh network in float64 over standard normal inputs.
 
     Its weights are orthogonal matrices, two a gate, multiplied by ``scale``; its other parameters are as
     ``torch.nn`` and ``layernorm`` make them.
@@ -104,7 +104,7 @@ def trace(cell: str, norm: str, scale: float, steps: int, hidden_size: int, seed
 
 
 def _norms(sequence: Tensor) -> Tensor:
-    """The norm of each step of (T, N, H), up to the range of float64, beyond which squares would be."""
+    """Return the norm of each step of (T, N, H), within the range of float64 even where squares are not."""
     limits = torch.finfo(sequence.dtype)
     largest = sequence.abs().amax((1, 2), keepdim=True).clamp(limits.tiny, limits.max)
     return largest.flatten() * (sequence / largest).square().sum((1, 2)).sqrt()
@@ -113,7 +113,7 @@ def _norms(sequence: Tensor) -> Tensor:
 def run(
     folder: Path, say: Callable[[str], None], *, lengths: Sequence[int], hidden_size: int, seeds: int
 ) -> None:
-    """Traces every cell, norm, scale and length; writes ``dynamics.csv`` after each.
+    """Trace every cell, norm, scale and length; write ``dynamics.csv`` after each.
 
     Args:
         folder: where the file goes; what it holds already is not traced again.
@@ -194,7 +194,7 @@ def _cases(lengths: Sequence[int]) -> Iterator[tuple[str, str, float, int]]:
 
 
 def _rows(traces: Sequence[Trace], steps: int) -> list[dict[str, Any]]:
-    """The traces at steps evenly spaced on a logarithmic axis, as geometric means over the seeds."""
+    """Return the traces at steps evenly spaced on a logarithmic axis, as geometric means over the seeds."""
     spaced = torch.logspace(0, math.log10(steps), _POINTS, dtype=torch.float64).round().long()
     chosen = spaced.unique().clamp(1, steps)
     hidden = torch.stack([t.hidden for t in traces]).log().mean(0).exp()
@@ -207,7 +207,7 @@ def _rows(traces: Sequence[Trace], steps: int) -> list[dict[str, Any]]:
 
 
 def _summary(table: pd.DataFrame) -> pd.DataFrame:
-    """By case: the last hidden norm over the first, the first step's gradient over the last one's."""
+    """Return for each case the last hidden norm over the first, and the first gradient over the last."""
     ordered = table.sort_values("step", kind="stable").groupby(_CASE, sort=False)
     # Not first() and last(), which skip NaN.
     first, last = (ordered.nth(place).set_index(_CASE) for place in (0, -1))

@@ -28,7 +28,7 @@ _START_CASES: Final = 500
 
 
 def network(channels: Sequence[int], norm: str) -> nn.Sequential:
-    """Convolutions of 3x3 with ReLU, the image halved after each pair of them; then a linear layer.
+    """Build convolutions of 3x3 with ReLU, the image halved after each pair of them; then a linear layer.
 
     Layer norm takes mean and variance over all channels and places of an image, as in the paper all hidden
     units of a layer share them, with one gain and bias for each channel: ``torch.nn.GroupNorm`` of one group.
@@ -103,7 +103,7 @@ class ConvolutionalMnist(Classification):
         super().__init__(images, partial(network, (width, 2 * width, 4 * width)))
 
     def network(self, norm: str) -> nn.Module:
-        """The network for a norm; weight norm starts from the first training cases."""
+        """Make the network for a norm; weight norm starts from the first training cases."""
         fresh = super().network(norm)
         if norm == "weight":
             start = self._data.train_inputs[:_START_CASES]

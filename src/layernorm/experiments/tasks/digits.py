@@ -21,7 +21,7 @@ from layernorm.experiments.task import Preset, Task
 
 
 def load() -> Data:
-    """1,347 training and 450 test cases of 64 pixels in [0, 1], the classes in equal shares."""
+    """Return 1,347 training and 450 test cases of 64 pixels in [0, 1], the classes in equal shares."""
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images / 16.0, labels, test_size=450, stratify=labels, random_state=0)
     train, test, train_labels, test_labels = split
@@ -34,7 +34,7 @@ def load() -> Data:
 
 
 def problem() -> Classification:
-    """The digits and a network of 64-128-128-10."""
+    """Make the problem: the digits and a network of 64-128-128-10."""
     return Classification(load(), partial(feedforward.network, (64, 128, 128, 10)))
 
 

@@ -27,26 +27,26 @@ class RowReader(nn.Module):
         self.logits = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 8, 8) to logits (N, 10)."""
+        """Map images (N, 8, 8) to logits (N, 10)."""
         logits: Tensor = self.logits(self.states(images))
         return logits
 
     def states(self, images: Tensor) -> Tensor:
-        """The last hidden states (N, 64) of images (N, 8, 8), each read as a whole."""
+        """Return the last hidden states (N, 64) of images (N, 8, 8), each read as a whole."""
         _, (h, _) = self.lstm(images)
         last: Tensor = h[0]
         return last
 
 
 def load() -> Data:
-    """The cases of the task ``digits`` as sequences (cases, 8, 8)."""
+    """Return the cases of the task ``digits`` as sequences (cases, 8, 8)."""
     flat = digits.load()
     train, test = (images.unflatten(1, (8, 8)) for images in (flat.train_inputs, flat.test_inputs))
     return Data(train, flat.train_targets, test, flat.test_targets)
 
 
 def problem() -> Classification:
-    """The rows and their reader."""
+    """Make the problem: the rows and their reader."""
     return Classification(load(), RowReader)
 
 

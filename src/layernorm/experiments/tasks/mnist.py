@@ -16,7 +16,7 @@ from layernorm.experiments.task import TRAIN_LOSS, ExperimentError, Preset, Task
 
 
 def load(cases: int = 55_000) -> Data:
-    """``cases`` training and 10,000 test cases of 784 pixels in [0, 1].
+    """Return ``cases`` training and 10,000 test cases of 784 pixels in [0, 1].
 
     The training cases are the first of the last 55,000 of MNIST's 60,000; the 5,000 before them are the
     validation cases of the customary split and stay unused.

@@ -68,7 +68,7 @@ class PixelReader(nn.Module):
         self.logits.bias.zero_()
 
     def forward(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Pixels (T, N, 1), and what is added to the initial hidden state (N, hidden), to logits (N, 10)."""
+        """Map pixels (T, N, 1), and what is added to the initial state (N, hidden), to logits (N, 10)."""
         cases = pixels.size(1)
         h0 = self.h0.expand(cases, -1)
         h = h0 if noise is None else h0 + noise
@@ -123,13 +123,13 @@ class PixelByPixel(Problem):
         }
 
     def to(self, device: torch.device) -> None:
-        """Moves the data."""
+        """Move the data to a device."""
         self._sets = {
             name: (pixels.to(device), classes.to(device)) for name, (pixels, classes) in self._sets.items()
         }
 
     def network(self, norm: str) -> nn.Module:
-        """A ``PixelReader``."""
+        """Make a ``PixelReader``."""
         return PixelReader(norm, self.hidden, self._sets["train"][0].size(1))
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
@@ -139,7 +139,7 @@ class PixelByPixel(Problem):
         return Loss(F.cross_entropy(logits, classes[batch.cases], reduction="sum"), len(batch.cases))
 
     def evaluate(self, network: nn.Module) -> Mapping[str, float]:
-        """Errors and mean cross-entropy, without noise."""
+        """Compute errors and mean cross-entropy, without noise."""
         validation_loss, validation_error = self._evaluate(network, "validation")
         _, test_error = self._evaluate(network, "test")
         return {
@@ -149,7 +149,7 @@ class PixelByPixel(Problem):
         }
 
     def _evaluate(self, network: nn.Module, name: str) -> tuple[float, float]:
-        """Mean cross-entropy, and the percentage of errors."""
+        """Return mean cross-entropy, and the percentage of errors."""
         all_pixels, all_classes = self._sets[name]
         loss, errors = 0.0, 0
         for pixels, classes in zip(all_pixels.split(_AT_ONCE), all_classes.split(_AT_ONCE), strict=True):
@@ -160,7 +160,7 @@ class PixelByPixel(Problem):
 
 
 def _sequences(images: Tensor, down: int, permuted: bool) -> Tensor:
-    """Images (N, 28, 28) of bytes to bytes (N, T), row by row or in a random order, always the same one."""
+    """Turn images (N, 28, 28) of bytes into bytes (N, T), row by row or in one fixed random order."""
     means = F.avg_pool2d(images[:, None].float(), down).round().byte() if down > 1 else images
     pixels = means.flatten(1)
     if not permuted:
@@ -170,12 +170,12 @@ def _sequences(images: Tensor, down: int, permuted: bool) -> Tensor:
 
 
 def _steps(pixels: Tensor) -> Tensor:
-    """Bytes (N, T) to time steps (T, N, 1) in [0, 1]."""
+    """Turn bytes (N, T) into time steps (T, N, 1) in [0, 1]."""
     return pixels.t().unsqueeze(-1).float() / 255
 
 
 def task(name: str, title: str, permuted: bool, small: Preset) -> Task:
-    """The task with pixels in reading order, or permuted.
+    """Make the task with pixels in reading order, or permuted.
 
     Args:
         name: of the task.
@@ -242,7 +242,7 @@ def judge(results: pd.DataFrame) -> Sequence[Card]:
 
 
 def _published(permuted: bool, results: pd.DataFrame) -> Sequence[Table]:
-    """Cooijmans et al.'s test errors, and these at the least validation error."""
+    """Show Cooijmans et al.'s test errors, and these at the least validation error."""
     published = {"none": "9.8", "batch": "4.6"} if permuted else {"none": "1.1", "batch": "1.0"}
     rows = []
     for (norm, batch_size), runs in results.groupby(["norm", "batch_size"], sort=False):

@@ -56,7 +56,7 @@ def row_sums(
     NESTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """For one row wider than a block the means of t = grad·gain, where CENTRED, and of t·n: (2, rows)."""
+    """Compute the means of t = grad·gain, where CENTRED, and of t·n for a row wider than a block."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     grad_at = places(row, grad_inner, grad_outer, grad_stride, NESTED)
     input_at = places(row, input_inner, input_outer, input_stride, NESTED)

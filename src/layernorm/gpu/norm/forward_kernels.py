@@ -46,7 +46,7 @@ def row_mean(a, width):
 
 @triton.jit
 def _whole_statistics(x, mask, width, CENTRED: tl.constexpr):
-    """Mean, what its rounding lost, and the sum of squares about both, of rows that are at hand."""
+    """Return mean, what its rounding lost, and the sum of squares about both, of rows that are at hand."""
     mean = tl.zeros([x.shape[0]], tl.float32)
     rest = mean
     if CENTRED:
@@ -122,7 +122,7 @@ def _extreme_statistics(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Mean and mean square about it in float64, for rows whose squares float32 cannot hold."""
+    """Return mean and mean square about it in float64, for rows whose squares float32 cannot hold."""
     column = tl.arange(0, CHUNK)[None, :]
     n = tl.full([1], width, tl.float64)
     sums = tl.zeros([ROWS, CHUNK], tl.float64)

@@ -15,7 +15,7 @@ from layernorm.gpu.norm.forward_kernels import LEAST_VARIANCE, MOST_SQUARES
 
 @triton.jit
 def sigmoid(a):
-    """1/(1 + exp(-a))."""
+    """Return 1/(1 + exp(-a))."""
     return 1.0 / (1.0 + tl.exp(-a))
 
 

@@ -20,7 +20,7 @@ _NETWORKS: Final = ("LSTM", "feed-forward")
 
 
 def cards(results: Mapping[str, pd.DataFrame]) -> list[Card]:
-    """The paper's claims beside ``training.csv`` and ``inference.csv``, by their names."""
+    """Return the paper's claims beside ``training.csv`` and ``inference.csv``, by their names."""
     inference, training = results["inference"], results["training"]
     return [
         _modes(inference),
@@ -102,7 +102,7 @@ def _batches_of_one(training: pd.DataFrame) -> Card:
 
 
 def tables(results: Mapping[str, pd.DataFrame]) -> Sequence[Table]:
-    """The tables of both files."""
+    """Return the tables of both files."""
     inference, training = results["inference"], results["training"]
     everything = int(inference.batch_size.max())
     return (

@@ -63,7 +63,7 @@ class RowReader(digits_rows.RowReader):
     """
 
     def online(self, images: Tensor) -> Tensor:
-        """The same, one row at a time: by a stream, and by calls with the state where there is none.
+        """Compute the same, one row at a time: by a stream, or by calls with the state where there is none.
 
         Raises:
             TypeError: batch norm, whose statistics are those of a step, has no way to take one.
@@ -109,7 +109,7 @@ class Way(NamedTuple):
 
 
 def measure(subject: Subject, targets: Tensor, batch_sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Compares every way with one: evaluation mode, all cases in one batch.
+    """Compare every way with one: evaluation mode, all cases in one batch.
 
     Args:
         subject: what is measured.
@@ -160,7 +160,7 @@ def _ways(batch_sizes: Sequence[int], steps: bool) -> Iterator[Way]:
 
 
 def _outputs(subject: Subject, way: Way) -> Tensor:
-    """The outputs of all cases, computed this way by a copy, as training mode moves running statistics."""
+    """Compute the outputs of all cases by a copy, as training mode moves running statistics."""
     network = copy.deepcopy(subject.network).train(way.mode == "training")
     compute = subject.whole if way.steps == "whole" else subject.online
     assert compute is not None  # noqa: S101 - as _ways has it
@@ -184,7 +184,7 @@ def run(
     batch_sizes: Sequence[int],
     seeds: int,
 ) -> None:
-    """Trains both networks with each norm and batch size, and measures those of the greatest one.
+    """Train both networks with each norm and batch size, and measure those of the greatest one.
 
     Writes ``training.csv`` and ``inference.csv`` after each training; one that was stopped goes on from its
     checkpoint.
@@ -218,7 +218,7 @@ def run(
 
 
 def _done(folder: Path, say: Callable[[str], None], about: str) -> set[Any]:
-    """The trainings that are measured; none where one of the two files is damaged, which are then removed."""
+    """Return the trainings that are measured; remove both files where one is damaged."""
     try:
         found = {name: _load(folder, name, about) for name in _FILES if (folder / f"{name}.csv").exists()}
     except DamagedFile as error:
@@ -234,7 +234,7 @@ def _done(folder: Path, say: Callable[[str], None], about: str) -> set[Any]:
 def _train(
     folder: Path, data: Data, network: str, norm: str, seed: int, batch_size: int, epochs: int
 ) -> tuple[nn.Module | None, dict[str, Any]]:
-    """The trained network and its test error; or None, and what batch norm says to a batch of one."""
+    """Train a network; return it and its test error, or None and what batch norm says to a batch of one."""
     problem = (
         Classification(digits_rows.load(), RowReader)
         if network == "LSTM"
@@ -257,7 +257,7 @@ def _train(
 def _measured(
     data: Data, network: str, norm: str, trained: nn.Module, batch_sizes: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The rows of a trained network; of layer norm's LSTM also on the reference, whose bits promise less."""
+    """Measure a trained network; layer norm's LSTM also on the reference, whose bits promise less."""
     rows = []
     for name, label, subject, kernel in _subjects(data, network, norm, trained):
         with backends.use(kernel) if kernel else contextlib.nullcontext():
@@ -297,7 +297,7 @@ def _checkpoint(folder: Path, case: tuple[int, str, str, int]) -> Path:
 
 
 def _add(folder: Path, name: str, rows: list[dict[str, Any]], about: str) -> None:
-    """Adds rows to a file, in place of earlier ones of the same way that a stop has left behind."""
+    """Add rows to a file, in place of earlier ones of the same way that a stop has left behind."""
     path = folder / f"{name}.csv"
     parts = [_load(folder, name, about)] if path.is_file() else []
     parts.append(pd.DataFrame(rows, columns=list(_FILES[name])))

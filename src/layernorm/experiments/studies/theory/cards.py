@@ -18,7 +18,7 @@ _NAMES: Final = {"batch": "Batch", "weight": "Weight", "layer": "Layer"}
 
 
 def cards(results: Mapping[str, pd.DataFrame]) -> Sequence[Card]:
-    """One card for each row of table 1 and for each statement on the geometry.
+    """Return one card for each row of table 1 and for each statement on the geometry.
 
     Args:
         results: the study's files by name.

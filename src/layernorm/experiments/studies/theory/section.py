@@ -16,7 +16,7 @@ CHARTED: Final = "Bernoulli"
 
 
 def tables(results: Mapping[str, pd.DataFrame]) -> Sequence[Table]:
-    """The tables of the study's files by name."""
+    """Return the tables of the study's files by name."""
     return (
         _invariances(results["invariance"]),
         _fisher(results["fisher"]),
@@ -27,7 +27,7 @@ def tables(results: Mapping[str, pd.DataFrame]) -> Sequence[Table]:
 
 
 def charts(results: Mapping[str, pd.DataFrame]) -> Sequence[Chart]:
-    """The charts of the study's files by name."""
+    """Return the charts of the study's files by name."""
     return (
         _growth_chart(results["growth"]),
         _curvature_chart(results["scaling"]),
@@ -176,7 +176,7 @@ def _growth(results: pd.DataFrame) -> Table:
 
 
 def _line(name: str, results: pd.DataFrame, x: str, y: str) -> Line:
-    """Means over the seeds, and a band from the least to the greatest."""
+    """Return means over the seeds, and a band from the least to the greatest."""
     groups = results.groupby(x)[y]
     low, high = (groups.min().tolist(), groups.max().tolist()) if results.seed.nunique() > 1 else ((), ())
     return Line(name, groups.mean().index.tolist(), groups.mean().tolist(), low, high)

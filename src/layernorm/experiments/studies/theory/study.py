@@ -144,7 +144,7 @@ def _gains(outputs: int, inputs: int, seed: int) -> Iterable[theory.GainMetric]:
 
 
 def _growth(updates: int, seed: int) -> Iterable[dict[str, Any]]:
-    """A network of 64-64-64-10 on scikit-learn's digits by plain gradient descent."""
+    """Train a network of 64-64-64-10 on scikit-learn's digits by plain gradient descent."""
     images, labels = load_digits(return_X_y=True)
     inputs, targets = torch.tensor(images / 16.0, dtype=torch.float32), torch.tensor(labels)
     for norm in feedforward.NORMS:

@@ -21,7 +21,7 @@ _SENTENCE_ENDS: Final = frozenset(".!?")
 
 
 def who_speaks(text: str, speeches: int = 5, length: int = 8) -> list[Question]:
-    r"""Questions on a play: who speaks next, given the speeches before and what is said.
+    r"""Make questions on a play: who speaks next, given the speeches before and what is said.
 
     As in the data of Hermann et al. names are markers, "@entity3": those of the speakers, and in the speeches
     the names of one word that speakers have. The passage holds the last speeches, each after its speaker's
@@ -66,7 +66,7 @@ def who_speaks(text: str, speeches: int = 5, length: int = 8) -> list[Question]:
 
 
 def nearest_sentences(passage: Sequence[str], query: Iterable[str], count: int) -> list[str]:
-    """The sentences of a passage that are most like the query, in the passage's order.
+    """Return the sentences of a passage that are most like the query, in the passage's order.
 
     Likeness is the number of different words in common by the square root of the sentence's different words.
 
@@ -115,22 +115,22 @@ class Cloze:
     markers: Tensor
 
     def __len__(self) -> int:
-        """The number of questions."""
+        """Return the number of questions."""
         return len(self.answers)
 
     def to(self, device: torch.device) -> Cloze:
-        """The same on a device."""
+        """Return the same questions on a device."""
         return Cloze(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     def part(self, cases: Tensor | slice) -> Cloze:
-        """Some of the questions, as short as their longest."""
+        """Return some of the questions, as short as their longest."""
         chosen = Cloze(**{field.name: getattr(self, field.name)[cases] for field in fields(self)})
         chosen.passages = chosen.passages[:, : int(chosen.passage_lengths.max())]
         chosen.queries = chosen.queries[:, : int(chosen.query_lengths.max())]
         return chosen
 
     def renumbered(self, numbers: Tensor, first: int) -> Cloze:
-        """The questions with other numbers for their markers.
+        """Return the questions with other numbers for their markers.
 
         Args:
             numbers: the new number of each old one, (cases, markers).
@@ -164,7 +164,7 @@ class Indexer:
     sentences: int | None = None
 
     def __call__(self, questions: Sequence[Question]) -> Cloze:
-        """The questions as indices."""
+        """Return the questions as indices."""
         passages, queries, answers, markers = [], [], [], []
         for question in questions:
             passage, query = _texts(question, self.sentences)
@@ -190,12 +190,12 @@ class Indexer:
 
 
 def _texts(question: Question, sentences: int | None) -> tuple[list[str], list[str]]:
-    """The words of a question's passage, of which the nearest sentences may be kept, and of its query."""
+    """Return the words of a question's passage, or of its nearest sentences, and of the query."""
     passage, query = words.tokens(question.passage), words.tokens(question.query)
     return passage if sentences is None else nearest_sentences(passage, query, sentences), query
 
 
 def vocabulary(questions: Sequence[Question], size: int, sentences: int | None = None) -> words.Vocabulary:
-    """The most frequent words of questions, without their markers."""
+    """Return the most frequent words of questions, without their markers."""
     texts = (text for question in questions for text in _texts(question, sentences))
     return words.Vocabulary(([word for word in text if not _MARKER.fullmatch(word)] for text in texts), size)

@@ -94,7 +94,7 @@ class AttentiveReader(nn.Module):
     def forward(
         self, passages: Tensor, passage_lengths: Tensor, queries: Tensor, query_lengths: Tensor
     ) -> Tensor:
-        """Indices (N, T) and (N, Q) with their lengths (N,) to logits (N, markers)."""
+        """Map indices (N, T) and (N, Q) with their lengths (N,) to logits (N, markers)."""
         _, u = self._read(self.query, queries, query_lengths)
         packed, _ = self._read(self.passage, passages, passage_lengths)
         # Only where there are words, which is what batch norm's statistics are of.
@@ -109,7 +109,7 @@ class AttentiveReader(nn.Module):
         return logits
 
     def _read(self, lstm: nn.Module, indices: Tensor, lengths: Tensor) -> tuple[PackedSequence, Tensor]:
-        """The states of all words, and the last state of all directions (N, width)."""
+        """Return the states of all words, and the last state of all directions (N, width)."""
         embedded = self.embedding(indices)
         packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
         states, (h, _) = lstm(packed)
@@ -176,11 +176,11 @@ class Reading(Problem):
         self._validation = unnumbered.renumbered(order.argsort(1), self.words)
 
     def to(self, device: torch.device) -> None:
-        """Moves the data."""
+        """Move the data to a device."""
         self._train, self._validation = self._train.to(device), self._validation.to(device)
 
     def network(self, norm: str) -> nn.Module:
-        """An ``AttentiveReader``."""
+        """Make an ``AttentiveReader``."""
         return AttentiveReader(
             norm,
             self.words + self.markers,
@@ -198,7 +198,7 @@ class Reading(Problem):
         return Loss(F.cross_entropy(_logits(network, part), part.answers, reduction="sum"), len(part))
 
     def evaluate(self, network: nn.Module) -> Mapping[str, float]:
-        """Mean cross-entropy and percentage of wrong answers."""
+        """Return mean cross-entropy and percentage of wrong answers."""
         loss, errors = 0.0, 0
         for start in range(0, len(self._validation), _AT_ONCE):
             part = self._validation.part(slice(start, start + _AT_ONCE))
@@ -210,7 +210,7 @@ class Reading(Problem):
 
 
 def _questions(corpus: str) -> tuple[list[data.Question], list[data.Question]]:
-    """The training and the validation questions."""
+    """Return the training and the validation questions."""
     if corpus == "cnn":
         return data.cnn_questions("train"), data.cnn_questions("valid")
     if corpus != "plays":
@@ -261,7 +261,7 @@ def judge(results: pd.DataFrame) -> Sequence[Card]:
 
 
 def tables(results: pd.DataFrame) -> Sequence[Table]:
-    """What Cooijmans et al. published of the baselines."""
+    """Return what Cooijmans et al. published of the baselines."""
     return (
         Table(
             "Least validation error (%) on CNN's questions, as published by Cooijmans et al. 2016, §5.4",

@@ -69,7 +69,7 @@ class OutputNormLSTMCell(nn.Module):
             weight_norm(self.gates)
 
     def forward(self, inputs: tuple[Tensor, ...], state: State) -> State:
-        """One step.
+        """Take one step.
 
         Args:
             inputs: tensors (cases, features) that make up the input, side by side.
@@ -99,7 +99,7 @@ class Grid(NamedTuple):
 
 
 def grid(parameters: Tensor, size: int, side: int) -> Grid:
-    """The grid that an LSTM asks for.
+    """Return the grid that an LSTM asks for.
 
     Args:
         parameters: (cases, 5): centre x and y, each from -1 to 1 over the picture, log variance, log stride,
@@ -120,7 +120,7 @@ def grid(parameters: Tensor, size: int, side: int) -> Grid:
 
 
 def filterbanks(grid: Grid, size: int, side: int) -> Tensor:
-    """The filters of the columns and of the rows, each with the sum 1 (Gregor et al., eq. 19, 20, 25, 26).
+    """Return the filters of columns and rows, each with the sum 1 (Gregor et al., eq. 19, 20, 25, 26).
 
     Args:
         grid: where.
@@ -148,7 +148,7 @@ def filterbanks(grid: Grid, size: int, side: int) -> Tensor:
 
 
 def read(pictures: Tensor, where: Grid, size: int) -> Tensor:
-    """What a window shows of pictures side by side (Gregor et al., eq. 27).
+    """Return what a window shows of pictures side by side (Gregor et al., eq. 27).
 
     Args:
         pictures: (cases, side, count·side), ``count`` square pictures of each case.
@@ -166,7 +166,7 @@ def read(pictures: Tensor, where: Grid, size: int) -> Tensor:
 
 
 def write(canvas: Tensor, patch: Tensor, where: Grid) -> Tensor:
-    """The canvas with a patch added through a window (Gregor et al., eq. 29).
+    """Return the canvas with a patch added through a window (Gregor et al., eq. 29).
 
     Args:
         canvas: (cases, side, side).
@@ -224,7 +224,7 @@ class DRAW(nn.Module):
 
     @parametrize.cached()  # the weight is made once for all glimpses
     def forward(self, pictures: Tensor, noise: Tensor) -> Bound:
-        """The bound of pictures (Gregor et al., eq. 3-12).
+        """Compute the bound of pictures (Gregor et al., eq. 3-12).
 
         Args:
             pictures: (cases, side, side) of 0 and 1 in float.
@@ -246,7 +246,7 @@ class DRAW(nn.Module):
 
     @parametrize.cached()
     def generate(self, latent: Tensor) -> tuple[Tensor, list[Grid]]:
-        """Pictures drawn from latent samples alone (Gregor et al., eq. 13-15).
+        """Draw pictures from latent samples alone (Gregor et al., eq. 13-15).
 
         Args:
             latent: (cases, glimpses, latent), standard normal for samples of the model.
@@ -274,7 +274,7 @@ class DRAW(nn.Module):
         )
 
     def _start(self, cases: int) -> tuple[State, Tensor, State, _Hand]:
-        """Encoder, canvas, decoder, and what the decoder decides, before the first glimpse."""
+        """Return encoder, canvas, decoder, and what the decoder decides, before the first glimpse."""
         encoder, decoder = (
             State(start.expand(cases, -1), start.new_zeros(cases, len(start)))
             for start in (self.encoder_start, self.decoder_start)

@@ -75,7 +75,7 @@ class DigitDrawing(Problem):
         self._valid, self._test = (_spread(held_out, part, "held_out") for part in ("valid", "test"))
 
     def to(self, device: torch.device) -> None:
-        """Moves the digits."""
+        """Move the digits to a device."""
         self._train, self._valid, self._test = (
             digits.to(device) for digits in (self._train, self._valid, self._test)
         )
@@ -85,13 +85,13 @@ class DigitDrawing(Problem):
         return DRAW(norm, side=SIDE, **self._sizes)
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
-        """The bound, one latent sample for each glimpse of each case."""
+        """Compute the bound, one latent sample for each glimpse of each case."""
         noise = batch.normal(self._glimpses, self._sizes["latent"])
         bound: Bound = network(self._train[batch.cases].float(), noise)
         return Loss(bound.reconstruction.sum() + bound.divergence.sum(), len(batch.cases))
 
     def evaluate(self, network: nn.Module) -> Mapping[str, float]:
-        """The bound and its parts, by one latent sample that is the same at every evaluation."""
+        """Compute the bound and its parts, by one latent sample that is the same at every evaluation."""
         reconstruction, divergence = self._bound(network, self._valid)
         return {
             VALID_BOUND.name: reconstruction + divergence,
@@ -101,7 +101,7 @@ class DigitDrawing(Problem):
         }
 
     def pictures(self, network: nn.Module) -> Mapping[str, Figure]:
-        """Digits drawn from latent samples alone, and the stages of a few of them."""
+        """Draw digits from latent samples alone, and the stages of a few of them."""
         (latent,) = self._noise(_PICTURES_SEED, (_SAMPLES**2,))
         with torch.no_grad():
             canvases, windows = cast(DRAW, network).generate(latent.to(self._train.device))
@@ -126,14 +126,14 @@ class DigitDrawing(Problem):
         return reconstruction, divergence
 
     def _noise(self, seed: int, sizes: Iterable[int]) -> Iterator[Tensor]:
-        """Standard normal (size, glimpses, latent) for each size, from a generator of this seed."""
+        """Yield standard normal (size, glimpses, latent) for each size, from a generator of this seed."""
         generator = torch.Generator().manual_seed(seed)
         for size in sizes:
             yield torch.randn(size, self._glimpses, self._sizes["latent"], generator=generator)
 
 
 def _spread(count: int, part: str, name: str) -> Tensor:
-    """Digits (count, SIDE, SIDE) of a part as uint8, evenly spread over it: the test digits lie by class."""
+    """Return digits (count, SIDE, SIDE) of a part as uint8, evenly spread: test digits lie by class."""
     digits: Tensor = data.binarized_mnist(part)
     if not 1 <= count <= len(digits):
         raise ExperimentError(f"{name} must be from 1 to {len(digits)}, the digits of {part}; got {count}")
@@ -141,7 +141,7 @@ def _spread(count: int, part: str, name: str) -> Tensor:
 
 
 def _mosaic(pictures: Tensor) -> Figure:
-    """Pictures (rows, columns, SIDE, SIDE) of values from 0 to 1 on one pair of axes, white on black."""
+    """Show pictures (rows, columns, SIDE, SIDE) of values from 0 to 1 on one pair of axes, white on black."""
     rows, columns = pictures.shape[:2]
     framed = F.pad(pictures.cpu(), (0, _GAP, 0, _GAP), value=0.5)
     image = framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:-_GAP, :-_GAP]
@@ -153,7 +153,7 @@ def _mosaic(pictures: Tensor) -> Figure:
 
 
 def _frame(mosaic: Figure, row: int, column: int, windows: Grid, extent: int) -> None:
-    """Draws where the case of this row wrote: the square of the outermost filters' centres."""
+    """Draw where the case of this row wrote: the square of the outermost filters' centres."""
     axes = mosaic.axes[0]
     left, top = column * (SIDE + _GAP), row * (SIDE + _GAP)
     x, y = (windows.centre[:, row] - 1).tolist()  # pixels are counted from 1
@@ -186,7 +186,7 @@ def judge(results: pd.DataFrame) -> Sequence[Card]:
 
 
 def tables(results: pd.DataFrame) -> Sequence[Table]:
-    """The test bounds beside the paper's."""
+    """Return the test bounds next to the paper's."""
     rows = []
     for (norm, batch_size), runs in results.groupby(["norm", "batch_size"], sort=False):
         last = runs.groupby("seed").last()

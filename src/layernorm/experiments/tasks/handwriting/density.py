@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 def negative_log_likelihood(parameters: Tensor, pen: Tensor) -> Tensor:
-    """Of steps of the pen under a density, in nats.
+    """Return the negative log-likelihood of steps of the pen under a density, in nats.
 
     Args:
         parameters: as above, (..., 6 M + 1).
@@ -45,7 +45,7 @@ def negative_log_likelihood(parameters: Tensor, pen: Tensor) -> Tensor:
 
 
 def sample(parameters: Tensor, generator: torch.Generator, bias: float = 0.0) -> Tensor:
-    """Draws a step of the pen for each density.
+    """Draw a step of the pen for each density.
 
     Args:
         parameters: as above, (N, 6 M + 1).

@@ -69,12 +69,12 @@ class Lines:
         return len(self.steps)
 
     def __getitem__(self, cases: Tensor) -> Lines:
-        """These lines, cut to the longest of them."""
+        """Return these lines, cut to the longest of them."""
         steps = self.steps[cases]
         return Lines(self.pen[cases, : int(steps.max()) + 1], steps, self.text[cases])
 
     def to(self, device: torch.device) -> Lines:
-        """The same on a device."""
+        """Return the same on a device."""
         return Lines(self.pen.to(device), self.steps.to(device), self.text.to(device))
 
 
@@ -102,7 +102,7 @@ class Corpus:
 
 
 def load(source: str, steps: int, lines: int, valid_lines: int) -> Corpus:
-    """The corpus of a source.
+    """Load the corpus of a source.
 
     Args:
         source: ``"omniglot"`` or ``"iam"``.
@@ -131,7 +131,7 @@ def load(source: str, steps: int, lines: int, valid_lines: int) -> Corpus:
 
 
 def pen_steps(strokes: Iterable[np.ndarray]) -> np.ndarray:
-    """Strokes (points, 2 or more) of x, y, ... as steps of the pen (steps, 3), as ``Line`` has them.
+    """Turn strokes (points, 2 or more) of x, y, ... into steps of the pen (steps, 3), as ``Line`` has them.
 
     Examples:
         >>> import numpy as np
@@ -149,7 +149,7 @@ def pen_steps(strokes: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def simplified(points: np.ndarray, tolerance: float) -> np.ndarray:
-    """The corners of a polyline (points, 2): it is nowhere further from the lines between them than so.
+    """Return the corners of a polyline (points, 2) that is nowhere further than this from the original.
 
     The algorithm of Ramer (1972) and of Douglas and Peucker (1973).
 
@@ -182,7 +182,7 @@ def simplified(points: np.ndarray, tolerance: float) -> np.ndarray:
 
 
 def _omniglot(steps: int, lines: int, valid_lines: int) -> _Found:
-    """Lines that each hold as many characters as fit, of a random person's random drawings."""
+    """Return lines that each hold as many characters as fit, of a random person's random drawings."""
     random = np.random.default_rng(0)
     drawings = data.omniglot_strokes()
     alphabet = tuple(sorted({f"{drawing.alphabet} {drawing.character}" for drawing in drawings}))
@@ -203,7 +203,7 @@ def _omniglot(steps: int, lines: int, valid_lines: int) -> _Found:
 
 
 def _line(drawn: list[_Drawn], steps: int, random: np.random.Generator) -> Line:
-    """Drawings side by side, left to right, until the next would make more than this many steps."""
+    """Put drawings side by side, left to right, until the next would make more than this many steps."""
     characters: list[str] = []
     strokes: list[np.ndarray] = []
     right, points = 0.0, 0
@@ -221,7 +221,7 @@ def _line(drawn: list[_Drawn], steps: int, random: np.random.Generator) -> Line:
 
 
 def _iam(steps: int, lines: int, valid_lines: int) -> _Found:
-    """Lines cut to so many steps; their texts are whole, as the window does not get to what is beyond."""
+    """Return lines cut to a number of steps; their texts are whole, as the window does not get beyond."""
     written: dict[str, list[Line]] = defaultdict(list)
     for line in data.iam_ondb():
         if sum(map(len, line.strokes)) < 2:
@@ -240,7 +240,7 @@ def _iam(steps: int, lines: int, valid_lines: int) -> _Found:
 
 
 def _by_writer(written: dict[str, list[_Written]]) -> tuple[list[list[_Written]], list[list[_Written]]]:
-    """What the writers wrote, those to learn from and those held out: the last two of every ten."""
+    """Return what the writers wrote, those to learn from and those held out: the last two of every ten."""
     train: list[list[_Written]] = []
     valid: list[list[_Written]] = []
     for index, writer in enumerate(sorted(written)):

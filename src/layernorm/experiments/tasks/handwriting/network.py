@@ -123,13 +123,13 @@ class WindowedLSTM(nn.Module):
         self.variant = NORMS[norm]
 
     def start(self, text: Tensor) -> Reading:
-        """The state before the first step; text (N, U, K) of zeros and ones."""
+        """Return the state before the first step; text (N, U, K) of zeros and ones."""
         hidden = text.new_zeros(len(text), self.cell.hidden_size)
         places = text.new_zeros(len(text), self.components)
         return Reading(hidden, hidden, places, text.new_zeros(len(text), text.size(2)))
 
     def step(self, input: Tensor, text: Tensor, before: Reading) -> tuple[Reading, Tensor]:
-        """One step: input (N, F), text (N, U, K) to the next state and φ (N, U)."""
+        """Take one step: input (N, F), text (N, U, K) to the next state and φ (N, U)."""
         rows = torch.cat((input, before.window), 1)
         hidden, cell = self.cell(rows, (before.hidden, before.cell))
         positions = torch.arange(text.size(1), dtype=text.dtype, device=text.device)
@@ -137,7 +137,7 @@ class WindowedLSTM(nn.Module):
         return Reading(hidden, cell, places, window), attention
 
     def forward(self, inputs: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs (T, N, F), text (N, U, K) to h (T, N, H) and the windows (T, N, K): ``step`` T times."""
+        """Map inputs (T, N, F), text (N, U, K) to h (T, N, H) and the windows (T, N, K): ``step`` T times."""
         hidden, cell, places, window = self.start(text)
         # A weight-normalized matrix is called parametrizations.weight_ih.original0 and original1.
         names = [name.removeprefix("parametrizations.") for name, _ in self.cell.named_parameters()]
@@ -162,7 +162,7 @@ class WindowedLSTM(nn.Module):
     def _update(
         self, weights: dict[str, Tensor], from_input: Tensor, from_hidden: Tensor, cell: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The next h and c from W x and W h (N, 4H), as ``self.cell`` has it (paper eq. 20-22)."""
+        """Compute the next h and c from W x and W h (N, 4H), as ``self.cell`` has it (paper eq. 20-22)."""
         if self.variant != "none":
             return functional.lstm_gates(from_input, from_hidden, cell, weights, variant=self.variant)
         size = cell.size(1)
@@ -174,7 +174,7 @@ class WindowedLSTM(nn.Module):
     def _look(
         self, numbers: Tensor, text: Tensor, positions: Tensor, places: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """From what ``self.reader`` gives: the window (N, K), where its components are, and φ (N, U)."""
+        """Compute the window (N, K), where its components are, and φ (N, U) from ``self.reader``'s output."""
         weight, sharpness, forward = numbers.exp().chunk(3, 1)
         places = places + forward
         distance = (places.unsqueeze(2) - positions).square()
@@ -226,7 +226,7 @@ class HandwritingNetwork(nn.Module):
         self.output = nn.Linear(3 * hidden_size, 6 * mixtures + 1)
 
     def forward(self, pen: Tensor, text: Tensor) -> Tensor:
-        """What comes after each step.
+        """Predict what comes after each step.
 
         Args:
             pen: the steps so far (T, N, 3).
@@ -276,6 +276,6 @@ class HandwritingNetwork(nn.Module):
         return [line[: count + 1] for line, count in zip(lines, counts.tolist(), strict=True)]
 
     def one_hot(self, text: Tensor) -> Tensor:
-        """Characters (N, U) to (N, U, K) in the dtype of the weights; zeros where there is none."""
+        """Turn characters (N, U) into (N, U, K) in the dtype of the weights; zeros where there is none."""
         codes = F.one_hot(text, self.characters + 1)[..., : self.characters]
         return codes.to(self.output.weight.dtype)

@@ -65,7 +65,7 @@ class Handwriting(Problem):
         self.cases = len(self._train)
 
     def to(self, device: torch.device) -> None:
-        """Moves the lines."""
+        """Move the lines to a device."""
         self._train, self._valid = self._train.to(device), self._valid.to(device)
 
     def network(self, norm: str) -> HandwritingNetwork:
@@ -90,7 +90,7 @@ class Handwriting(Problem):
         }
 
     def pictures(self, network: nn.Module) -> Mapping[str, Figure]:
-        """Texts of people held out, as they wrote them and as the network does; none if it diverged."""
+        """Draw texts of people held out, as they wrote them and as the network does; none if it diverged."""
         if not all(parameter.isfinite().all() for parameter in network.parameters()):
             return {}
         device = self._valid.steps.device
@@ -115,7 +115,7 @@ class Handwriting(Problem):
 
 
 def _loss(network: nn.Module, lines: Lines) -> Loss:
-    """The sum over the lines' steps, and their number; what is beyond a line's end counts nothing."""
+    """Return the sum over the lines' steps, and their number; what is beyond a line's end does not count."""
     pen = lines.pen.transpose(0, 1)
     parameters = network(pen[:-1], lines.text)
     nats = negative_log_likelihood(parameters.to(pen.dtype), pen[1:])
@@ -124,7 +124,7 @@ def _loss(network: nn.Module, lines: Lines) -> Loss:
 
 
 def _figure(rows: Sequence[tuple[str, list[Tensor]]]) -> Figure:
-    """Lines of handwriting below one another, all at one scale."""
+    """Draw lines of handwriting below one another, all at one scale."""
     pages, ticks, top, widest = [], [], 0.0, 0.0
     for _, strokes in rows:
         points = torch.cat(strokes)

@@ -51,7 +51,7 @@ class Bags:
         return F.normalize(features, dim=-1)
 
     def to(self, device: torch.device) -> Bags:
-        """Moves the sentences."""
+        """Move the sentences to a device."""
         self._sentences.to(device)
         return self
 
@@ -77,14 +77,14 @@ class Pairs:
         return len(self.owner)
 
     def to(self, device: torch.device) -> None:
-        """Moves everything."""
+        """Move everything to a device."""
         self.captions.to(device)
         self.features = self.features.to(device)
         self.caption, self.row, self.owner = (t.to(device) for t in (self.caption, self.row, self.owner))
 
 
 def load(source: str, part: str, images: int) -> tuple[Tensor | None, Captions]:
-    """The first images of a part: their features, if there are any, and captions.
+    """Return the first images of a part: their features, if there are any, and captions.
 
     Args:
         source: one of ``SOURCES``.
@@ -105,14 +105,14 @@ def load(source: str, part: str, images: int) -> tuple[Tensor | None, Captions]:
 
 
 def featured(features: Tensor, captions: Captions, vocabulary: Vocabulary) -> Pairs:
-    """Every caption with the features (images, F) of its image, scaled to length 1."""
+    """Return every caption with the features (images, F) of its image, scaled to length 1."""
     owner = torch.tensor([image for image, of in enumerate(captions) for _ in of])
     sentences = _sentences(captions, vocabulary)
     return Pairs(sentences, F.normalize(features, dim=-1), torch.arange(len(owner)), owner, owner)
 
 
 def described(captions: Captions, vocabulary: Vocabulary) -> Pairs:
-    """Every two captions of an image, in both orders: one is the caption, the other stands for the image."""
+    """Return every two captions of an image, in both orders: one as the caption, one for the image."""
     sentences = _sentences(captions, vocabulary)
     places, owner, start = [], [], 0
     for image, of in enumerate(captions):
@@ -125,7 +125,7 @@ def described(captions: Captions, vocabulary: Vocabulary) -> Pairs:
 
 
 def described_once(captions: Captions, vocabulary: Vocabulary) -> Pairs:
-    """The first caption of each image stands for it, the others are its captions; row i is image i."""
+    """Let the first caption of each image stand for it; row i of the others is image i."""
     first = _sentences([of[:1] for of in captions], vocabulary)
     others = [of[1:] for of in captions]
     owner = torch.tensor([image for image, of in enumerate(others) for _ in of])

@@ -57,7 +57,7 @@ PAPER: Final = {
 
 
 def order_violations(captions: Tensor, images: Tensor) -> Tensor:
-    """How far each caption (N, D) is from being more general than each image (M, D): (N, M).
+    """Return how far each caption (N, D) is from being more general than each image (M, D): (N, M).
 
     ‖max(0, caption - image)‖², Vendrov et al. equation 2.
 
@@ -74,7 +74,7 @@ def order_violations(captions: Tensor, images: Tensor) -> Tensor:
 
 
 def ranking_loss(captions: Tensor, images: Tensor, owners: Tensor, margin: float) -> Tensor:
-    """The sum over matching pairs of how far wrong pairs come within the margin: a scalar.
+    """Return the sum over matching pairs of how far wrong pairs come within the margin: a scalar.
 
     Vendrov et al. equation 4: for caption i and its image, every image in the batch that is not its own, and
     for the image every caption that is not of it, costs max(0, margin + E(its own) - E(wrong)).
@@ -95,7 +95,7 @@ def ranking_loss(captions: Tensor, images: Tensor, owners: Tensor, margin: float
 
 
 def retrieval(violations: Tensor, owners: Tensor) -> dict[str, float]:
-    """Recalls in percent and mean ranks, from 1, of finding captions by image and images by caption.
+    """Return recalls in percent and mean ranks, from 1, of captions by image and images by caption.
 
     Args:
         violations: of each caption with each image, (captions, images).
@@ -144,11 +144,11 @@ class OrderEmbedding(nn.Module):
         return _point(self.captions(captions)), self.image_points(features)
 
     def caption_points(self, captions: Sentences) -> Tensor:
-        """All captions' points (N, D)."""
+        """Compute all captions' points (N, D)."""
         return _point(self.captions.encode(captions))
 
     def image_points(self, features: Tensor) -> Tensor:
-        """Features (M, F) to points (M, D)."""
+        """Map features (M, F) to points (M, D)."""
         return _point(self.images(features))
 
 
@@ -202,16 +202,16 @@ class OrderEmbeddings(Problem):
         self._margin = margin
 
     def to(self, device: torch.device) -> None:
-        """Moves captions and features."""
+        """Move captions and features to a device."""
         self._train.to(device)
         self._held_out.to(device)
 
     def network(self, norm: str) -> OrderEmbedding:
-        """The model with this norm in the GRU."""
+        """Make the model with this norm in the GRU."""
         return OrderEmbedding(norm, *self._sizes)
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
-        """The ranking loss of the batch's pairs, all others of the batch being wrong."""
+        """Compute the ranking loss of the batch's pairs, all others of the batch being wrong."""
         pairs, cases = self._train, batch.cases
         captions, images = network(
             pairs.captions.packed(pairs.caption[cases]), pairs.features[pairs.row[cases]]
@@ -219,7 +219,7 @@ class OrderEmbeddings(Problem):
         return Loss(ranking_loss(captions, images, pairs.owner[cases], self._margin), len(cases))
 
     def evaluate(self, network: nn.Module) -> Mapping[str, float]:
-        """Recalls and mean ranks on the images held out."""
+        """Compute recalls and mean ranks on the images held out."""
         if not isinstance(network, OrderEmbedding):
             raise TypeError(f"network must be an OrderEmbedding, got {type(network).__name__}")
         captions, owner = network.caption_points(self._held_out.captions), self._held_out.owner
@@ -252,7 +252,7 @@ def judge(results: pd.DataFrame) -> Sequence[Card]:
 
 
 def tables(results: pd.DataFrame) -> Sequence[Table]:
-    """The paper's table 2 and, below, the best evaluation of each run by its mean recall."""
+    """Return the paper's table 2 and, below, the best evaluation of each run by its mean recall."""
     rows: list[tuple[str, ...]] = [(name, *values) for name, values in PAPER.items()]
     for (norm, size), runs in results.groupby(["norm", "batch_size"], sort=False):
         best = runs.loc[runs.groupby("seed")[MEAN_RECALL.name].idxmax()]

@@ -36,7 +36,7 @@ def load(text: str) -> list[list[list[str]]]:
 
 
 def sentences(play: str) -> list[str]:
-    r"""What is said in a play, sentence by sentence.
+    r"""Return what is said in a play, sentence by sentence.
 
     Speeches are separated by empty lines and begin with the speaker's name in a line of its own.
 

@@ -81,7 +81,7 @@ class SentenceTests:
             )
 
     def to(self, device: torch.device) -> None:
-        """Moves the sentences."""
+        """Move the sentences to a device."""
         self._sick_sentences.to(device)
         for sentences, _ in self._sets.values():
             sentences.to(device)
@@ -102,7 +102,7 @@ class SentenceTests:
 
 
 def related(first: Tensor, second: Tensor, scores: np.ndarray) -> Related:
-    """Features |u - v| and u·v of pairs of vectors (pairs, H), as Tai, Socher and Manning (2015)."""
+    """Return features |u - v| and u·v of pairs of vectors (pairs, H), as Tai, Socher and Manning (2015)."""
     return Related(torch.cat(((first - second).abs(), first * second), -1).numpy(), scores)
 
 
@@ -120,7 +120,7 @@ def relatedness(train: Related, trial: Related, test: Related) -> tuple[float, f
 
 
 def accuracy(features: np.ndarray, labels: np.ndarray, folds: int) -> float:
-    """The share of cases that logistic regression classifies as they are, by cross-validation.
+    """Return the share of cases that logistic regression classifies as they are, by cross-validation.
 
     In each fold the penalty is the one that does best on a part of the fold's training cases.
 
@@ -152,7 +152,7 @@ def _classifier(penalty: float) -> Pipeline:
 
 
 def _scorer(train: Related, penalty: float) -> Pipeline:
-    """A score of 3.2 is a 3 with weight 0.8 and a 4 with weight 0.2."""
+    """Turn scores into weights: 3.2 is a 3 with weight 0.8 and a 4 with weight 0.2."""
     below = np.minimum(np.floor(train.scores), _CLASSES[-2])
     share = train.scores - below
     return _classifier(penalty).fit(
@@ -172,7 +172,7 @@ def _error(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _pearson(first: np.ndarray, second: np.ndarray) -> float:
-    """The correlation; 0 where one of them does not vary."""
+    """Return the correlation; 0 where one of them does not vary."""
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
     return float(np.corrcoef(first, second)[0, 1])

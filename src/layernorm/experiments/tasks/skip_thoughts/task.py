@@ -71,7 +71,7 @@ class SkipThoughts(nn.Module):
     def forward(
         self, sentences: PackedSequence, previous: PackedSequence, next: PackedSequence
     ) -> tuple[Tensor, Tensor]:
-        """The logits (words said, indices of words) of the sentences before and after, in packed order.
+        """Return the logits (words said, indices of words) of the sentences before and after, packed.
 
         Args:
             sentences: packed indices of words.
@@ -133,21 +133,21 @@ class SkipThoughtProblem(Problem):
         self.cases = len(train)
 
     def to(self, device: torch.device) -> None:
-        """Moves the text and the tests."""
+        """Move the text and the tests to a device."""
         self._sentences.to(device)
         self._tests.to(device)
         self._train, self._held_out = self._train.to(device), self._held_out.to(device)
 
     def network(self, norm: str) -> SkipThoughts:
-        """The model with this norm in its three GRUs."""
+        """Make the model with this norm in its three GRUs."""
         return SkipThoughts(norm, *self._sizes)
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
-        """The cross-entropy of the sentences before and after, a word; their ends count as words."""
+        """Compute the cross-entropy of the sentences before and after, a word; their ends count as words."""
         return self._cross_entropy(network, self._train[batch.cases])
 
     def evaluate(self, network: nn.Module) -> Mapping[str, float]:
-        """The loss on the text held out, and the tests of the vectors."""
+        """Compute the loss on the text held out, and the tests of the vectors."""
         if not isinstance(network, SkipThoughts):
             raise TypeError(f"network must be SkipThoughts, got {type(network).__name__}")
         losses = [self._cross_entropy(network, part) for part in self._held_out.split(_TRIPLES_AT_ONCE)]
@@ -165,7 +165,7 @@ class SkipThoughtProblem(Problem):
 
 
 def _middles(documents: Sequence[Sequence[Sequence[str]]]) -> Tensor:
-    """The places of the sentences that have one before and one after them in the same document."""
+    """Return the places of the sentences that have one before and one after them in the same document."""
     places: list[int] = []
     start = 0
     for document in documents:
@@ -188,7 +188,7 @@ def judge(results: pd.DataFrame) -> Sequence[Card]:
 
 
 def _transfer(results: pd.DataFrame) -> Card:
-    """In how many columns of table 3 layer norm ends better than no norm, by the means over the runs."""
+    """Count in how many columns of table 3 layer norm ends better than no norm, by the means over runs."""
     claim = "Layer norm's vectors are better than the baseline's in every column of table 3."
     rows = {str(norm): _at_best(runs) for norm, runs in results.groupby("norm")}
     if not {"none", "layer"} <= set(rows):
@@ -204,13 +204,13 @@ def _transfer(results: pd.DataFrame) -> Card:
 
 
 def _at_best(runs: pd.DataFrame) -> pd.Series:
-    """The means over runs at the evaluation of each with the least validation loss."""
+    """Return the means over runs at the evaluation of each with the least validation loss."""
     best = runs.groupby(["batch_size", "seed"])[VALIDATION_LOSS.name].idxmin()
     return runs.loc[best, [metric.name for metric in TRANSFER]].mean()
 
 
 def tables(results: pd.DataFrame) -> Sequence[Table]:
-    """The paper's table 3 and, below, each run where its validation loss is least."""
+    """Return the paper's table 3 and, below, each run where its validation loss is least."""
     rows: list[tuple[str, ...]] = [(name, *values) for name, values in PAPER.items()]
     for (norm, size), runs in results.groupby(["norm", "batch_size"], sort=False):
         values = _at_best(runs)
