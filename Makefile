@@ -30,8 +30,9 @@ $(INSTALLED): .venv/bin/python pyproject.toml $(NATIVE_SOURCES)
 demo: install
 	$(BIN)/layernorm compare digits
 
+# OPTIONS are pytest's: `make test OPTIONS=--cov` reports coverage.
 test: install
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto $(OPTIONS)
 
 # The recurrent kernels by several threads under ThreadSanitizer, which wants addresses that are not
 # random; then the tests of the compiled kernels under AddressSanitizer and

@@ -117,7 +117,7 @@ class Display:
         return this + sum(self._updates[run] * self._cost(run) for run in pending)
 
     def _cost(self, run: Run) -> float:
-        """Estimate the seconds for an update from runs of the same norm and batch size, or the nearest to it."""
+        """Estimate the seconds for an update from runs of the same norm and batch size, or near it."""
         likeness = {
             other: 2 * (other.batch_size == run.batch_size) + (other.norm == run.norm)
             for other in self._seconds
