@@ -48,7 +48,9 @@ def roundings(draw: Draw, u: float, most: float) -> Iterator[None]:
         "layer_norm": norm(True),
         "rms_norm": norm(False),
         "_normalized": lambda *arguments: _Passed.apply(normalized(*arguments), off, most),
-        "torch": _Torch({"tanh": lambda a: _Tanh.apply(a, off), "sigmoid": lambda a: _Sigmoid.apply(a, off)}),
+        "torch": _Torch(
+            {f.__name__: lambda a, f=f: _Squashed.apply(a, f, off) for f in (torch.tanh, torch.sigmoid)}
+        ),
     }
     before = {name: getattr(recurrent, name) for name in replaced}
     for name, value in replaced.items():
@@ -95,27 +97,17 @@ class _Passed(torch.autograd.Function):
         return ctx.off(grad.masked_fill(grad.abs() > ctx.most, torch.nan)), None, None
 
 
-class _Tanh(torch.autograd.Function):
+class _Squashed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, off: Noise) -> Tensor:
-        ctx.off, ctx.kept = off, off(torch.tanh(off(a)))
+    def forward(ctx: Any, a: Tensor, squash: Callable[[Tensor], Tensor], off: Noise) -> Tensor:
+        ctx.squash, ctx.off, ctx.kept = squash, off, off(squash(off(a)))
         return ctx.kept
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.off(grad) * (1 - ctx.off(ctx.kept).square()), None
-
-
-class _Sigmoid(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, off: Noise) -> Tensor:
-        ctx.off, ctx.kept = off, off(torch.sigmoid(off(a)))
-        return ctx.kept
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept = ctx.off(ctx.kept)
-        return ctx.off(grad) * kept * (1 - ctx.off(ctx.kept)), None
+        kept, rounded = ctx.off(ctx.kept), ctx.off(ctx.kept)  # each factor rounds by itself
+        slope = kept * (1 - rounded) if ctx.squash is torch.sigmoid else 1 - rounded.square()
+        return ctx.off(grad) * slope, None, None
 
 
 class _Norm(torch.autograd.Function):

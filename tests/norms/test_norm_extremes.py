@@ -27,16 +27,28 @@ every_dtype = pytest.mark.parametrize("dtype", list(MAGNITUDES), ids=lambda d: s
 every_norm = pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
 
 
-def exact(x, gain, bias, eps, centred):
-    """Return layer norm or RMS norm in float64, each row taken near 1 first by a power of two."""
+def near_one(x, eps, centred):
+    """Return rows near 1, the power of two that they were scaled by, and 1/√(var + eps) of them."""
     most = x.detach().abs().amax(-1, keepdim=True)
     exponent = torch.frexp(torch.where(most > 0, most, 1.0).clamp_min(math.sqrt(eps)))[1].clamp(-1000, 1000)
     scale = torch.ldexp(torch.ones_like(most), -exponent)
     a = x * scale
     if centred:
         a = a - a.mean(-1, keepdim=True)
-    n = a / (a.square().mean(-1, keepdim=True) + eps * scale * scale).sqrt()
+    return a, scale, 1 / (a.square().mean(-1, keepdim=True) + eps * scale * scale).sqrt()
+
+
+def exact(x, gain, bias, eps, centred):
+    """Return layer norm or RMS norm in float64, whose numbers stay in its range on the way."""
+    a, _, rstd = near_one(x, eps, centred)
+    n = a * rstd
     return n * gain if bias is None else n * gain + bias
+
+
+def exact_rstd(x, eps, centred):
+    """Return 1/√(var + eps)."""
+    _, scale, rstd = near_one(x, eps, centred)
+    return scale * rstd
 
 
 def least_eps(magnitude):
@@ -105,17 +117,6 @@ def test_gradients_are_those_of_float64(name, dtype):
                     assert (close | same).all(), (what, magnitude, factor, width, eps)
                 tried += 1
     assert tried > 40
-
-
-def exact_rstd(x, eps, centred):
-    """Return 1/√(var + eps), without leaving float64 on the way."""
-    most = x.abs().amax(-1, keepdim=True)
-    exponent = torch.frexp(torch.where(most > 0, most, 1.0).clamp_min(math.sqrt(eps)))[1].clamp(-1000, 1000)
-    scale = torch.ldexp(torch.ones_like(most), -exponent)
-    a = x * scale
-    if centred:
-        a = a - a.mean(-1, keepdim=True)
-    return scale / (a.square().mean(-1, keepdim=True) + eps * scale * scale).sqrt()
 
 
 @every_dtype

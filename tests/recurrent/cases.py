@@ -226,6 +226,46 @@ def seeds_like(layer, steps, rows, dtype=torch.float32):
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
+# ---- promises of a layer ----
+
+
+def assert_same_results(a, b):
+    """Check that outputs, gradients of input and state, and gradients of weights are equal."""
+    for x, y in zip(a, b, strict=True):
+        assert same(x, y)
+
+
+def assert_rows_are_alone(layer, x, state, seeds, whole, rows):
+    """Check that these rows by themselves have the outputs and gradients that they have in the batch."""
+    found = layer(x[:, rows], [s[rows] for s in state], [s[..., rows, :] for s in seeds])
+    for part, batch in zip(found[:2], whole[:2], strict=True):
+        assert same(part, [t[..., rows, :] for t in batch])
+
+
+def assert_packed_rows_are_alone(layer, lengths, **options):
+    """Check that packed rows of these lengths have the outputs and gradients that each has by itself."""
+    sizes, there = packing(lengths)
+    x, state, seeds = layer.drawn(*there.shape)
+    resets = torch.rand(there.shape) < 0.15
+    packed = [t[there] for t in (x, resets, seeds[0])]
+    outputs, grads, _ = layer(
+        packed[0], state, [packed[2], *seeds[1:]], batch_sizes=sizes, resets=packed[1], **options
+    )
+    padded, grad_x = (torch.zeros(*there.shape, t.size(-1), dtype=t.dtype) for t in (outputs[0], grads[0]))
+    padded[there], grad_x[there] = outputs[0], grads[0]
+    for row, length in enumerate(lengths):
+        here = slice(row, row + 1)
+        alone = layer(
+            x[:length, here],
+            [s[here] for s in state],
+            [seeds[0][:length, here], *(s[here] for s in seeds[1:])],
+            resets=resets[:length, here],
+            **options,
+        )
+        assert same(alone[0], [padded[:length, here], *(t[here] for t in outputs[1:])])
+        assert same(alone[1], [grad_x[:length, here], *(t[here] for t in grads[1:])])
+
+
 # ---- the operators ----
 
 

@@ -14,11 +14,12 @@ from tests.recurrent.cases import (
     FUNCTIONS,
     HALVES,
     Layer,
+    assert_packed_rows_are_alone,
+    assert_rows_are_alone,
+    assert_same_results,
     every_function,
     every_function_and_type,
-    packing,
     same,
-    seeds_like,  # noqa: F401 - tests/gpu takes it from here
 )
 from tests.settings import CAPABILITIES, instruction_set, thread_count
 
@@ -29,19 +30,6 @@ def by_threads(count, call, *arguments, **options):
     """Return the result of a call with this many threads."""
     with thread_count(count):
         return call(*arguments, **options)
-
-
-def assert_same_results(a, b):
-    """Check that outputs, gradients of input and state, and gradients of weights are equal."""
-    for x, y in zip(a, b, strict=True):
-        assert same(x, y)
-
-
-def assert_rows_are_alone(layer, x, state, seeds, whole, rows):
-    """Check that these rows by themselves have the outputs and gradients that they have in the batch."""
-    found = layer(x[:, rows], [s[rows] for s in state], [s[..., rows, :] for s in seeds])
-    for part, batch in zip(found[:2], whole[:2], strict=True):
-        assert same(part, [t[..., rows, :] for t in batch])
 
 
 # ---- the same bits ----
@@ -176,29 +164,9 @@ def test_with_what_forward_kept_and_recomputed(cell, variant, dtype):
 def test_packed_as_each_row_alone(cell, variant, reverse):
     for dtype, recompute in itertools.product((torch.float32, torch.bfloat16), (False, True)):
         layer = Layer(cell, variant, 6, 33, dtype)
-        lengths = [40, 40, 31, 17, 17, 9, 2, 1, 1]
-        rows = len(lengths)
-        sizes, kept = packing(lengths)
-        x, state, seeds = layer.drawn(40, rows)
-        resets = torch.rand(40, rows) < 0.15
-        options = {"reverse": reverse, "recompute": recompute}
-        packed = [t[kept] for t in (x, resets, seeds[0])]
-        outputs, grads, _ = layer(
-            packed[0], state, [packed[2], *seeds[1:]], batch_sizes=sizes, resets=packed[1], **options
+        assert_packed_rows_are_alone(
+            layer, [40, 40, 31, 17, 17, 9, 2, 1, 1], reverse=reverse, recompute=recompute
         )
-        padded, grad_x = (torch.zeros(40, rows, t.size(-1), dtype=dtype) for t in (outputs[0], grads[0]))
-        padded[kept], grad_x[kept] = outputs[0], grads[0]
-        for row, length in enumerate(lengths):
-            here = slice(row, row + 1)
-            alone = layer(
-                x[:length, here],
-                [s[here] for s in state],
-                [seeds[0][:length, here], *(s[here] for s in seeds[1:])],
-                resets=resets[:length, here],
-                **options,
-            )
-            assert same(alone[0], [padded[:length, here], *(t[here] for t in outputs[1:])])
-            assert same(alone[1], [grad_x[:length, here], *(t[here] for t in grads[1:])])
 
 
 # ---- bad rows, extreme numbers, lengths ----

@@ -307,36 +307,32 @@ UNSORTED = pack_padded_sequence(X, [3, 5], enforce_sorted=False)
 META = PackedSequence(torch.zeros(8).bool().to("meta"), PACKED.batch_sizes)
 
 
-@pytest.mark.parametrize(
-    ("resets", "error", "message"),
-    [
-        ([True], TypeError, r"lstm: resets must be a bool Tensor .* list; .*as_tensor\(resets\)"),
-        (MASK.float(), ValueError, r"lstm: resets must .*torch.bool, got .*float32; .*resets.bool\(\)"),
-        (MASK[:4], RuntimeError, r"lstm: Expected resets of shape \[5, 2\], .* got \[4, 2\]"),
-        (MASK[..., None], RuntimeError, r"the input's without its features, but got \[5, 2, 1\]"),
-        (MASK[:, 0], RuntimeError, r"\[5, 2\].* but got \[5\]"),
-        (MASK.to("meta"), RuntimeError, r"on cpu and resets on meta; .* resets.to\(input.device\)"),
-    ],
-)
-def test_errors_of_the_functions(resets, error, message):
-    weights = weights_of("lstm", dtype=torch.float32)
-    with pytest.raises(error, match=message):
-        LF.lstm(X, (torch.zeros(2, H), torch.zeros(2, H)), weights, resets=resets)
-
-
-def test_an_error_of_the_functions_on_packed_data():
-    weights = weights_of("gru", dtype=torch.float32)
-    with pytest.raises(RuntimeError, match=r"gru: Expected resets of shape \[8\], .* but got \[5, 2\]"):
-        LF.gru(PACKED.data, torch.zeros(2, H), weights, batch_sizes=[2, 2, 2, 1, 1], resets=MASK)
-
-
 def packed_mask(lengths, is_sorted):
     return pack_padded_sequence(MASK[: max(lengths)], lengths, enforce_sorted=is_sorted)
 
 
-@pytest.mark.parametrize(
-    ("input", "resets", "error", "message"),
-    [
+def lstm(input, resets):
+    return LF.lstm(input, (torch.zeros(2, H),) * 2, weights_of("lstm", dtype=torch.float32), resets=resets)
+
+
+def packed_gru(input, resets):
+    weights, sizes = weights_of("gru", dtype=torch.float32), [2, 2, 2, 1, 1]
+    return LF.gru(input.data, torch.zeros(2, H), weights, batch_sizes=sizes, resets=resets)
+
+
+ERRORS = {
+    lstm: [
+        (X, [True], TypeError, r"lstm: resets must be a bool Tensor .* list; .*as_tensor\(resets\)"),
+        (X, MASK.float(), ValueError, r"lstm: resets must .*torch.bool, got .*float32; .*resets.bool\(\)"),
+        (X, MASK[:4], RuntimeError, r"lstm: Expected resets of shape \[5, 2\], .* got \[4, 2\]"),
+        (X, MASK[..., None], RuntimeError, r"the input's without its features, but got \[5, 2, 1\]"),
+        (X, MASK[:, 0], RuntimeError, r"\[5, 2\].* but got \[5\]"),
+        (X, MASK.to("meta"), RuntimeError, r"on cpu and resets on meta; .* resets.to\(input.device\)"),
+    ],
+    packed_gru: [
+        (PACKED, MASK, RuntimeError, r"gru: Expected resets of shape \[8\], .* but got \[5, 2\]"),
+    ],
+    layernorm.LayerNormGRU(F, H): [
         (X, 1, TypeError, "GRU: resets must be a bool Tensor or None, got int"),
         (X, META, TypeError, "GRU: resets must be a bool Tensor or None, got PackedSequence"),
         (X, MASK.int(), ValueError, "GRU: resets must be of dtype torch.bool, got torch.int32"),
@@ -345,42 +341,35 @@ def packed_mask(lengths, is_sorted):
         (PACKED, MASK, TypeError, "resets must be a PackedSequence .*, got Tensor; pack it"),
         (PACKED, PACKED, ValueError, "GRU: resets must be of dtype torch.bool, got torch.float32"),
         (PACKED, META, RuntimeError, "input is on cpu and resets on meta"),
-        (
-            PACKED,
-            packed_mask([4, 3], True),
-            RuntimeError,
-            r"Expected resets of shape \[8\], .* but got \[7\]",
-        ),
+        (PACKED, packed_mask([4, 3], True), RuntimeError, r"resets of shape \[8\], .* but got \[7\]"),
         (
             PACKED,
             packed_mask([4, 4], True),
             RuntimeError,
-            r"batch_sizes \[2, 2, 2, 1, 1\], .* \[2, 2, 2, 2\]",
+            r"sizes \[2, 2, 2, 1, 1\], .* \[2, 2, 2, 2\]",
         ),
         (PACKED, packed_mask([3, 5], False), RuntimeError, r"sorted_indices None, .* \[1, 0\]; pack both"),
         (UNSORTED, packed_mask([5, 3], False), RuntimeError, r"sorted_indices \[1, 0\], but got \[0, 1\]"),
     ],
-)
-def test_errors_of_the_modules(input, resets, error, message):
-    with pytest.raises(error, match=message):
-        layernorm.LayerNormGRU(F, H)(input, resets=resets)
-
-
-def test_an_error_with_batch_first():
-    message = r"shape \[2, 5\], .* but got \[5, 2\]; .* in the input's order of batch and time"
-    with pytest.raises(RuntimeError, match=message):
-        layernorm.LayerNormGRU(F, H, batch_first=True)(X.transpose(0, 1), resets=MASK)
-
-
-@pytest.mark.parametrize(
-    ("input", "resets", "error", "message"),
-    [
+    layernorm.LayerNormGRU(F, H, batch_first=True): [
+        (
+            *(X.transpose(0, 1), MASK, RuntimeError),
+            r"shape \[2, 5\], .* but got \[5, 2\]; .* in the input's order of batch and time",
+        ),
+    ],
+    layernorm.LayerNormLSTMCell(F, H): [
         (X[0], True, TypeError, "LayerNormLSTMCell: resets must be a bool Tensor or None, got bool"),
         (X[0], torch.zeros(2), ValueError, "LayerNormLSTMCell: resets must .*torch.bool, got .*float32"),
         (X[0], MASK[0, 0], RuntimeError, r"Cell: Expected resets of shape \[2\], .* but got \[\]"),
         (X[0, 0], MASK[0], RuntimeError, r"Cell: Expected resets of shape \[\], .* but got \[2\]"),
     ],
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "input", "resets", "error", "message"),
+    [(call, *case) for call, given in ERRORS.items() for case in given],
 )
-def test_errors_of_the_cells(input, resets, error, message):
+def test_errors(call, input, resets, error, message):
     with pytest.raises(error, match=message):
-        layernorm.LayerNormLSTMCell(F, H)(input, resets=resets)
+        call(input, resets=resets)
