@@ -27,11 +27,7 @@ from torch.compiler import is_compiling
 
 from layernorm import checks, ops, override
 from layernorm.gpu import tiers
-from layernorm.override import KERNELS as KERNELS
-from layernorm.override import VARIABLE as VARIABLE
-from layernorm.override import Choice as Choice
-from layernorm.override import asked_for
-from layernorm.override import use as use
+from layernorm.override import KERNELS, VARIABLE, Choice, asked_for, use
 from layernorm.pytorch_internals import (
     FakeTensor,
     FunctionalTensor,
@@ -317,3 +313,16 @@ def _warn_once(problem: str) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
+
+
+__all__ = [
+    "GATES",
+    "KERNELS",
+    "NORMS",
+    "RECURRENT",
+    "Choice",
+    "capability",
+    "choose",
+    "tier",
+    "use",
+]
