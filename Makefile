@@ -67,7 +67,7 @@ gpu: install
 		export TRITON_INTERPRET=0; \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $$check tests/norms/test_norm_kernels.py \
 			-k 'on_gpu and (1025 or add_forms or strides)' && \
-		$$check tests/gpu/recurrent/test_recurrent_gpu.py tests/gpu/persistent/test_persistent.py -k 'on_gpu and (packed or kept)' || exit 1; done
+		$$check tests/gpu/recurrent tests/gpu/persistent -k 'on_gpu and (packed or kept)' || exit 1; done
 	$(BIN)/python -m benchmarks gpu
 
 lint: install
