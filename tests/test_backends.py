@@ -22,28 +22,18 @@ CPU = torch.device("cpu")
 
 
 def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command, environment = [sys.executable, "-c", code], os.environ | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_the_choice_depends_on_operator_device_and_dtype():
-    served = "native" if ops.NATIVE_PROBLEM is None else "torch"
-    for operator in backends.NORMS:
-        for dtype in backends.NATIVE_DTYPES:
-            assert backends.choose(operator, CPU, dtype).kernel == served
-        assert backends.choose(operator, CPU, torch.complex64).kernel == "torch"
-        assert backends.choose(operator, torch.device("meta"), torch.float32).kernel == "torch"
-    served = "native" if ops.NATIVE_PROBLEM is None else "reference"
-    for cell in backends.RECURRENT:
-        for dtype in backends.NATIVE_DTYPES:
-            assert backends.choose(cell, CPU, dtype).kernel == served
-        assert backends.choose(cell, CPU, torch.complex64).kernel == "reference"
-        assert backends.choose(cell, torch.device("meta"), torch.float32).kernel == "reference"
+    for operators, other in ((backends.NORMS, "torch"), (backends.RECURRENT, "reference")):
+        compiled = "native" if ops.NATIVE_PROBLEM is None else other
+        for operator in operators:
+            for dtype in backends.NATIVE_DTYPES:
+                assert backends.choose(operator, CPU, dtype).kernel == compiled
+            assert backends.choose(operator, CPU, torch.complex64).kernel == other
+            assert backends.choose(operator, torch.device("meta"), torch.float32).kernel == other
 
 
 def test_use_overrides_and_gives_back():
@@ -215,13 +205,9 @@ def test_an_override_that_cannot_be_is_refused():
         pytest.raises(RuntimeError, match=r"layer_norm has none for torch\.float32 on meta"),
     ):
         LF.layer_norm(torch.ones(2, 3, device="meta"), (3,))
-    result = in_a_process(
-        "import layernorm, torch; layernorm.LayerNorm(3)(torch.ones(3))", LAYERNORM_BACKEND="fast"
-    )
-    assert (
-        "LAYERNORM_BACKEND must be one of native, triton, persistent, torch, reference; got 'fast'"
-        in result.stderr
-    )
+    code = "import layernorm, torch; layernorm.LayerNorm(3)(torch.ones(3))"
+    message = "LAYERNORM_BACKEND must be one of native, triton, persistent, torch, reference; got 'fast'"
+    assert message in in_a_process(code, LAYERNORM_BACKEND="fast").stderr
 
 
 def test_a_question_that_makes_no_sense_is_refused():

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .draws import Draw, Failure
+from .draws import DTYPES, Draw, Failure
 from .subjects import SUBJECTS
 
 ALLOWED = (TypeError, ValueError, RuntimeError)
+OTHER_DTYPES = (torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn)
 #: The slowest of these calls take milliseconds.
 SECONDS_PER_CALL = 0.1
 CHILD = (
@@ -39,10 +40,8 @@ def wrong_tensor(draw: Draw, t: Tensor) -> Any:
             (3, 1.5, "x", [1.0, 2.0], (), {}, object(), torch.float32, Tensor, [t], t.tolist())
         ),
         lambda: t.detach().to(torch.float32).numpy(),
-        lambda: t.to(draw.choice((torch.float64, torch.float32, torch.float16, torch.bfloat16))),
-        lambda: t.to(
-            draw.choice((torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn))
-        ),
+        lambda: t.to(draw.choice(DTYPES)),
+        lambda: t.to(draw.choice(OTHER_DTYPES)),
         lambda: t.to("meta"),
         lambda: t.detach().to_sparse(),
         lambda: t.unsqueeze(draw.choice((0, -1))),
@@ -76,20 +75,8 @@ def wrong(draw: Draw, value: Any) -> Any:
     if isinstance(value, Tensor):
         return wrong_tensor(draw, value)
     anything = (
-        None,
-        3,
-        -1,
-        0,
-        1.5,
-        "x",
-        b"x",
-        [],
-        [None],
-        {},
-        object(),
-        torch.ones(2),
-        float("nan"),
-        1 << 70,
+        *(None, 3, -1, 0, 1.5, "x", b"x", [], [None], {}, object()),
+        *(torch.ones(2), float("nan"), 1 << 70),
     )
     if draw.chance(0.3):
         return draw.choice(anything)
@@ -100,9 +87,8 @@ def wrong(draw: Draw, value: Any) -> Any:
     if isinstance(value, float):
         return draw.choice((float("nan"), -1.0, float("inf"), -float("inf"), 1, None, 1j, 1e308, 5e-324))
     if isinstance(value, str):
-        return draw.choice(
-            ("", "x", value.upper(), value.encode(), "layer", "none", "gru", "lstm", "rnn_relu", "summed")
-        )
+        others = ("layer", "none", "gru", "lstm", "rnn_relu", "summed")
+        return draw.choice(("", "x", value.upper(), value.encode(), *others))
     if isinstance(value, dict):
         return wrong_dict(draw, value)
     if isinstance(value, list | tuple):
@@ -139,10 +125,8 @@ def wrong_dict(draw: Draw, values: dict[Any, Any]) -> Any:
         return list(values.items())
     taken = values.pop(key, None)
     if way == "more":
-        values |= {
-            key: taken,
-            draw.choice(("bias_ih", "weight_hr", "gain", "x", 3, None)): draw.choice((None, torch.ones(4))),
-        }
+        added = draw.choice(("bias_ih", "weight_hr", "gain", "x", 3, None))
+        values |= {key: taken, added: draw.choice((None, torch.ones(4)))}
     elif way == "other":
         values[key] = wrong(draw, taken)
     elif way == "renamed":

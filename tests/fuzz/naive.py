@@ -6,6 +6,7 @@ What judges the layers is the reference; this is what judges the reference.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ def sequence(
     relu: bool = False,
 ) -> tuple[Array, tuple[Array, ...]]:
     """Return the outputs (T, P) and the last state of one sequence (T, F); the state is h, or h and c."""
-    step = {"lstm": lstm, "gru": gru, "rnn": rnn_relu if relu else rnn}[cell]
+    step = {"lstm": lstm, "gru": gru, "rnn": partial(rnn, relu=relu)}[cell]
     outputs = []
     for row in x:
         state = step(row, state, weights, variant)
@@ -65,12 +66,11 @@ def products(row: Array, h: Array, weights: Mapping[str, Array]) -> tuple[Array,
 
 def gates_of(cell: str, a: Array, b: Array, weights: Mapping[str, Array], variant: Variant) -> Array:
     """Return all gates where they are made alike."""
-    one = np.ones(len(a))
     bias = weights.get("bias", 0)
     if variant.inputs == "separate":
-        of_x = by_groups(a, cell, variant) * weights.get("gain_ih", one)
-        return of_x + by_groups(b, cell, variant) * weights.get("gain_hh", one) + bias
-    return by_groups(a + b, cell, variant) * weights.get("gain", one) + bias
+        of_x = by_groups(a, cell, variant) * weights.get("gain_ih", 1)
+        return of_x + by_groups(b, cell, variant) * weights.get("gain_hh", 1) + bias
+    return by_groups(a + b, cell, variant) * weights.get("gain", 1) + bias
 
 
 def lstm(
@@ -94,12 +94,10 @@ def gru(
     (h,) = state
     size = len(h)
     a, b = products(row, h, weights)
-    one, zero = np.ones(3 * size), np.zeros(3 * size)
-    bias = weights.get("bias", zero)
-    last = slice(2 * size, None)
+    bias, last = weights.get("bias", np.zeros(3 * size)), slice(2 * size, None)
     if variant.inputs == "separate":
-        of_x = by_groups(a, "gru", variant) * weights.get("gain_ih", one)
-        of_h = by_groups(b, "gru", variant) * weights.get("gain_hh", one)
+        of_x = by_groups(a, "gru", variant) * weights.get("gain_ih", 1)
+        of_h = by_groups(b, "gru", variant) * weights.get("gain_hh", 1)
         r, z, _ = np.split(sigmoid(of_x + of_h + bias), 3)
         candidate = np.tanh(of_x[last] + bias[last] + r * (of_h[last] + weights.get("bias_hn", 0)))
     elif variant.scope == "all":
@@ -114,12 +112,7 @@ def gru(
 
 
 def rnn(
-    row: Array, state: tuple[Array, ...], weights: Mapping[str, Array], variant: Variant
+    row: Array, state: tuple[Array, ...], weights: Mapping[str, Array], variant: Variant, relu: bool
 ) -> tuple[Array, ...]:
-    return (np.tanh(gates_of("rnn", *products(row, state[0], weights), weights, variant)),)
-
-
-def rnn_relu(
-    row: Array, state: tuple[Array, ...], weights: Mapping[str, Array], variant: Variant
-) -> tuple[Array, ...]:
-    return (np.maximum(gates_of("rnn", *products(row, state[0], weights), weights, variant), 0),)
+    gates = gates_of("rnn", *products(row, state[0], weights), weights, variant)
+    return (np.maximum(gates, 0) if relu else np.tanh(gates),)

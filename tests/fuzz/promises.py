@@ -75,27 +75,32 @@ def all_alike(a: Result, b: Result, what: str) -> None:
 # ---- the promises ----
 
 
+def check_rows(case: Case, a: Result, b: Result, rows_of_a: Tensor, rows_of_b: Tensor, what: str) -> None:
+    """Fail unless some rows of two results have the same bits, gradients of input and state included."""
+    axis = 0 if case.module.batch_first else 1
+    axes = [axis, *[1] * (len(a.outputs) - 1), *[1] * len(case.tensors)]
+    names = [f"output {i}" for i in range(len(a.outputs))] + [f"d {name}" for name in case.tensors]
+    pairs = list(zip(a.outputs, b.outputs, strict=True))
+    pairs += [(a.grads[name], b.grads[name]) for name in case.tensors if name in a.grads]
+    for name, at, (x, y) in zip(names, axes, pairs, strict=False):
+        check(
+            same_bits([x.index_select(at, rows_of_a)], [y.index_select(at, rows_of_b)]),
+            f"{what}: {name} of other bits",
+        )
+
+
 def rows_alone(draw: Draw, case: Case, module: torch.nn.Module) -> None:
     whole = padded(case, wanted="all")
     rows = whole.tensors["input"].size(1)
     chosen = torch.tensor(sorted(draw.sample(range(rows), draw.randint(1, rows))))
     tensors = {name: t[:, chosen] for name, t in whole.tensors.items()}
     some = padded(whole, tensors=tensors, resets=None if whole.resets is None else whole.resets[:, chosen])
-    axis = 0 if module.batch_first else 1
     seeds = [draw.normal(*t.shape) for t in outputs_of(whole, module)]
     found = result(whole, module, whole.tensors, seeds, "native")
+    axis = 0 if module.batch_first else 1
     few = [s.index_select(axis if i == 0 else 1, chosen) for i, s in enumerate(seeds)]
     alone = result(some, module, tensors, few, "native")
-    for i, (a, b) in enumerate(zip(found.outputs, alone.outputs, strict=True)):
-        check(
-            same_bits([a.index_select(axis if i == 0 else 1, chosen)], [b]),
-            f"rows {chosen.tolist()} alone: output {i}",
-        )
-    for name in tensors:
-        check(
-            same_bits([found.grads[name][:, chosen]], [alone.grads[name]]),
-            f"rows {chosen.tolist()} alone: d {name}",
-        )
+    check_rows(whole, found, alone, chosen, torch.arange(len(chosen)), f"rows {chosen.tolist()} alone")
 
 
 def poisoned_row(draw: Draw, case: Case, module: torch.nn.Module) -> None:
@@ -104,16 +109,10 @@ def poisoned_row(draw: Draw, case: Case, module: torch.nn.Module) -> None:
     row, bad = draw.randrange(rows), draw.choice((float("nan"), float("inf"), -float("inf")))
     tensors = {name: t.clone() for name, t in whole.tensors.items()}
     tensors[draw.choice(tuple(tensors))][-1, row, 0] = bad
-    axis = 0 if module.batch_first else 1
     others = torch.tensor([i for i in range(rows) if i != row], dtype=torch.long)
     seeds = [draw.normal(*t.shape) for t in outputs_of(whole, module)]
-    clean = result(whole, module, whole.tensors, seeds, "native")
-    found = result(whole, module, tensors, seeds, "native")
-    for i, (a, b) in enumerate(zip(clean.outputs, found.outputs, strict=True)):
-        a, b = (t.index_select(axis if i == 0 else 1, others) for t in (a, b))
-        check(same_bits([a], [b]), f"{bad} in row {row} reaches output {i} of another")
-    a, b = (r.grads["input"][:, others] for r in (clean, found))
-    check(same_bits([a], [b]), f"{bad} in row {row} reaches another's gradient")
+    clean, found = (result(whole, module, t, seeds, "native") for t in (whole.tensors, tensors))
+    check_rows(whole, clean, found, others, others, f"{bad} in row {row} reaches another")
 
 
 def threads(draw: Draw, case: Case, module: torch.nn.Module) -> None:

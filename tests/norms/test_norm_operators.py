@@ -11,12 +11,13 @@ from torch import Tensor
 from layernorm import backends, reference
 from layernorm import functional as LF
 
+pytestmark = pytest.mark.usefixtures("native")
+
 EPS32 = torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("wanted", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
 @pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.usefixtures("native")
 def test_native_derivatives_of_both_orders(wanted, affine):
     tensors = [torch.randn(4, 33), torch.randn(33), torch.randn(33)]
     if not affine:
@@ -43,7 +44,6 @@ def test_native_derivatives_of_both_orders(wanted, affine):
 
 
 @pytest.mark.parametrize("affine", ["both", "gain", "bias", "neither"])
-@pytest.mark.usefixtures("native")
 def test_native_derivatives_of_the_third_order(affine):
     # PyTorch's own operator goes wrong here: the third order (pytorch#175754), and the second with a bias
     # and no gain (pytorch#79705).
@@ -62,9 +62,8 @@ def test_native_derivatives_of_the_third_order(affine):
             value = grads[0]
         return found
 
-    for a, e in zip(
-        third(LF.layer_norm, torch.float32), third(reference.layer_norm, torch.float64), strict=True
-    ):
+    found, expected = third(LF.layer_norm, torch.float32), third(reference.layer_norm, torch.float64)
+    for a, e in zip(found, expected, strict=True):
         # Each order multiplies by up to 1/std, here under 1/√0.1 = 3.2, and adds roundings of about 30 terms.
         scale = max(1.0, e.abs().max().item())
         assert (a - e).abs().max() <= 3 * 30 * 3.2**3 * EPS32 * scale
@@ -88,7 +87,6 @@ def operator_calls(dtype, *, grad=False):
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.usefixtures("native")
 def test_operators_pass_opcheck(dtype, grad):
     for name, args in operator_calls(dtype, grad=grad):
         torch.library.opcheck(getattr(torch.ops.layernorm, name).default, args)
@@ -127,7 +125,6 @@ def test_operators_raise_in_place_of_crashing(kernels, double, dtype, dtypes, re
             getattr(ops, name)(*args)
 
 
-@pytest.mark.usefixtures("native")
 def test_operators_in_a_compiled_graph():
     # The compiled kernels inside torch.compile, on request: forward, backward, and dynamic sizes.
     for dynamic in (False, True):
@@ -148,27 +145,20 @@ def test_operators_in_a_compiled_graph():
                 tensors.append(torch.randn(8, requires_grad=True))
                 expected, actual = function(*tensors), compiled(*tensors)
                 assert torch.equal(actual, expected)
-                for a, e in zip(
-                    torch.autograd.grad(actual.sum(), tensors),
-                    torch.autograd.grad(expected.sum(), tensors),
-                    strict=True,
-                ):
-                    assert torch.equal(a, e)
+                grads = (torch.autograd.grad(y.sum(), tensors) for y in (actual, expected))
+                assert all(torch.equal(a, e) for a, e in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.usefixtures("native")
 def test_every_operator_and_type_has_a_compiled_kernel(dtype):
-    names = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm", "add_layer_norm": "AddLayerNorm"}
-    names["add_rms_norm"] = "AddRMSNorm"
+    names = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
+    names |= {f"add_{name}": f"Add{node}" for name, node in names.items()}
     for name, args in operator_calls(dtype, grad=True):
-        *tensors, eps = args
-        found = getattr(LF, name)(*tensors, eps)
+        found = getattr(LF, name)(*args)
         for output in (found,) if isinstance(found, Tensor) else found:
             assert output.grad_fn.name() == names[name] + "Backward"
 
 
-@pytest.mark.usefixtures("native")
 def test_backward_keeps_the_input_and_two_numbers_for_each_row():
     x, weight, bias = (torch.randn(*s, requires_grad=True) for s in ((64, 100), (100,), (100,)))
     kept = []
@@ -181,7 +171,6 @@ def test_backward_keeps_the_input_and_two_numbers_for_each_row():
     assert sorted(t.nbytes for t in kept) == [64 * 4, 64 * 100 * 4]
 
 
-@pytest.mark.usefixtures("native")
 def test_the_node_behaves_as_torchs_do():
     x, weight = torch.randn(4, 6, requires_grad=True), torch.randn(6, requires_grad=True)
     y = LF.layer_norm(x, (6,), weight)
@@ -207,7 +196,6 @@ def test_the_node_behaves_as_torchs_do():
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="tells of huge pages on Linux alone")
-@pytest.mark.usefixtures("native")
 def test_large_outputs_ask_for_huge_pages():
     switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not switch.is_file() or "[never]" in switch.read_text():
