@@ -265,7 +265,7 @@ def test_derivatives_of_both_orders(cell, variant, reverse, packed):
 
 
 @with_and_without
-@of_functions(ALL_FUNCTIONS)
+@of_functions([*ALL_FUNCTIONS, *VARIANTS])
 def test_a_sequence_is_its_cell_step_by_step(cell, variant, resets):
     sequence = made(cell, variant)
     single = CELLS[cell](F, H, dtype=torch.float64, variant=variant)
