@@ -3,6 +3,7 @@ saved tensors, changes in place, counting of FLOPs, tracing."""
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import warnings
@@ -16,18 +17,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import layernorm
 from layernorm import functional as LF
+from layernorm.variants import GATES
+from tests.recurrent.cases import CELLS, SEQUENCES, F, H, flat
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
-F, H = 3, 4
+every_cell = pytest.mark.parametrize("cell", SEQUENCES)
 
 
 def subjects(dtype=torch.float64):
     """Yield a function of a (T, N, F) tensor for each kind of node, with its name and its parameters."""
-    for name in ("LayerNormLSTM", "LayerNormGRU", "LayerNormRNN"):
-        for variant in ("paper", "none"):
-            module = getattr(layernorm, name)(F, H, variant=variant).to(dtype)
-            yield f"{name}-{variant}", (lambda x, m=module: m(x)[0]), list(module.parameters())
+    for kind, variant in itertools.product(SEQUENCES, ("paper", "none")):
+        module = SEQUENCES[kind](F, H, variant=variant).to(dtype)
+        yield f"{kind}-{variant}", (lambda x, m=module: m(x)[0]), list(module.parameters())
     recompute = layernorm.LayerNormLSTM(F, H, recompute=True, proj_size=2).to(dtype)
     yield "recompute", (lambda x: recompute(x)[0]), list(recompute.parameters())
     cell = layernorm.LayerNormLSTMCell(F, H).to(dtype)
@@ -105,14 +107,14 @@ def test_vmap_over_the_operators():
 # ---- derivatives of higher order ----
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_arguments_that_depend_on_one_another_count_once(kind):
+@every_cell
+def test_arguments_that_depend_on_one_another_count_once(cell):
     # An initial state made from the input, and one tensor as two weights.
-    module = getattr(layernorm, f"LayerNorm{kind}")(H, H).double()
+    module = SEQUENCES[cell](H, H).double()
     module.weight_hh_l0 = module.weight_ih_l0
     x = torch.randn(3, 2, H, dtype=torch.float64, requires_grad=True)
     h = x.mean(0, keepdim=True).sin()
-    output = module(x, (h, h.cos()) if kind == "LSTM" else h)[0]
+    output = module(x, (h, h.cos()) if cell == "lstm" else h)[0]
     grad, leaves = torch.randn_like(output), [x, *module.parameters()]
     plain = torch.autograd.grad(output, leaves, grad, retain_graph=True)
     assert_close(torch.autograd.grad(output, leaves, grad, create_graph=True), plain)
@@ -125,9 +127,7 @@ def test_arguments_that_depend_on_one_another_count_once(kind):
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # torch's own
 @pytest.mark.parametrize("changed", [False, True], ids=["kept", "changed in place"])
-@pytest.mark.parametrize(
-    "name", ["LayerNormLSTM-paper", "LayerNormGRU-paper", "lstm_gates", "add_layer_norm"]
-)
+@pytest.mark.parametrize("name", ["lstm-paper", "gru-paper", "lstm_gates", "add_layer_norm"])
 def test_compiled_autograd_takes_nodes_that_ran_eagerly(name, changed):
     function, parameters = next((f, p) for n, f, p in subjects() if n == name)
     torch._dynamo.reset()
@@ -165,15 +165,15 @@ def test_hooks_may_change_the_layout_of_what_is_saved(subject):
 # ---- changes in place ----
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@every_cell
 @pytest.mark.parametrize(
     "change",
     [torch.nn.ReLU(inplace=True), lambda y: y.add_(1), lambda y: y[1:].mul_(2), lambda y: y.zero_()],
     ids=["ReLU", "add_", "of a part", "zero_"],
 )
-def test_an_output_may_be_changed_in_place(kind, change):
+def test_an_output_may_be_changed_in_place(cell, change):
     for options in ({}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True}, {"recompute": True}):
-        module = getattr(layernorm, f"LayerNorm{kind}")(F, H, **options).double()
+        module = SEQUENCES[cell](F, H, **options).double()
         x = torch.randn(3, 2, F, dtype=torch.float64, requires_grad=True)
         leaves = [x, *module.parameters()]
 
@@ -215,11 +215,11 @@ def counted(function):
     return counter.get_total_flops(), result
 
 
-@pytest.mark.parametrize(("kind", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
-def test_the_products_are_counted(kind, gates):
+@pytest.mark.parametrize(("cell", "gates"), GATES.items())
+def test_the_products_are_counted(cell, gates):
     steps, rows, features, hidden = 5, 2, 7, 6
     forward = 2 * steps * rows * gates * hidden * (features + hidden)
-    module = getattr(layernorm, f"LayerNorm{kind}")(features, hidden)
+    module = SEQUENCES[cell](features, hidden)
     for needs_grad in (False, True):
         x = torch.randn(steps, rows, features, requires_grad=needs_grad)
         with torch.no_grad():
@@ -261,30 +261,30 @@ print(counter.get_total_flops())
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # from the checks of shapes, as torch.nn's
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@every_cell
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}])
-def test_recurrent_layers_can_be_traced(kind, options):
-    module = getattr(layernorm, f"LayerNorm{kind}")(F, H, **options).double()
+def test_recurrent_layers_can_be_traced(cell, options):
+    module = SEQUENCES[cell](F, H, **options).double()
     x = torch.randn(4, 5, F, dtype=torch.float64)
     traced = torch.jit.trace(module, (x,), check_trace=False)
     assert "layernorm::" not in str(traced.inlined_graph)  # so that it runs without this package
     same_steps = (7, 5) if options else (4, 7)
     for shape in ((4, 5), same_steps):
         x = torch.randn(*shape, F, dtype=torch.float64)
-        assert_close(torch.utils._pytree.tree_leaves(traced(x)), torch.utils._pytree.tree_leaves(module(x)))
+        assert_close(flat(traced(x)), flat(module(x)))
     with pytest.raises(RuntimeError, match=r"Expected . elements in a list but found 9"):
         traced(torch.randn(9, 9, F, dtype=torch.float64))  # steps are unrolled
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_cells_can_be_traced(kind):
-    cell = getattr(layernorm, f"LayerNorm{kind}Cell")(F, H).double()
+@every_cell
+def test_cells_can_be_traced(cell):
+    single = CELLS[cell](F, H).double()
     x = torch.randn(2, F, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        traced = torch.jit.trace(cell, (x,), check_trace=False)
+        traced = torch.jit.trace(single, (x,), check_trace=False)
     x = torch.randn(6, F, dtype=torch.float64)
-    assert_close(torch.utils._pytree.tree_leaves(traced(x)), torch.utils._pytree.tree_leaves(cell(x)))
+    assert_close(flat(traced(x)), flat(single(x)))
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])

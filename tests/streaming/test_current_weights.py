@@ -91,7 +91,7 @@ def test_weights_that_are_no_parameters(name, way):
         sum(tensor.sum() for tensor in flat(changed(x))).backward()
         assert all(parameter.grad is not None for parameter in module.parameters())
     if way is parametrized:
-        counts = [same.count for same in changed.modules() if isinstance(same, Same)]
+        counts = [part.count for part in changed.modules() if isinstance(part, Same)]
         assert set(counts) == {1 + len(given)}, "once when it is registered, once in each call"
 
 
