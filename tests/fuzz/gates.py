@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from layernorm import Variant, backends
-from layernorm import functional as LF
 from layernorm.variants import parameter_shapes, resolve
+from tests.recurrent.cases import GATES_INPUTS, called_gates, gates_results
 
 from .draws import DTYPES, Draw, by_reference, check, rounded, run_case, same_bits
 from .judging import largest_share, moved_by_roundings, second_order
 from .layers import variant_of
-
-GIVEN = ("input_gates", "hidden_gates", "c")
 
 
 @dataclass
 class Case:
     variant: str | Variant
     dtype: torch.dtype
-    tensors: dict[str, Tensor]  # of GIVEN, and the parameters
-
-    def call(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return h and c."""
-        given = [tensors[name] for name in GIVEN]
-        return LF.lstm_gates(
-            *given, {n: t for n, t in tensors.items() if n not in GIVEN}, variant=self.variant
-        )
+    tensors: dict[str, Tensor]  # of GATES_INPUTS, and the parameters
 
 
 def case_of(seed: int) -> tuple[Draw, Case]:
@@ -64,7 +56,7 @@ def case_of(seed: int) -> tuple[Draw, Case]:
         dtype=dtype,
         rows=rows,
         hidden=hidden,
-        parameters=[n for n in tensors if n not in GIVEN],
+        parameters=[n for n in tensors if n not in GATES_INPUTS],
     )
     return draw, Case(variant, dtype, {name: rounded(t, dtype) for name, t in tensors.items()})
 
@@ -79,13 +71,13 @@ def judged(draw: Draw, case: Case) -> float:
     laid = {name: draw.laid(t) for name, t in case.tensors.items()}
     seeds = [rounded(draw.normal(*case.tensors["c"].shape), case.dtype) for _ in range(2)]
     with backends.use("native"):
-        found = results(case, laid, seeds)
+        found = gates_results(case.variant, laid, seeds)
     if rows:
         chosen = torch.tensor(sorted(draw.sample(range(rows), draw.randint(1, min(rows, 5)))))
-        fewer = {name: t[chosen] if name in GIVEN else t for name, t in case.tensors.items()}
+        fewer = {name: t[chosen] if name in GATES_INPUTS else t for name, t in case.tensors.items()}
         with backends.use("native"):
-            some = results(case, fewer, [s[chosen] for s in seeds])
-        for name in ("output h", "output c", *GIVEN):
+            some = gates_results(case.variant, fewer, [s[chosen] for s in seeds])
+        for name in ("output h", "output c", *GATES_INPUTS):
             check(
                 same_bits([some[name]], [found[name][chosen]]),
                 f"{name} of rows {chosen.tolist()} alone: other bits",
@@ -93,7 +85,7 @@ def judged(draw: Draw, case: Case) -> float:
 
     def by_seeds(seeds: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         tensors = {name: t.to(dtype) for name, t in case.tensors.items()}
-        found = results(case, tensors, [s.to(dtype) for s in seeds])
+        found = gates_results(case.variant, tensors, [s.to(dtype) for s in seeds])
         return {name: t.double() for name, t in found.items()}
 
     with by_reference():
@@ -102,19 +94,8 @@ def judged(draw: Draw, case: Case) -> float:
         allowed = moved_by_roundings(draw, case.dtype, expected, wide_seeds, by_seeds)
     if draw.chance(0.2) and resolve(case.variant, "lstm").eps >= 1e-5:
         ordinary = {
-            name: draw.normal(*t.shape) if name in GIVEN else t.double() for name, t in case.tensors.items()
+            name: draw.normal(*t.shape) if name in GATES_INPUTS else t.double()
+            for name, t in case.tensors.items()
         }
-        second_order(draw, case.call, ordinary)
+        second_order(draw, partial(called_gates, case.variant), ordinary)
     return largest_share(expected, found, expected, allowed, case.dtype)
-
-
-def results(case: Case, tensors: dict[str, Tensor], seeds: list[Tensor]) -> dict[str, Tensor]:
-    """Return h, c and every gradient, by name."""
-    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
-    outputs = case.call(leaves)
-    grads = torch.autograd.grad(outputs, list(leaves.values()), seeds, materialize_grads=True)
-    return {
-        "output h": outputs[0].detach(),
-        "output c": outputs[1].detach(),
-        **dict(zip(leaves, grads, strict=True)),
-    }

@@ -15,7 +15,15 @@ from layernorm import Variant, backends
 from layernorm import functional as LF
 from layernorm.spec import layer_spec
 from layernorm.variants import PRESETS
-from tests.recurrent.cases import ALL_FUNCTIONS, largest, same, weights_of
+from tests.recurrent.cases import (
+    ALL_FUNCTIONS,
+    GATES_INPUTS,
+    called_gates,
+    gates_results,
+    largest,
+    same,
+    weights_of,
+)
 from tests.settings import thread_count
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
@@ -23,7 +31,6 @@ pytestmark = pytest.mark.usefixtures("native", "one_thread")
 VARIANTS = [variant for cell, variant in ALL_FUNCTIONS if cell == "lstm"]
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=map(str, range(len(VARIANTS))))
 some_variants = pytest.mark.parametrize("variant", [VARIANTS[i] for i in (0, 9, 16, -1)], ids=str)
-GATES = ("input_gates", "hidden_gates", "c")
 # Rows in parts of blocks of parts; features in parts of vectors.
 SIZES = [(1, 33), (3, 7), (4, 33), (5, 1), (19, 7)]
 
@@ -38,21 +45,12 @@ def drawn(
     return tensors | {name: w for name, w in weights.items() if not name.startswith("weight")}
 
 
-def call(variant: Variant, tensors: dict[str, torch.Tensor]):
-    weights = {name: tensor for name, tensor in tensors.items() if name not in GATES}
-    return LF.lstm_gates(*(tensors[name] for name in GATES), weights, variant=variant)
-
-
 def results(variant: Variant, tensors: dict[str, torch.Tensor], kernel: str) -> dict[str, torch.Tensor]:
     """Return h, c and the gradients of a random sum of them."""
-    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    generator, c = torch.Generator().manual_seed(5), tensors["c"]
+    seeds = [torch.randn(c.shape, generator=generator).to(c.dtype) for _ in range(2)]
     with backends.use(kernel):
-        h, c = call(variant, leaves)
-    generator = torch.Generator().manual_seed(5)
-    seeds = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in (h, c)]
-    grads = torch.autograd.grad((h, c), list(leaves.values()), seeds)
-    assert all(g.dtype == t.dtype and g.shape == t.shape for g, t in zip(grads, leaves.values(), strict=True))
-    return {"h": h.detach(), "c'": c.detach(), **dict(zip(leaves, grads, strict=True))}
+        return gates_results(variant, tensors, seeds)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -95,7 +93,7 @@ def test_the_same_bits_as_in_a_sequence(variant, dtype):
     hidden = 24
     tensors = {name: t.detach() for name, t in drawn(variant, 7, hidden, dtype).items()}
     h0 = torch.randn(7, hidden).to(dtype)
-    weights = {name: t for name, t in tensors.items() if name not in GATES}
+    weights = {name: t for name, t in tensors.items() if name not in GATES_INPUTS}
     matrices = {
         "weight_ih": torch.eye(4 * hidden, dtype=dtype),
         "weight_hh": torch.eye(hidden, dtype=dtype).repeat(4, 1),
@@ -104,7 +102,7 @@ def test_the_same_bits_as_in_a_sequence(variant, dtype):
         _, expected = LF.lstm(
             tensors["input_gates"][None], (h0, tensors["c"]), matrices | weights, variant=variant
         )
-        found = call(variant, tensors | {"hidden_gates": h0.repeat(1, 4)})
+        found = called_gates(variant, tensors | {"hidden_gates": h0.repeat(1, 4)})
     assert same(found, expected)
 
 
@@ -115,8 +113,8 @@ def test_a_row_has_its_bits_in_any_batch_and_for_any_number_of_threads(variant):
     with thread_count(3):
         assert same(results(variant, tensors, "native").values(), whole.values())
     with torch.no_grad():
-        some = call(variant, tensors | {name: tensors[name][11:14] for name in GATES})
-    assert same(some, [whole["h"][11:14], whole["c'"][11:14]])
+        some = called_gates(variant, tensors | {name: tensors[name][11:14] for name in GATES_INPUTS})
+    assert same(some, [whole["output h"][11:14], whole["output c"][11:14]])
 
 
 def test_layouts_and_an_empty_batch():
@@ -128,10 +126,10 @@ def test_layouts_and_an_empty_batch():
     }
     assert not strided["c"].is_contiguous()
     with torch.no_grad(), backends.use("native"):
-        assert torch.equal(call(variant, strided)[0], expected["h"])
+        assert torch.equal(called_gates(variant, strided)[0], expected["output h"])
     empty = {name: t[:0] if t.dim() == 2 else t for name, t in tensors.items()}
     found = results(variant, empty, "native")
-    assert found["h"].shape == (0, 9)
+    assert found["output h"].shape == (0, 9)
     assert found["gain_ih"].shape == (36,)
     assert not found["gain_ih"].any()
 
@@ -143,7 +141,7 @@ def test_rows_that_float32_cannot_square():
         tensors["hidden_gates"] *= 1e-30
     wide = {name: t.detach().double() for name, t in tensors.items()}
     exact, found = results(Variant(), wide, "reference"), results(Variant(), tensors, "native")
-    for name in ("h", "c'", "c", "gain_ih", "bias"):
+    for name in ("output h", "output c", "c", "gain_ih", "bias"):
         assert largest(found[name].double() - exact[name]) <= 1e-5 * (1 + largest(exact[name])), name
 
 
@@ -154,7 +152,7 @@ def test_derivatives_of_both_orders(variant):
     tensors = drawn(variant, 3, 4)
 
     def function(*values):
-        return call(variant, dict(zip(tensors, values, strict=True)))
+        return called_gates(variant, dict(zip(tensors, values, strict=True)))
 
     with backends.use("native"):
         gradcheck(function, tuple(tensors.values()))
@@ -170,7 +168,7 @@ def test_the_gradient_of_one_result_and_of_some_arguments(part):
     grads = []
     for kernel in ("native", "reference"):
         with backends.use(kernel):
-            output = call(Variant(), tensors)[part]
+            output = called_gates(Variant(), tensors)[part]
         grads.append(torch.autograd.grad(output.sum(), needed, allow_unused=True, materialize_grads=True))
     assert all(torch.allclose(a, e, rtol=1e-9, atol=1e-10) for a, e in zip(*grads, strict=True))
 
@@ -178,7 +176,7 @@ def test_the_gradient_of_one_result_and_of_some_arguments(part):
 def arguments(variant: Variant, dtype=torch.float32):
     """Return the operator's arguments by position."""
     spec, tensors = layer_spec("lstm", variant), drawn(variant, 3, 4, dtype)
-    return (*(tensors[name] for name in GATES), *spec.listed_for_gates(tensors), spec.codes, spec.eps)
+    return (*(tensors[name] for name in GATES_INPUTS), *spec.listed_for_gates(tensors), spec.codes, spec.eps)
 
 
 @some_variants
@@ -193,9 +191,9 @@ def test_opcheck(variant):
 
 def test_compiled_it_is_the_same():
     tensors = drawn(Variant(), 3, 5, torch.float32)
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(called_gates, fullgraph=True, backend="aot_eager")
     found = []
-    for function in (call, compiled):
+    for function in (called_gates, compiled):
         h, c = function(Variant(), tensors)
         found.append((h, c, *torch.autograd.grad(h.sum() + c.square().sum(), list(tensors.values()))))
     assert same(*found)
@@ -204,8 +202,8 @@ def test_compiled_it_is_the_same():
 def test_autocast_computes_in_the_lower_precision():
     tensors = drawn(Variant(), 3, 8, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        h, _ = call(Variant(), tensors)
-    expected, _ = call(Variant(), {name: t.bfloat16() for name, t in tensors.items()})
+        h, _ = called_gates(Variant(), tensors)
+    expected, _ = called_gates(Variant(), {name: t.bfloat16() for name, t in tensors.items()})
     assert h.dtype == torch.bfloat16
     assert torch.equal(h, expected)
 
@@ -214,7 +212,7 @@ def test_forward_mode_is_the_references():
     tensors = {name: t.detach() for name, t in drawn(Variant(), 3, 4).items()}
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(tensors["c"], torch.randn(3, 4).double())
-        h, _ = call(Variant(), tensors | {"c": dual})
+        h, _ = called_gates(Variant(), tensors | {"c": dual})
         assert torch.autograd.forward_ad.unpack_dual(h).tangent.isfinite().all()
         given = list(arguments(Variant(), torch.float64))
         given[2] = dual
@@ -246,7 +244,7 @@ def test_a_cell_is_made_of_it(preset):
 def test_bad_arguments_are_refused(change, error, message):
     tensors = drawn(Variant(), 3, 4, torch.float32) | change
     with pytest.raises(error, match="lstm_gates: .*" + message):
-        call(Variant(), {name: tensor for name, tensor in tensors.items() if tensor is not None})
+        called_gates(Variant(), {name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
 @pytest.mark.parametrize(
