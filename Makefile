@@ -59,7 +59,7 @@ sanitize: install
 
 # Where there is a GPU: its tests, again under NVIDIA's checkers of memory and races where
 # they are installed, and the benchmark, which writes the published files.
-GPU_TESTS := $(BIN)/python -m pytest tests/norms/test_norm_kernels.py tests/gpu $(wildcard tests/benchmarks/test_bench_gpu*.py)
+GPU_TESTS := $(BIN)/python -m pytest tests/norms/test_norm_kernels.py tests/gpu $(wildcard tests/benchmarks/test_gpu*.py)
 gpu: install
 	TRITON_INTERPRET=0 $(GPU_TESTS) -k 'on_gpu or gpu'
 	@for tool in memcheck racecheck; do command -v compute-sanitizer > /dev/null || continue; \

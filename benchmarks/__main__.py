@@ -1,24 +1,17 @@
-"""``python -m benchmarks NAME``: ``layernorm bench NAME`` that writes what the project publishes."""
+"""``python -m benchmarks NAME``; without ``--out`` it writes what the project publishes."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 from benchmarks.core import command
-from benchmarks.core.benchmark import in_checkout
-from layernorm.arguments import Parser
-
-ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = "python -m benchmarks"
+from benchmarks.registry import COMMANDS
 
 
-def main() -> int:
-    parser = Parser(prog=PROGRAM, description="The benchmarks that the project publishes.")
-    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    command.add_benchmarks_to(commands, "the published files, in benchmarks/results and docs")
-    options = parser.parse_args()
-    return command.run(options, None if options.out else in_checkout(ROOT), PROGRAM)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return command.main(COMMANDS, arguments)
 
 
 if __name__ == "__main__":

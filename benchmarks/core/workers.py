@@ -14,10 +14,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, Any, Final
 
 import torch
 
+#: The checkout, which workers find whatever the current folder is.
+ROOT: Final = Path(__file__).resolve().parents[2]
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 
@@ -31,10 +34,10 @@ class TimedOutError(WorkerError):
 
 
 def events(module: str, job: Mapping[str, Any], threads: int, limit: float | None = None) -> Generator[Event]:
-    """Runs ``python -m module`` with so many threads and yields what it reports, as it comes.
+    """Run ``python -m module`` with this many threads and yield what it reports, as it comes.
 
     Args:
-        module: the full name of a module that serves.
+        module: the full name of a module that ends with ``serve(measure)``.
         job: what to do; must go into JSON.
         threads: for PyTorch, OpenMP, XLA and everything else that asks for the number of CPUs.
         limit: seconds after which the process is ended.
@@ -77,7 +80,7 @@ def events(module: str, job: Mapping[str, Any], threads: int, limit: float | Non
 
 
 def serve(measure: Callable[[dict[str, Any], Emit], None]) -> None:
-    """The worker's side: reads the job, limits the threads, and calls ``measure(job, emit)``."""
+    """Be the worker: read the job, limit the threads, and call ``measure(job, emit)``."""
     # Ctrl-C reaches every process of the terminal; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Whatever libraries print must not get between the events.
@@ -95,8 +98,9 @@ def serve(measure: Callable[[dict[str, Any], Emit], None]) -> None:
 
 def _environment(threads: int) -> dict[str, str]:
     variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     variables["JAX_PLATFORMS"] = "cpu"
-    # Inductor's pool of compiling processes would run beside what is measured.
+    # Inductor's pool of compiling processes would run next to what is measured.
     variables["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     if threads == 1:
         flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"

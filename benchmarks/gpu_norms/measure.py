@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Mapping
@@ -12,47 +11,25 @@ from typing import Any, Final
 import torch
 
 from benchmarks.core import cuda
-from benchmarks.core.benchmark import OURS, Benchmark, Work
+from benchmarks.core.benchmark import Axis, Benchmark, Command
 from benchmarks.core.measuring import Row, each_point, peer_rows, sample
 from benchmarks.core.subjects import Subject
-from benchmarks.core.table import MEASURES, significant
+from benchmarks.core.table import significant
 from benchmarks.core.timing import quartiles
 from benchmarks.core.workers import Emit, serve
-from benchmarks.gpu_norms import peers as gpu_peers
+from benchmarks.gpu_norms import peers
 from benchmarks.gpu_norms.peers import PEERS
-from benchmarks.gpu_recurrent import measure as gpu_recurrent
-from benchmarks.gpu_recurrent.measure import GPU_RECURRENT
+from benchmarks.gpu_recurrent.measure import BENCHMARK as GPU_RECURRENT
 from benchmarks.norms import measure as norms
-from benchmarks.norms.measure import KEYS, Grid, Point, checked
+from benchmarks.norms.measure import Point, checked, kernel, limits
 from benchmarks.norms.peers import Case
-from benchmarks.recurrent import measure as recurrent
 from layernorm import backends, machine
 
-DEFAULTS: Final = Grid(
-    operators=("layer_norm", "add_rms_norm"),
-    sizes=((32768, 1024), (16384, 4096), (8192, 8192), (4096, 32768), (1024, 131072), (128, 768)),
-    rounds=30,
-    quick_sizes=((16384, 4096), (128, 768)),
-    quick_rounds=10,
-)
-_BUDGET: Final = 4.0  # seconds for each point
 _HOST_CALLS: Final = 50
-#: ``host_us``: the CPU's time for issuing a call. ``graph_us``: the GPU's time for one in a CUDA graph.
-LIMITS: Final = ("copy_us", "limit_us", "fraction_of_limit", "host_us", "graph_us", "other_cpus")
-COLUMNS: Final = (
-    *KEYS,
-    "peer",
-    "status",
-    "kernel",
-    *MEASURES,
-    *LIMITS,
-    *machine.GPU_COLUMNS,
-    *machine.COLUMNS,
-)
 
 
 def measure(job: dict[str, Any], emit: Emit) -> None:
-    """The worker."""
+    """Measure the points of a job; the worker."""
     environment = machine.gpu()
 
     def rows_of(point: Point) -> list[Row]:
@@ -65,41 +42,37 @@ def _measure(point: Point, job: Mapping[str, Any], emit: Emit) -> list[Row]:
     device: str = job["device"]
     with torch.set_grad_enabled(point.mode == "training"):
         case = point.case(device)
-        cases = gpu_peers.rotation(case)
+        cases = peers.rotation(case)
 
         def build(name: str, of: Case) -> Subject:
-            return gpu_peers.prepare(name, cases if of is case else [of])
+            return peers.rotating(name, cases if of is case else [of])
 
         subjects, problems = checked(point, case, job["peers"], build, emit)
         clones = cycle([each.inputs[0].clone for each in cases])
-        samples, others = sample(subjects, {"copy": lambda: next(clones)()}, job, clock=cuda.clock(device))
+        samples, others = sample(subjects, {"copy": lambda: next(clones)()}, job, cuda.clock(device))
         host = {name: _host_us(subject, device) for name, subject in subjects.items()}
         graph = {name: _graph_us(subject, point, len(cases), device) for name, subject in subjects.items()}
     copy = 1e6 * quartiles(samples["copy"].seconds).median
-    limit = point.clones * copy
-    table = []
-    for row, measured in peer_rows(point, job["peers"], problems, samples, others):
-        if row["peer"] == OURS:
-            row["kernel"] = "triton" if device == "cuda" else _kernel(point)
-        if measured:
-            in_graph = graph[row["peer"]]
-            row |= {
-                "copy_us": significant(copy),
-                "limit_us": significant(limit),
-                "fraction_of_limit": significant(limit / row["median_us"]),
-                "host_us": significant(host[row["peer"]]),
-                "graph_us": "" if in_graph is None else significant(in_graph),
-            }
-        table.append(row)
-    return table
 
+    def figures(name: str, row: Row) -> Row:
+        in_graph = graph[name]
+        return limits(point, copy, row) | {
+            "host_us": significant(host[name]),
+            "graph_us": "" if in_graph is None else significant(in_graph),
+        }
 
-def _kernel(point: Point) -> str:
-    return backends.choose(point.operator, torch.device("cpu"), getattr(torch, point.dtype)).kernel
+    return peer_rows(
+        point,
+        job["peers"],
+        problems,
+        (samples, others),
+        kernel=lambda name: "triton" if device == "cuda" else kernel(point),
+        figures=figures,
+    )
 
 
 def _host_us(subject: Subject, device: str) -> float:
-    """Microseconds that issuing a call takes the CPU, while the GPU's queue is not full."""
+    """Return the microseconds that issuing a call takes the CPU, while the GPU's queue is not full."""
     times = []
     with subject.context():
         for _ in range(5):
@@ -113,7 +86,7 @@ def _host_us(subject: Subject, device: str) -> float:
 
 
 def _graph_us(subject: Subject, point: Point, cases: int, device: str) -> float | None:
-    """Microseconds of the GPU for a call in a CUDA graph of as many as there are cases; None without one."""
+    """Return the GPU's microseconds for a call in a CUDA graph of one for each case; None without a graph."""
     if device != "cuda" or point.mode != "forward":
         return None
     graph = torch.cuda.CUDAGraph()
@@ -132,65 +105,63 @@ def _graph_us(subject: Subject, point: Point, cases: int, device: str) -> float 
     return 1e6 * statistics.median(times) / cases
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    norms.add_options(
-        parser,
-        DEFAULTS,
-        choices=(*backends.NORMS, *recurrent.CELLS),
-        chosen=(*DEFAULTS.operators, *gpu_recurrent.CELLS),
-        modes=("forward", "inference", "training"),
-    )
-    gpu_recurrent.add_options(parser)
-
-
-def _works(options: argparse.Namespace) -> list[Work]:
-    points = DEFAULTS.points(options)
-    job = {
-        "peers": GPU.chosen(options.peers),
-        "rounds": DEFAULTS.rounds_for(options),
-        "budget": _BUDGET,
-        "device": "cuda",
-    }
-    return [Work(points, job, machine.cpus())]
-
-
-_EPILOG: Final = f"""\
-Norms and recurrent layers have tables of their own, and --operator chooses one or the other. --sizes is for
-norms, --batches, --hidden, --steps, --time and --compile-limit are for recurrent layers; norms have the modes
-forward and training, recurrent layers inference and training.
-
-peers of norms beside torch and torch.compile, where they are installed:
+BENCHMARK: Final = Benchmark(
+    name="gpu",
+    command="gpu",
+    folder="gpu_norms",
+    point=Point,
+    axes=(
+        Axis(
+            ("operator",),
+            "operator",
+            "an earlier table in the same place keeps its other operators",
+            choices=backends.NORMS,
+            default=("layer_norm", "add_rms_norm"),
+            always_shown=True,  # the command measures recurrent layers too, unless operators are named
+        ),
+        norms.BENCHMARK.axis("dtype"),
+        norms.BENCHMARK.axis("mode"),
+        norms.size_axis(
+            ((32768, 1024), (16384, 4096), (8192, 8192), (4096, 32768), (1024, 131072), (128, 768)),
+            quick=((16384, 4096), (128, 768)),
+        ),
+    ),
+    peers=tuple(PEERS),
+    rounds=30,
+    quick_rounds=10,
+    budget=4.0,
+    # host_us: the CPU's time for issuing a call. graph_us: the GPU's time for one in a CUDA graph.
+    figures=("copy_us", "limit_us", "fraction_of_limit", "host_us", "graph_us"),
+    on_gpu=True,
+    replaced_by="operator",
+    problem=cuda.problem,
+    about="""\
+peers of norms in addition to torch and torch.compile, where they are installed:
   liger                 liger-kernel's functions
   quack                 quack-kernels' rmsnorm
   apex                  apex's fused norms
   flash-attention       its Triton norm
 
 The default grid of the norms is planned for 8 minutes at most; no GPU has timed it yet.
-
-{GPU_RECURRENT.epilog}
-examples:
-  layernorm bench gpu --operator layer_norm,add_rms_norm
-  layernorm bench gpu --operator lstm,gru --quick
-  layernorm bench gpu --operator lstm --batches 16 --hidden 512 --peers compile-step,scan
-
-"""
-
-GPU: Final = Benchmark(
+""",
+)
+COMMAND: Final = Command(
     name="gpu",
     title="the norm operators and recurrent layers on a GPU",
-    description="Measures the norm operators and recurrent layers on a GPU beside PyTorch's and others',\n"
-    "interleaved, by CUDA events, the norms with inputs that no cache holds; writes tables, pictures and\n"
+    description="Measure the norm operators and recurrent layers on a GPU next to PyTorch's and others',\n"
+    "interleaved, by CUDA events, the norms with inputs that no cache holds; write tables, pictures and\n"
     "a page.",
-    keys=KEYS,
-    columns=COLUMNS,
-    peers=tuple(PEERS),
-    add_options=_add_options,
-    works=_works,
-    group="operator",
-    threaded=False,
-    problem=cuda.problem,
-    also=(GPU_RECURRENT,),
-    epilog=_EPILOG,
+    benchmarks=(BENCHMARK, GPU_RECURRENT),
+    about="""\
+Norms and recurrent layers have tables of their own, and --operator chooses one or the other. --sizes is for
+norms, --batches, --hidden, --steps, --time and --compile-limit are for recurrent layers; norms have the modes
+forward and training, recurrent layers inference and training.
+""",
+    examples=(
+        "--operator layer_norm,add_rms_norm",
+        "--operator lstm,gru --quick",
+        "--operator lstm --batches 16 --hidden 512 --peers compile-step,scan",
+    ),
 )
 
 if __name__ == "__main__":

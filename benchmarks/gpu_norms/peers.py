@@ -21,19 +21,19 @@ ROTATED_BYTES: Final = 256 * 2**20
 
 
 def rotation(case: Case) -> list[Case]:
-    """As many cases like this one as no cache holds, with data of their own."""
+    """Return so many cases like this one that no cache holds them, each with data of its own."""
     rows = [*case.inputs[: len(case.grads)], *(case.grads if case.training else ())]
     size = sum(tensor.nbytes for tensor in rows)
     count = max(1, min(4096, -(-ROTATED_BYTES // size)))
 
-    def again(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def copies(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(t.clone() if t.dim() > 1 else t for t in tensors)
 
-    return [replace(case, inputs=again(case.inputs), grads=again(case.grads)) for _ in range(count)]
+    return [replace(case, inputs=copies(case.inputs), grads=copies(case.grads)) for _ in range(count)]
 
 
-def prepare(peer: str, cases: Sequence[Case]) -> Subject:
-    """The peer for these cases, which its calls take one after another.
+def rotating(peer: str, cases: Sequence[Case]) -> Subject:
+    """Return the peer for these cases, which its calls take one after another.
 
     Raises:
         NotInstalledError: its package is missing.
@@ -114,7 +114,7 @@ def _flash_attention(case: Case) -> _Peer:
     norm = module("flash_attn.ops.triton.layer_norm").layer_norm_fn
     is_rms = not case.is_layer_norm
 
-    def plain(x: Tensor, shape: Any, weight: Tensor, *rest: Any) -> Any:
+    def alone(x: Tensor, shape: Any, weight: Tensor, *rest: Any) -> Any:
         bias, eps = (None, *rest) if is_rms else rest
         return norm(x, weight, bias, eps=eps, is_rms_norm=is_rms)
 
@@ -122,7 +122,7 @@ def _flash_attention(case: Case) -> _Peer:
         bias, eps = (None, *rest) if is_rms else rest
         return norm(x, weight, bias, residual=residual, eps=eps, prenorm=True, is_rms_norm=is_rms)
 
-    return add if case.has_residual else plain, nullcontext
+    return add if case.has_residual else alone, nullcontext
 
 
 def _one_of(case: Case, **functions: _Function) -> _Peer:

@@ -4,67 +4,52 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final
 
 import torch
 
 from benchmarks.core import cuda, limits, workers
-from benchmarks.core.benchmark import OURS, Benchmark, Work
-from benchmarks.core.measuring import BASE, Row, each_point, peer_rows, sample
+from benchmarks.core.benchmark import BASE, OURS, Axis, Benchmark, Work
+from benchmarks.core.measuring import NoBaseError, Row, each_point, peer_rows, ready, sample
 from benchmarks.core.subjects import first_line
-from benchmarks.core.table import MEASURES, significant
+from benchmarks.core.table import significant
 from benchmarks.core.workers import Emit, WorkerError, serve
-from benchmarks.gpu_recurrent.peers import ALONE, PEERS, PLAIN, is_missing
+from benchmarks.gpu_recurrent.peers import ALONE, PEERS, UNNORMALIZED, is_missing
 from benchmarks.recurrent import measure as recurrent
 from benchmarks.recurrent.measure import Expected, Point
+from benchmarks.recurrent.peers import ONLY_IN
 from layernorm import backends, machine
 
 CELLS: Final = ("lstm", "gru")
-DTYPES: Final = ("float32", "bfloat16")
-BATCHES: Final = (1, 16, 64, 256)
-HIDDEN: Final = (128, 256, 512, 1024, 2048)
-STEPS: Final = 512
 #: The peers of every point; the others are measured at few of them, unless they are named.
 EVERYWHERE: Final = (OURS, "layernorm-persistent", BASE, "loop")
 #: Those few: their dtype, batch and size. The first call is timed there too, in training.
 FEW: Final = ("bfloat16", 64, 512)
-KEYS: Final = recurrent.KEYS
-#: ``first_s``: seconds of the first call in a fresh process. ``peak_bytes``: of memory, in a training call.
-FIGURES: Final = ("difference", "peak_bytes", "compile_s", "first_s", "products_us", "over_products")
-COLUMNS: Final = (
-    *KEYS,
-    "peer",
-    "status",
-    "kernel",
-    *MEASURES,
-    *FIGURES,
-    "other_cpus",
-    *machine.GPU_COLUMNS,
-    *machine.COLUMNS,
-)
-_QUICK: Final = ((16,), (256, 1024))
+_BATCHES: Final = (1, 16, 64, 256)
+_HIDDEN: Final = (128, 256, 512, 1024, 2048)
+_STEPS: Final = 512
 _FIRST: Final = (OURS, BASE)
 _FIRST_LIMIT: Final = 300.0
 
 
 def measure(job: dict[str, Any], emit: Emit) -> None:
-    """The worker."""
+    """Measure the points of a job; the worker."""
     if "first" in job:
         emit({"first_s": _first_call(Point(**job["points"][0]), job["first"], job["device"])})
         return
     environment = machine.gpu()
-    right = recurrent.known(job["device"])
+    right = recurrent.right_results(job["device"])
 
     def rows_of(point: Point) -> list[Row]:
         names = [name for name in job["peers"] if name in EVERYWHERE or job["all"] or _is_one_of_few(point)]
-        names = recurrent.in_mode(names, point.mode)
+        names = BENCHMARK.in_mode(names, point.mode)
         try:
             with cuda.exact_float32():
                 expected = right(point)
             rows = _measure(point, expected, names, job, emit)
-        except (torch.OutOfMemoryError, recurrent.NoBaseError) as error:
+        except (torch.OutOfMemoryError, NoBaseError) as error:
             # One point that this device or this PyTorch cannot have must not end the run.
             emit({"note": f"{point.name}: {first_line(error)}"})
             status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "not measured"
@@ -87,32 +72,30 @@ def _measure(
     training = point.mode == "training"
     with torch.inference_mode(not training):
         case = point.case(device).to(getattr(torch, point.dtype))
-        peers = {name: PEERS[name] for name in names}
-        subjects, problems, differences = recurrent.checked(point, case, expected, peers, PLAIN, emit)
+        check = recurrent.check_of(point, case, expected, UNNORMALIZED)
+        subjects, problems = ready(point, names, lambda name: PEERS[name](case), check, emit)
         peaks = {name: cuda.peak_bytes(subject, device) for name, subject in subjects.items() if training}
         matrices = case.normalized["weight_ih"], case.normalized["weight_hh"]
         products = cuda.in_graph(limits.products(case.x, *matrices, training), device)
-        samples, others = sample(
-            subjects,
-            {"products": products},
-            job,
-            least_rounds=recurrent.LEAST_ROUNDS,
-            each=job["each"],
-            clock=cuda.clock(device),
-        )
-    table = []
-    for row, measured in peer_rows(point, names, problems, samples, others):
-        name = row["peer"]
-        if name.startswith(OURS):
-            row["kernel"] = "persistent" if name == "layernorm-persistent" else _kernel(point, device)
-        if measured:
-            row |= recurrent.figures(subjects[name], differences[name], samples[name], samples["products"])
-            peak = peaks.get(name)
-            row["peak_bytes"] = "" if peak is None else peak
-            if job["firsts"] and name in _FIRST and training and _is_one_of_few(point):
-                row["first_s"] = _first_s(point, name, job, emit)
-        table.append(row)
-    return table
+        samples, others = sample(subjects, {"products": products}, job, cuda.clock(device))
+
+    def figures(name: str, row: Row) -> Row:
+        own, off = samples[name], check.differences[name]
+        found = recurrent.layer_figures(subjects[name], off, own, samples["products"])
+        peak = peaks.get(name)
+        found["peak_bytes"] = "" if peak is None else peak
+        if job["firsts"] and name in _FIRST and training and _is_one_of_few(point):
+            found["first_s"] = _first_s(point, name, job, emit)
+        return found
+
+    return peer_rows(
+        point,
+        names,
+        problems,
+        (samples, others),
+        kernel=lambda name: "persistent" if name == "layernorm-persistent" else _kernel(point, device),
+        figures=figures,
+    )
 
 
 def _kernel(point: Point, device: str) -> str:
@@ -121,7 +104,7 @@ def _kernel(point: Point, device: str) -> str:
 
 
 def _first_s(point: Point, peer: str, job: Mapping[str, Any], emit: Emit) -> float | str:
-    """Seconds of the peer's first call in a process of its own; nothing where that fails."""
+    """Return the seconds of a peer's first call in a process of its own; nothing where that fails."""
     alone = {**job, "points": [asdict(point)], "first": peer}
     try:
         *_, last = workers.events("benchmarks.gpu_recurrent.measure", alone, job["threads"], _FIRST_LIMIT)
@@ -144,39 +127,33 @@ def _first_call(point: Point, peer: str, device: str) -> float:
         return time.perf_counter() - began
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that norms on a GPU do not have."""
-    recurrent.add_shapes(parser, BATCHES, HIDDEN, STEPS)
-    recurrent.add_limits(parser, f"each of the peers {', '.join(ALONE)}")
-
-
-def _works(options: argparse.Namespace) -> list[Work]:
-    points = list(_points(options))
-    chosen = GPU_RECURRENT.chosen(options.peers)
-    alone = [name for name in chosen if name in ALONE and not is_missing(name)]
-    job = recurrent.sampling(options) | {
-        "peers": [name for name in chosen if name not in alone],
-        "all": options.peers is not None,
-        "firsts": True,
-        "device": "cuda",
-    }
-    work = Work(points, job, machine.cpus())
-    few = [point for point in points if options.peers is not None or _is_one_of_few(point)]
+def _plan(works: list[Work], options: argparse.Namespace) -> list[Work]:
+    (work,) = works
+    alone = [name for name in work.job["peers"] if name in ALONE and not is_missing(name)]
+    job = (
+        dict(work.job)
+        | recurrent.sampling(options)
+        | {
+            "peers": [name for name in work.job["peers"] if name not in alone],
+            "all": options.peers is not None,
+            "firsts": True,
+        }
+    )
+    few = [point for point in work.points if options.peers is not None or _is_one_of_few(point)]
     own = replace(work, points=few, job=job | {"all": True, "firsts": False})
     limit = options.compile_limit
-    return [work, *(found for name in alone for found in recurrent.in_own_workers(name, [own], limit))]
+    in_own = [found for name in alone for found in recurrent.in_own_workers(name, [own], limit)]
+    return [replace(work, job=job), *in_own]
 
 
-def _points(options: argparse.Namespace) -> Iterator[Point]:
-    batches, hidden = _QUICK if options.quick else (BATCHES, HIDDEN)
-    return recurrent.grid(
-        [name for name in options.operator if name in recurrent.CELLS],
-        options.dtypes,
-        options.batches or batches,
-        options.hidden or hidden,
-        options.steps,
-        [mode for mode in options.modes if mode in recurrent.MODES],
-    )
+def _peers_to_name(data: Any) -> list[str] | None:
+    """Return the peers of a run that named them; it has the same ones at all of its points."""
+    dtype, batch, hidden = FEW
+    few = (data.dtype == dtype) & (data.batch == batch) & (data.hidden == hidden)
+    usual, found = set(EVERYWHERE), set(data.peer)
+    more = set(data[~few].peer) - usual
+    fewer = not usual <= found or (few.any() and found <= usual)
+    return [name for name in PEERS if name in found] if more or fewer else None
 
 
 def _listed(values: Sequence[object]) -> str:
@@ -185,7 +162,7 @@ def _listed(values: Sequence[object]) -> str:
 
 
 _FEW_TEXT: Final = f"{FEW[0]}, batch {FEW[1]}, size {FEW[2]}"
-_EPILOG: Final = f"""\
+_ABOUT: Final = f"""\
 peers of recurrent layers:
   layernorm             LayerNormLSTM, LayerNormGRU, LayerNormRNN
   layernorm-persistent  by the kernel that keeps the weights on the chip, where they fit
@@ -199,27 +176,40 @@ peers of recurrent layers:
   torchrl               TorchRL's Triton kernels, un-normalized, where installed
 
 The default grid of the recurrent layers is planned for 10 minutes, --quick for 3 with the norms; no GPU has
-timed them yet. It has {recurrent.ROUNDS} rounds at most and these points and peers:
-  - {_listed(CELLS)} over {STEPS} steps in float32 and bfloat16;
-  - the batches {_listed(BATCHES)} with the sizes {_listed(HIDDEN)};
+timed them yet. It has {recurrent.BENCHMARK.rounds} rounds at most and these points and peers:
+  - {_listed(CELLS)} over {_STEPS} steps in float32 and bfloat16;
+  - the batches {_listed(_BATCHES)} with the sizes {_listed(_HIDDEN)};
   - the peers {_listed(EVERYWHERE)}; the others at {_FEW_TEXT} only.
 Naming --peers measures those at every point: each that compiles takes half a minute or more there, FlashRNN
 and TorchRL longer. The loop in training needs some 40 GB at the largest points.
-
 """
 
-GPU_RECURRENT: Final = Benchmark(
+BENCHMARK: Final = Benchmark(
     name="gpu_recurrent",
-    title="recurrent layers over whole sequences on a GPU",
-    description="",
-    keys=KEYS,
-    columns=COLUMNS,
+    command="gpu",
+    folder="gpu_recurrent",
+    point=Point,
+    axes=(
+        # The command measures the norms too, unless operators are named.
+        Axis(("cell",), "operator", choices=recurrent.CELLS, default=CELLS, always_shown=True),
+        *recurrent.shapes(_BATCHES, _HIDDEN, ((16,), (256, 1024)), _STEPS),
+        recurrent.BENCHMARK.axis("mode"),
+        Axis(
+            ("dtype",), "dtypes", choices=("float32", "bfloat16", "float16"), default=recurrent.DTYPES
+        ),  # the innermost: its points have the same numbers
+    ),
     peers=tuple(PEERS),
-    add_options=add_options,
-    works=_works,
-    threaded=False,
+    rounds=recurrent.BENCHMARK.rounds,
+    quick_rounds=recurrent.BENCHMARK.quick_rounds,
+    # first_s: seconds of the first call in a fresh process. peak_bytes: of memory, in a training call.
+    figures=("difference", "peak_bytes", "compile_s", "first_s", "products_us", "over_products"),
+    options=recurrent.time_options(f"each of the peers {', '.join(ALONE)}"),
+    about=_ABOUT,
+    on_gpu=True,
+    only_in=ONLY_IN,
+    plan=_plan,
+    peers_to_name=_peers_to_name,
     problem=cuda.problem,
-    epilog=_EPILOG,
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Recurrent layers over a whole sequence on a GPU, beside those of ``recurrent_peers``.
+"""Recurrent layers over a whole sequence on a GPU, next to those of ``benchmarks.recurrent.peers``.
 
 The layer-normalized cell by hand has no Python loop inside its graph here: hundreds of steps in one would
 take ``torch.compile`` very long. Others' kernels compute the un-normalized cell.
@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from benchmarks.core import cuda
 from benchmarks.core.subjects import NotSupportedError, Subject, module
 from benchmarks.recurrent import peers as recurrent_peers
+from benchmarks.recurrent.case import Case, of_function
 from benchmarks.recurrent.loops import PARTS
-from benchmarks.recurrent.peers import Case, compiled, of_function
+from benchmarks.recurrent.peers import compiled
 from layernorm import backends
 from layernorm.variants import resolve
 
@@ -49,14 +50,14 @@ def _persistent(case: Case) -> Subject:
 
 
 def _split(case: Case, leaves: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights of the product with the input, and those of the steps."""
+    """Return the weights of the product with the input, and those of the steps."""
     weights = dict(zip(case.normalized, leaves, strict=True))
     parts = PARTS[case.cell]
     return [weights[name] for name in parts.project_weights], [weights[name] for name in parts.step_weights]
 
 
 def _start(x: Tensor, case: Case) -> tuple[Tensor, ...]:
-    """A state of zeros, each tensor with memory of its own."""
+    """Return a state of zeros, each tensor with memory of its own."""
     return tuple(x.new_zeros([x.size(1), case.hidden]) for _ in range(PARTS[case.cell].states))
 
 
@@ -65,7 +66,7 @@ def _tuple(state: Any) -> tuple[Tensor, ...]:
 
 
 def _compiled_step(case: Case) -> Subject:
-    """What is outside the loop compiled, and one step; a Python loop over time."""
+    """Compile what is outside the loop, and one step; loop over time in Python."""
     torch._dynamo.reset()
     parts = PARTS[case.cell]
     project = torch.compile(parts.project, dynamic=False, fullgraph=True)
@@ -83,7 +84,7 @@ def _compiled_step(case: Case) -> Subject:
 
 
 def _scan(case: Case) -> Subject:
-    """The loop over time as PyTorch's operator, all of it compiled."""
+    """Loop over time by PyTorch's operator, all of it compiled."""
     import torch._functorch.config as settings
     from torch._higher_order_ops import scan
 
@@ -109,7 +110,7 @@ def _scan(case: Case) -> Subject:
 
 
 def _batch_first(case: Case) -> Case:
-    """The same with the memory of sequences that come one after another, as others' kernels want them."""
+    """Lay out each sequence in memory on its own, as others' kernels want them."""
 
     def moved(t: Tensor) -> Tensor:
         return t.transpose(0, 1).contiguous().transpose(0, 1)
@@ -141,7 +142,7 @@ def _flashrnn(case: Case) -> Subject:
         output: Tensor = call(products, recurrent, biases)[0]
         return output[0].squeeze(-2).transpose(0, 1)
 
-    return compiled(of_function(sequence, _batch_first(case), case.plain))
+    return compiled(of_function(sequence, _batch_first(case), case.unnormalized))
 
 
 def _torchrl(case: Case) -> Subject:
@@ -159,7 +160,7 @@ def _torchrl(case: Case) -> Subject:
         output: Tensor = function(x.transpose(0, 1), *states, *weights, begins, compute_dtype=x.dtype)[0]
         return output.transpose(0, 1)
 
-    return compiled(of_function(sequence, _batch_first(case), case.plain))
+    return compiled(of_function(sequence, _batch_first(case), case.unnormalized))
 
 
 #: By name; the order is that of tables.
@@ -176,7 +177,7 @@ PEERS: Final[dict[str, Callable[[Case], Subject]]] = {
     "torchrl": _torchrl,
 }
 #: Those that compute PyTorch's un-normalized cell.
-PLAIN: Final = ("layernorm-none", "torch", "flashrnn", "torchrl")
+UNNORMALIZED: Final = ("layernorm-none", "torch", "flashrnn", "torchrl")
 #: The layer-normalized cell written by hand, and kernels of others.
 BY_HAND: Final = ("loop", "compile-step", "scan")
 KERNELS: Final = ("flashrnn", "torchrl")
@@ -185,5 +186,5 @@ ALONE: Final = ("compile-step", "scan", *KERNELS)
 
 
 def is_missing(peer: str) -> bool:
-    """Whether the peer's package is not installed."""
+    """Return whether the peer's package is not installed."""
     return peer in KERNELS and find_spec(peer) is None

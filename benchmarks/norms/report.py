@@ -1,26 +1,18 @@
-"""What the benchmark of the norm operators found: its pictures and its part of the page."""
+"""What the benchmark of the norm operators found: its part of the page."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Hashable, Iterator, Mapping
+from functools import partial
 from typing import Any, Final
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from benchmarks.core import pages, plots
-from benchmarks.core.benchmark import OURS, Outputs, plural
-from benchmarks.core.measuring import BASE
-from benchmarks.core.table import MEASURES
+from benchmarks.core import pages, plots, sections
+from benchmarks.core.benchmark import BASE, OURS
+from benchmarks.core.outputs import Outputs
 from benchmarks.core.timing import geometric_mean
-from benchmarks.norms import measure as norms
-from benchmarks.norms.peers import PEERS
-from layernorm import backends
-
-_NUMBERS: Final = ("rows", "width", "threads", *MEASURES, *norms.LIMITS)
-_POINT: Final = ["threads", "dtype", "rows", "width", "mode"]
+from benchmarks.norms.measure import BENCHMARK
 
 _METHOD: Final = """\
 ### How the norms are measured
@@ -53,29 +45,13 @@ _METHOD: Final = """\
 """
 
 
-def load(path: Path) -> pd.DataFrame:
-    """The table, with a column ``label`` that names a point's dtype and size.
-
-    Raises:
-        TableError: it is missing or damaged, or has no rows.
-    """
-    # Small first; everything that has a name in its own order.
-    orders = {"operator": backends.NORMS, "dtype": norms.DTYPES, "mode": norms.MODES, "peer": tuple(PEERS)}
-    data = pages.load(path, norms.COLUMNS, _NUMBERS, orders)
-    data["label"] = data.dtype + " " + _size(data.rows, data.width)
-    data = data.assign(elements=data.rows * data.width)
-    keys = ["operator_place", "threads", "dtype_place", "elements", "rows", "mode_place", "peer_place"]
-    return data.sort_values(keys, kind="stable", ignore_index=True)
-
-
-def pictures(data: pd.DataFrame, outputs: Outputs) -> Iterator[tuple[Path, Figure]]:
-    """A picture for each operator, and where it goes."""
-    for operator, rows in data.groupby("operator", sort=False):
-        yield _image(outputs, str(operator)), plots.ratios(rows, BASE)
+def size(data: pd.DataFrame) -> pd.Series[str]:
+    """Return the sizes of the points, as tables show them."""
+    return data.rows.astype(str) + "×" + data.width.astype(str)
 
 
 def means(rows: pd.DataFrame) -> pd.DataFrame:
-    """The geometric means of the ratios to PyTorch.
+    """Return the geometric means of the ratios to PyTorch.
 
     Args:
         rows: of one operator.
@@ -99,60 +75,34 @@ def means(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def section(data: pd.DataFrame, outputs: Outputs) -> Iterator[str]:
-    """The part of the page, in Markdown."""
-    yield "## Norm operators\n"
-    for operator, rows in data.groupby("operator", sort=False):
-        yield from _section(str(operator), rows, outputs)
-    yield _METHOD.format(rounds=pages.rounds(data))
+class Means(sections.Part):
+    """The means of all peers, and the points at which others are faster than this package."""
 
-
-def summary(data: pd.DataFrame) -> list[str]:
-    """The means of this package's ratios in a line for each operator, number of threads and mode."""
-    ours = data[data.peer == OURS].groupby(["operator", "threads", "mode"], sort=False)
-    return [
-        f"{operator}, {plural(threads, 'thread')}, {mode}: "
-        f"{pages.mean_and_worst(part.ratio_to_torch)} times PyTorch's speed: the geometric mean (the least)"
-        for (operator, threads, mode), part in ours
-    ]
-
-
-def _image(outputs: Outputs, operator: str) -> Path:
-    return outputs.image("norms", *(() if operator == "layer_norm" else (operator,)))
-
-
-def _section(operator: str, rows: pd.DataFrame, outputs: Outputs) -> Iterator[str]:
-    peers = [peer for peer in PEERS if peer in set(rows.peer)]
-    image = Path(os.path.relpath(_image(outputs, operator), outputs.page.parent)).as_posix()
-    yield f"### {operator}\n"
-    yield from (f"{line}\n" for line in pages.environments(rows))
-    yield "Speed relative to PyTorch's eager operator, geometric means (above 1 is faster):\n"
-    yield _means_table(rows, peers)
-    yield from _slower(rows)
-    yield from _overtaken(rows, peers)
-    yield f"![Speed of {operator} relative to PyTorch's eager operator at every point]({image})\n"
-    for threads in sorted(rows.threads.unique()):
-        yield f"#### {operator}, {plural(threads, 'thread')}\n"
-        yield "Times in µs; ratio and fraction of the limit are `layernorm`'s.\n"
-        yield _points_table(rows[rows.threads == threads], peers)
-
-
-def _means_table(rows: pd.DataFrame, peers: Sequence[str]) -> str:
-    others = [peer for peer in peers if peer != BASE]
-    table = means(rows)
-    body = []
-    for row in table.to_dict("records"):
-        cells = []
+    def markdown(self, data: pd.DataFrame, report: sections.Report, outputs: Outputs) -> Iterator[str]:
+        """Yield the table and a sentence."""
+        others = [peer for peer in sections.present(data, report.benchmark) if peer != BASE]
+        body = []
+        for row in means(data).to_dict("records"):
+            cells = []
+            for peer in others:
+                count = row[f"{peer}_points"]
+                fewer = f" ({count} points)" if count < row[f"{OURS}_points"] else ""
+                cells.append(f"{row[peer]:.2f}{fewer}" if count else _status(data, peer, row))
+            body.append([str(row["threads"]), str(row["mode"]), str(row[f"{OURS}_points"]), *cells])
+        yield "Speed relative to PyTorch's eager operator, geometric means (above 1 is faster):\n"
+        yield pages.markdown(["threads", "mode", "points", *others], "rlr" + "r" * len(others), body)
+        times = pages.by_peer(data, report.benchmark.keys, "median_us")
+        counts = []
         for peer in others:
-            count = row[f"{peer}_points"]
-            fewer = f" ({count} points)" if count < row[f"{OURS}_points"] else ""
-            cells.append(f"{row[peer]:.2f}{fewer}" if count else _status(rows, peer, row))
-        body.append([str(row["threads"]), str(row["mode"]), str(row[f"{OURS}_points"]), *cells])
-    return pages.markdown(["threads", "mode", "points", *others], "rlr" + "r" * len(others), body)
+            if peer != OURS and {peer, OURS} <= set(times.columns):
+                both = times[[OURS, peer]].dropna()
+                counts.append(f"`{peer}` at {(both[peer] < both[OURS]).sum()} of {len(both)}")
+        if counts:
+            yield f"Points at which another peer is faster than `{OURS}`: {', '.join(counts)}.\n"
 
 
 def _status(rows: pd.DataFrame, peer: str, row: Mapping[Hashable, Any]) -> str:
-    """Why a peer has no figure in a row of the means."""
+    """Return why a peer has no figure in a row of the means."""
     part = rows[rows.peer == peer]
     for name in ("threads", "mode"):
         if row[name] != "all":
@@ -160,75 +110,43 @@ def _status(rows: pd.DataFrame, peer: str, row: Mapping[Hashable, Any]) -> str:
     return ", ".join(dict.fromkeys(part.status))
 
 
-def _slower(rows: pd.DataFrame) -> Iterator[str]:
-    """Names the points at which PyTorch is faster."""
-    ours = rows[(rows.peer == OURS) & rows.ratio_to_torch.notna()]
-    slow = ours[ours.ratio_to_torch < 1].sort_values("ratio_to_torch", kind="stable")
-    if slow.empty:
-        yield f"`{OURS}` is at no point of {len(ours)} slower than PyTorch's eager operator.\n"
-        return
-    yield (
-        f"`{OURS}` is slower than PyTorch's eager operator at {len(slow)} of {len(ours)} points, here from "
-        "the slowest on; where the quartiles reach 1 the two may be equal:\n"
-    )
-    body = [
-        [str(row["threads"]), row["dtype"], _size(row["rows"], row["width"]), row["mode"], pages.ratio(row)]
-        for row in slow.to_dict("records")
-    ]
-    yield pages.markdown(["threads", "dtype", "rows × width", "mode", "ratio"], "rlrlr", body)
-
-
-def _overtaken(rows: pd.DataFrame, peers: Sequence[str]) -> Iterator[str]:
-    """Counts the points at which other peers are faster than this package."""
-    times = rows.pivot_table(index=_POINT, columns="peer", values="median_us")
-    counts = []
-    for peer in peers:
-        if peer not in (OURS, BASE) and {peer, OURS} <= set(times.columns):
-            both = times[[OURS, peer]].dropna()
-            counts.append(f"`{peer}` at {(both[peer] < both[OURS]).sum()} of {len(both)}")
-    if counts:
-        yield f"Points at which another peer is faster than `{OURS}`: {', '.join(counts)}.\n"
-
-
-def _points_table(rows: pd.DataFrame, peers: Sequence[str]) -> str:
-    body = []
-    for _, part in rows.groupby(_POINT, sort=False):
-        by_peer = {row["peer"]: row for row in part.to_dict("records")}
-        ours = by_peer[OURS]
-        times = [pages.time(by_peer[peer]) if peer in by_peer else "–" for peer in peers]
-        known = not pd.isna(ours["ratio_to_torch"])
-        body.append(
-            [
-                ours["dtype"],
-                _size(ours["rows"], ours["width"]),
-                ours["mode"],
-                ours["kernel"],
-                *times,
-                pages.ratio(ours),
-                f"{ours['fraction_of_limit']:.2f}" if known else "–",
-            ]
-        )
-    heads = ["dtype", "rows × width", "mode", "kernel", *peers, "ratio", "of the limit"]
-    return pages.markdown(heads, "lrll" + "r" * (len(peers) + 2), body)
-
-
-def options(data: pd.DataFrame) -> list[str]:
-    """The options that measure these points again, where they are not the defaults."""
-    sizes = dict.fromkeys(zip(data.rows, data.width, strict=True))
-    found = pages.options(
-        data, {"operator": ("operator", ("layer_norm",)), "dtype": ("dtypes", norms.DEFAULT_DTYPES)}
-    )
-    if set(sizes) != set(norms.DEFAULTS.sizes):
-        found.append("--sizes " + ",".join(f"{rows}x{width}" for rows, width in sizes))
-    found += pages.options(data, {"mode": ("modes", norms.MODES)})
-    found += pages.options(data, {"peer": ("peers", tuple(PEERS))})
-    return found + pages.asked_for(data, norms.DEFAULTS.rounds)
-
-
-def _size(rows: Any, width: Any) -> Any:
-    if isinstance(rows, pd.Series):
-        return rows.astype(str) + "×" + width.astype(str)
-    return f"{rows}×{width}"
-
-
-__all__ = ["load", "means", "options", "pictures", "section", "summary"]
+REPORT: Final = sections.Report(
+    benchmark=BENCHMARK,
+    title="Norm operators",
+    group="operator",
+    heading="### {operator}",
+    # Small first; everything that has a name in its own order.
+    order=("operator", "threads", "dtype", "elements", "rows", "mode"),
+    derived={
+        "elements": lambda data: data.rows * data.width,
+        "size": size,
+        "label": lambda data: data.dtype + " " + size(data),
+    },
+    parts=(
+        sections.Environments(),
+        sections.Summary(
+            sections.as_given("operator", "threads", "mode"),
+            (sections.Against("torch", value=sections.in_rounds),),
+            "{keys}: {0} times PyTorch's speed: the geometric mean (the least)",
+            text=None,
+        ),
+        Means(),
+        sections.Slower(
+            {"threads": "threads", "dtype": "dtype", "size": "rows × width", "mode": "mode"},
+            "PyTorch's eager operator",
+        ),
+        sections.Picture(
+            partial(plots.ratios, base=BASE),
+            lambda row: ("norms", *(() if row["operator"] == "layer_norm" else (row["operator"],))),
+            "Speed of {operator} relative to PyTorch's eager operator at every point",
+        ),
+        sections.Points(
+            {"dtype": "dtype", "size": "rows × width", "mode": "mode", "kernel": "kernel"},
+            (sections.RATIO, sections.own("of the limit", lambda ours: ours["fraction_of_limit"], "{:.2f}")),
+            "Times in µs; ratio and fraction of the limit are `layernorm`'s.",
+            by=("threads",),
+            heading="#### {operator}, {threads}",
+        ),
+    ),
+    method=_METHOD,
+)

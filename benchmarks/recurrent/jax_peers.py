@@ -8,15 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.core.subjects import Subject, module
-
-if TYPE_CHECKING:
-    from benchmarks.recurrent.peers import Case
+from benchmarks.recurrent.case import Case
 
 EPS = 1e-5
 

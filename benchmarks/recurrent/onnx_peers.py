@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from benchmarks.core.onnx_session import constant, model, subject, value
 from benchmarks.core.subjects import NotSupportedError, Subject, module
-
-if TYPE_CHECKING:
-    from benchmarks.recurrent.peers import Case
+from benchmarks.recurrent.case import Case
 
 _OPSET, _VERSION = 17, 8  # LayerNormalization came with 17
 _EPS: Final = 1e-5
@@ -20,14 +18,14 @@ _EPS: Final = 1e-5
 _ORDER: Final = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}
 
 
-def plain_sequence(case: Case) -> Subject:
+def unnormalized_sequence(case: Case) -> Subject:
     """ONNX's operator LSTM, GRU or RNN."""
     if case.training:
         raise NotSupportedError
     order = _ORDER[case.cell]
 
     def gates(name: str) -> Tensor:
-        parts = case.plain[name].chunk(len(order))
+        parts = case.unnormalized[name].chunk(len(order))
         return torch.cat([parts[index] for index in order])
 
     weights = {
@@ -194,4 +192,4 @@ class _Graph:
         return [self.add("Add", [n, self.add("Mul", [z, self.add("Sub", ["h", n])])])]
 
 
-__all__ = ["normalized_sequence", "plain_sequence", "step_model"]
+__all__ = ["normalized_sequence", "step_model", "unnormalized_sequence"]

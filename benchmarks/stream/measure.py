@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 
-from benchmarks.core import limits
-from benchmarks.core.benchmark import OURS, Benchmark, Work
-from benchmarks.core.measuring import BASE, Row, each_point, peer_rows, sample
-from benchmarks.core.subjects import Subject, difference, prepare
-from benchmarks.core.table import MEASURES, significant
+from benchmarks.core import benchmark, limits
+from benchmarks.core.benchmark import Axis, Benchmark, Command
+from benchmarks.core.measuring import Check, Row, each_point, peer_rows, ready, sample
+from benchmarks.core.table import significant
 from benchmarks.core.workers import Emit, serve
-from benchmarks.recurrent.peers import make_case
-from benchmarks.stream.peers import PEERS, PLAIN
-from layernorm import backends, machine
-from layernorm.arguments import positive, positives, some_of
+from benchmarks.recurrent.case import make_case
+from benchmarks.recurrent.measure import CELLS, DTYPES, kernel
+from benchmarks.stream.peers import PEERS, UNNORMALIZED
 
-CELLS: Final = ("lstm", "gru", "rnn")
-DTYPES: Final = ("float32", "bfloat16")
-BATCHES: Final = (1,)
-HIDDEN: Final = (64, 128, 256, 320, 512, 1024)
-ROUNDS: Final = 20
-KEYS: Final = ("cell", "dtype", "batch", "hidden", "threads")
-FIGURES: Final = ("difference", "weights_us", "over_weights")
-COLUMNS: Final = (
-    *KEYS, "peer", "status", "kernel", *MEASURES, *FIGURES, "other_cpus", *machine.COLUMNS
-)  # fmt: skip
-_QUICK: Final = (128, 512)
-_QUICK_ROUNDS: Final = 5
-_BUDGET: Final = 4.0
 # Results of these few steps may differ from those in float32 by this much, relative to their norm.
 _TOLERANCE: Final = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(benchmark.Point):
     """One point of the grid.
 
     Attributes:
@@ -52,109 +36,41 @@ class Point:
     dtype: str
     batch: int
     hidden: int
-
-    @property
-    def name(self) -> str:
-        """The point in words."""
-        return f"{self.cell} {self.dtype} batch {self.batch} hidden {self.hidden}"
-
-
-def grid(
-    cells: Sequence[str], dtypes: Sequence[str], batches: Sequence[int], hidden: Sequence[int]
-) -> Iterator[Point]:
-    """All points."""
-    for cell in cells:
-        for dtype in dtypes:
-            for batch in batches:
-                for size in hidden:
-                    yield Point(cell, dtype, batch, size)
+    words: ClassVar[str] = "{cell} {dtype} batch {batch} hidden {hidden}"
 
 
 def measure(job: dict[str, Any], emit: Emit) -> None:
-    """The worker."""
+    """Measure the points of a job; the worker."""
     with torch.inference_mode():
         each_point(job, emit, Point, lambda point: _measure(point, job, emit))
 
 
 def _measure(point: Point, job: Mapping[str, Any], emit: Emit) -> list[Row]:
     exact = make_case(point.cell, point.batch, point.hidden, 1, training=False)
-    expected = {plain: PEERS["torch" if plain else "eager"](exact).results() for plain in (False, True)}
-    differences: dict[str, float] = {}
-
-    def check(name: str, subject: Subject) -> None:
-        differences[name] = off = difference(subject.results(), expected[name in PLAIN])
-        if not off <= _TOLERANCE[point.dtype]:
-            raise RuntimeError(f"its results are off by {off:.1e}")
-
-    dtype: torch.dtype = getattr(torch, point.dtype)
-    case = exact.to(dtype)
-    subjects, problems = prepare(
-        job["peers"],
-        lambda name: PEERS[name](case),
-        check,
-        lambda text: emit({"note": f"{point.name}: {text}"}),
+    judges = {True: "torch", False: "eager"}  # by whether the cell is un-normalized
+    expected = {kind: PEERS[judge](exact).results() for kind, judge in judges.items()}
+    check = Check(
+        lambda name: expected[name in UNNORMALIZED], lambda name, off: off <= _TOLERANCE[point.dtype]
     )
-    if BASE not in subjects:
-        raise RuntimeError(f"{BASE} itself cannot be measured at {point.name}")
+    case = exact.to(getattr(torch, point.dtype))
+    subjects, problems = ready(point, job["peers"], lambda name: PEERS[name](case), check, emit)
     size = sum(case.normalized[name].nbytes for name in ("weight_ih", "weight_hh"))
     samples, others = sample(subjects, limits.reads(size), job)
     weights = limits.read_us(samples)
-    table = []
-    for row, measured in peer_rows(point, job["peers"], problems, samples, others):
-        if row["peer"].startswith(OURS):
-            row["kernel"] = backends.choose(point.cell, torch.device("cpu"), dtype).kernel
-        if measured:
-            row["difference"] = float(f"{differences[row['peer']]:.1e}")
-        if measured and weights:  # a few bytes take no time that can be told
-            row["weights_us"] = significant(weights)
-            row["over_weights"] = significant(row["median_us"] / weights)
-        table.append(row)
-    return table
 
+    def figures(name: str, row: Row) -> Row:
+        found = {"difference": float(f"{check.differences[name]:.1e}")}
+        if weights:  # a few bytes take no time that can be told
+            found["weights_us"] = significant(weights)
+            found["over_weights"] = significant(row["median_us"] / weights)
+        return found
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--cells",
-        type=some_of(CELLS),
-        default=CELLS,
-        metavar="A,B,…",
-        help=f"some of {', '.join(CELLS)} (default: all)",
-    )
-    add("--batches", type=positives, default=BATCHES, metavar="N,…", help="rows of a step (default: 1)")
-    add(
-        "--hidden",
-        type=positives,
-        metavar="H,…",
-        help=f"features of input and state (default: {','.join(map(str, HIDDEN))})",
-    )
-    add(
-        "--dtypes",
-        type=some_of(DTYPES),
-        default=DTYPES,
-        metavar="A,B",
-        help=f"some of {', '.join(DTYPES)} (default: all)",
-    )
-    add("--rounds", type=positive, metavar="N", help=f"samples of each peer (default: {ROUNDS})")
-    add(
-        "--quick",
-        action="store_true",
-        help=f"{_QUICK_ROUNDS} rounds, and the sizes {', '.join(map(str, _QUICK))} only",
+    return peer_rows(
+        point, job["peers"], problems, (samples, others), kernel=lambda name: kernel(point), figures=figures
     )
 
 
-def _works(options: argparse.Namespace) -> list[Work]:
-    job = {
-        "peers": STREAM.chosen(options.peers),
-        "rounds": options.rounds or (_QUICK_ROUNDS if options.quick else ROUNDS),
-        "budget": _BUDGET,
-    }
-    hidden = options.hidden or (_QUICK if options.quick else HIDDEN)
-    points = list(grid(options.cells, options.dtypes, options.batches, hidden))
-    return [Work(points, job, threads) for threads in options.threads]
-
-
-_EPILOG: Final = """\
+_ABOUT: Final = """\
 peers:
   layernorm        stream() of LayerNormLSTM, LayerNormGRU, LayerNormRNN, and its step()
   layernorm-cell   LayerNormLSTMCell, LayerNormGRUCell, LayerNormRNNCell
@@ -165,25 +81,41 @@ peers:
   onnxruntime      the layer-normalized cell as an ONNX graph, its state in bound memory
 
 The default grid takes about 3 minutes.
-
-examples:
-  layernorm bench stream --quick
-  layernorm bench stream --cells lstm --hidden 320 --threads 1
-
 """
 
-STREAM: Final = Benchmark(
+BENCHMARK: Final = Benchmark(
+    name="stream",
+    command="stream",
+    folder="stream",
+    point=Point,
+    axes=(
+        Axis(("cell",), "cells", choices=CELLS),
+        Axis(("dtype",), "dtypes", choices=DTYPES),
+        Axis(("batch",), "batches", "rows of a step", default=(1,), metavar="N,…"),
+        Axis(
+            ("hidden",),
+            "hidden",
+            "features of input and state",
+            default=(64, 128, 256, 320, 512, 1024),
+            quick=(128, 512),
+            metavar="H,…",
+        ),
+    ),
+    peers=tuple(PEERS),
+    rounds=20,
+    quick_rounds=5,
+    budget=4.0,
+    figures=("difference", "weights_us", "over_weights"),
+    about=_ABOUT,
+)
+COMMAND: Final = Command(
     name="stream",
     title="recurrent layers one step at a time",
-    description="Measures the time of one step called from Python, with a batch of 1, beside PyTorch's\n"
+    description="Measure the time of one step called from Python, with a batch of 1, next to PyTorch's\n"
     "un-normalized cells, hand-written layer-normalized ones, JAX and ONNX Runtime, interleaved in one\n"
-    "process for each number of threads; writes a table, pictures and a page.",
-    keys=KEYS,
-    columns=COLUMNS,
-    peers=tuple(PEERS),
-    add_options=_add_options,
-    works=_works,
-    epilog=_EPILOG,
+    "process for each number of threads; write a table, pictures and a page.",
+    benchmarks=(BENCHMARK,),
+    examples=("--quick", "--cells lstm --hidden 320 --threads 1"),
 )
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ from torch import Tensor
 
 import layernorm
 from benchmarks.core import onnx_session
-from benchmarks.core.subjects import NotSupportedError, Subject, module
-from benchmarks.recurrent import jax_peers as recurrent_jax
-from benchmarks.recurrent import onnx_peers as recurrent_onnx
+from benchmarks.core.subjects import Subject, module
+from benchmarks.recurrent import jax_peers, onnx_peers
+from benchmarks.recurrent.case import Case
 from benchmarks.recurrent.loops import CELLS, scripted
-from benchmarks.recurrent.peers import Case
 
 #: Steps that are compared before a peer is measured.
 CHECKED: Final = 4
@@ -29,7 +28,7 @@ def _zeros(case: Case) -> _State:
 
 
 def _stepping(step: Callable[[Tensor, _State], _State], case: Case) -> Subject:
-    """A step from a state to the next; the state goes on from call to call."""
+    """Return a step as a peer; each call takes the state that the one before has left."""
     x = case.x[0]
     held = [_zeros(case)]
 
@@ -57,8 +56,6 @@ def _loaded(made: torch.nn.Module, weights: dict[str, Tensor], suffix: str) -> A
 def _stream(case: Case) -> Subject:
     make = getattr(layernorm, f"LayerNorm{_CLASSES[case.cell]}")
     made = _loaded(make(case.hidden, case.hidden, dtype=case.x.dtype), case.normalized, "_l0")
-    if not hasattr(made, "stream"):
-        raise NotSupportedError("this version of layernorm has no stream()")
     x = case.x[0]
     step = made.stream(batch_size=x.size(0)).step
 
@@ -70,7 +67,7 @@ def _stream(case: Case) -> Subject:
 
 
 def _cell_of(make: Any, weights: dict[str, Tensor], case: Case) -> Subject:
-    """A module of one step, whose state is (h, c) or h."""
+    """Return a module of one step as a peer; its state is (h, c) or h."""
     cell = _loaded(make(case.hidden, case.hidden, dtype=case.x.dtype), weights, "")
     if case.cell == "lstm":
         return _stepping(cell, case)
@@ -82,12 +79,12 @@ def _layernorm_cell(case: Case) -> Subject:
 
 
 def _torch(case: Case) -> Subject:
-    return _cell_of(getattr(torch.nn, f"{_CLASSES[case.cell]}Cell"), case.plain, case)
+    return _cell_of(getattr(torch.nn, f"{_CLASSES[case.cell]}Cell"), case.unnormalized, case)
 
 
 def _torch_sequence(case: Case) -> Subject:
     make = getattr(torch.nn, _CLASSES[case.cell])
-    whole = _loaded(make(case.hidden, case.hidden, dtype=case.x.dtype), case.plain, "_l0")
+    whole = _loaded(make(case.hidden, case.hidden, dtype=case.x.dtype), case.unnormalized, "_l0")
     x = case.x[:1]
     first = tuple(s[None] for s in _zeros(case))
     held: list[Any] = [first if case.cell == "lstm" else first[0]]
@@ -119,10 +116,10 @@ def _script(case: Case) -> Subject:
 
 def _jax(case: Case) -> Subject:
     jax = module("jax")
-    project, step = recurrent_jax.functions(case.cell)
-    weights = {name: recurrent_jax.array(value) for name, value in case.normalized.items()}
-    x = recurrent_jax.array(case.x[0])
-    zeros = tuple(recurrent_jax.array(s) for s in _zeros(case))
+    project, step = jax_peers.functions(case.cell)
+    weights = {name: jax_peers.array(value) for name, value in case.normalized.items()}
+    x = jax_peers.array(case.x[0])
+    zeros = tuple(jax_peers.array(s) for s in _zeros(case))
 
     # The weights are constants to the compiler, which is faster than handing them over.
     following = jax.jit(lambda state, x: step(state, project(x, weights), weights))
@@ -136,14 +133,14 @@ def _jax(case: Case) -> Subject:
         found = []
         for _ in range(CHECKED):
             call()
-            found += recurrent_jax.tensors(held[0][0])
+            found += jax_peers.tensors(held[0][0])
         return found
 
     return Subject(call, results)
 
 
 def _onnxruntime(case: Case) -> Subject:
-    file = recurrent_onnx.step_model(case.cell, case.x[0], case.normalized)
+    file = onnx_peers.step_model(case.cell, case.x[0], case.normalized)
     names = ["h", "c"] if case.cell == "lstm" else ["h"]
     x, here, there = case.x[0].clone(), _zeros(case), _zeros(case)
     # A step there and one back, so that no call binds anything.
@@ -179,6 +176,6 @@ PEERS: Final[dict[str, Callable[[Case], Subject]]] = {
     "onnxruntime": _onnxruntime,
 }
 #: Those that compute PyTorch's un-normalized cell.
-PLAIN: Final = ("torch", "torch-sequence")
+UNNORMALIZED: Final = ("torch", "torch-sequence")
 #: The layer-normalized cell written by hand.
 BY_HAND: Final = ("eager", "script")

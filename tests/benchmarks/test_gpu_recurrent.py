@@ -1,4 +1,4 @@
-"""The recurrent rows of the GPU benchmark: worker on the CPU, peers' layouts, command, page."""
+"""The benchmark of recurrent layers on a GPU: worker on the CPU, peers' layouts, command, page."""
 
 from __future__ import annotations
 
@@ -10,38 +10,33 @@ from types import ModuleType
 import pytest
 import torch
 
+from benchmarks.__main__ import main
 from benchmarks.core import command, cuda
-from benchmarks.core.benchmark import in_folder
 from benchmarks.core.subjects import Subject, difference
-from benchmarks.core.table import Table, read
-from benchmarks.gpu_norms import measure as gpu
+from benchmarks.gpu_norms.measure import BENCHMARK as GPU_NORMS
+from benchmarks.gpu_norms.measure import COMMAND
 from benchmarks.gpu_recurrent import measure as gpu_recurrent
-from benchmarks.gpu_recurrent import peers as gpu_recurrent_peers
-from benchmarks.gpu_recurrent import report as gpu_recurrent_report
-from benchmarks.recurrent import loops as recurrent_loops
+from benchmarks.gpu_recurrent import peers
+from benchmarks.gpu_recurrent.measure import BENCHMARK
+from benchmarks.recurrent import loops
 from benchmarks.recurrent import measure as recurrent
 from benchmarks.recurrent import peers as recurrent_peers
+from benchmarks.recurrent.case import make_case
 from layernorm import machine
-from layernorm.cli import _parser, main
+from tests.benchmarks.cases import measured, options_of, rows_of_point, table_of, write_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERYWHERE = list(gpu_recurrent.EVERYWHERE)
-SHORT = ["--rounds", "2", "--time", "0.01"]
-TINY = ["bench", "gpu", "--batches", "2", "--steps", "4", *SHORT, "--peers", "layernorm-persistent,loop"]
+TINY = ("gpu", "--batches", "2", "--steps", "4", "--rounds", "2", "--time", "0.01")
+TINY += ("--peers", "layernorm-persistent,loop")
+ON_CPU = {"device": "cpu", "firsts": False}
+measured_here = partial(measured, gpu_recurrent.measure, **{"all": True} | ON_CPU)
 
 
-def job(points, peers, **changes):
-    """What a worker is told: one round, on the CPU."""
-    settings = {"rounds": 1, "each": 0.01, "budget": 1.0, "device": "cpu", "threads": 1}
-    told = {"points": [asdict(point) for point in points], "peers": list(peers), **settings}
-    return told | {"all": True, "firsts": False} | changes
-
-
-def measured(points, peers, **changes):
-    events = []
-    gpu_recurrent.measure(job(points, peers, **changes), events.append)
-    notes = [event["note"] for event in events if "note" in event]
-    return [row for event in events for row in event.get("rows", ())], notes
+def grid(cell, **chosen):
+    """Return points of a cell, in float32 inference unless something else is chosen."""
+    values = {"dtypes": ["float32"], "batches": [2], "hidden": [8], "steps": [3], "modes": ["inference"]}
+    return list(replace(BENCHMARK, axes=recurrent.BENCHMARK.axes).grid(cells=[cell], **values | chosen))
 
 
 @pytest.fixture
@@ -53,11 +48,11 @@ def no_compiler(monkeypatch):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("cell", recurrent.CELLS)
 def test_peers_compute_the_same_function(cell, no_compiler):
-    others = {*gpu_recurrent_peers.KERNELS, "layernorm-persistent"}
-    peers = [name for name in gpu_recurrent_peers.PEERS if name not in others]
+    others = {*peers.KERNELS, "layernorm-persistent"}
+    names = [name for name in peers.PEERS if name not in others]
     dtypes = ["float32", "bfloat16"] if cell == "lstm" else ["float32"]
-    points = recurrent.grid([cell], dtypes, [3], [16], 5, recurrent.MODES)
-    rows, notes = measured(points, peers)
+    points = grid(cell, dtypes=dtypes, batches=[3], hidden=[16], steps=[5], modes=recurrent.MODES)
+    rows, notes = measured_here(points, names)
     assert notes == []
     for row in rows:
         assert row["status"] == "measured"
@@ -67,12 +62,12 @@ def test_peers_compute_the_same_function(cell, no_compiler):
         assert row["peak_bytes"] == ""  # the CPU has no such counter
         assert ("compile_s" in row) == (row["peer"] in ("compile-step", "scan"))
     shown = [row["peer"] for row in rows if (row["mode"], row["dtype"]) == ("inference", "float32")]
-    assert shown == [name for name in peers if name != "layernorm-recompute"]
+    assert shown == [name for name in names if name != "layernorm-recompute"]
 
 
 def test_the_parts_of_a_cell_have_all_its_weights():
-    for cell, parts in recurrent_loops.PARTS.items():
-        case = recurrent_peers.make_case(cell, 1, 4, 1, training=False)
+    for cell, parts in loops.PARTS.items():
+        case = make_case(cell, 1, 4, 1, training=False)
         assert sorted(case.normalized) == sorted((*parts.project_weights, *parts.step_weights))
 
 
@@ -110,7 +105,7 @@ def torchrl_like(cell, x, *arguments, compute_dtype):
     return function(x, hx, [w_ih, w_hh, b_ih, b_hh], True, 1, 0.0, True, False, True)
 
 
-@pytest.mark.parametrize("peer", gpu_recurrent_peers.KERNELS)
+@pytest.mark.parametrize("peer", peers.KERNELS)
 @pytest.mark.parametrize("mode", recurrent.MODES)
 @pytest.mark.parametrize("cell", recurrent.CELLS)
 def test_the_kernels_of_others_get_the_layouts_they_want(cell, mode, peer, monkeypatch):
@@ -122,17 +117,18 @@ def test_the_kernels_of_others_get_the_layouts_they_want(cell, mode, peer, monke
         monkeypatch.setitem(sys.modules, key, value)
     for parent in ("torchrl", "torchrl.modules", "torchrl.modules.tensordict_module"):
         monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
-    rows, notes = measured(recurrent.grid([cell], ["float32"], [3], [16], 5, [mode]), ["torch", peer])
+    rows, notes = measured_here(
+        grid(cell, batches=[3], hidden=[16], steps=[5], modes=[mode]), ["torch", peer]
+    )
     assert notes == []
     assert rows[1]["status"] == ("not supported" if cell == "rnn" else "measured")
     assert cell == "rnn" or rows[1]["difference"] < 1e-5
 
 
 def test_peers_whose_packages_are_missing_are_listed(monkeypatch):
-    for name in gpu_recurrent_peers.KERNELS:
+    for name in peers.KERNELS:
         monkeypatch.setitem(sys.modules, name, None)
-    points = list(recurrent.grid(["lstm"], ["float32"], [2], [8], 3, ["inference"]))
-    rows, _ = measured(points, ["layernorm", "torch", *gpu_recurrent_peers.KERNELS])
+    rows, _ = measured_here(grid("lstm"), ["layernorm", "torch", *peers.KERNELS])
     assert [row["status"] for row in rows] == ["measured", "measured", "not installed", "not installed"]
 
 
@@ -146,9 +142,9 @@ def test_a_point_without_enough_memory_is_listed_and_the_next_is_measured(monkey
         right = original(device)
         return expected
 
-    original = recurrent.known
-    monkeypatch.setattr(recurrent, "known", known)
-    rows, notes = measured(recurrent.grid(["gru"], ["float32"], [2], [16, 8], 3, ["inference"]), EVERYWHERE)
+    original = recurrent.right_results
+    monkeypatch.setattr(recurrent, "right_results", known)
+    rows, notes = measured_here(grid("gru", hidden=[16, 8]), EVERYWHERE)
     assert [row["status"] for row in rows] == [
         *["out of memory"] * 4,
         *("measured", "not supported", "measured", "measured"),
@@ -160,8 +156,8 @@ def test_a_point_that_pytorch_cannot_compute_is_listed(monkeypatch):
     def unsupported(case):
         raise RuntimeError("cuDNN has no bfloat16")
 
-    monkeypatch.setitem(gpu_recurrent_peers.PEERS, "torch", unsupported)
-    rows, notes = measured(recurrent.grid(["gru"], ["bfloat16"], [2], [8], 3, ["inference"]), EVERYWHERE)
+    monkeypatch.setitem(peers.PEERS, "torch", unsupported)
+    rows, notes = measured_here(grid("gru", dtypes=["bfloat16"]), EVERYWHERE)
     assert [row["status"] for row in rows] == ["not measured"] * 4
     assert [note.partition(": ")[2] for note in notes] == [
         "torch failed: cuDNN has no bfloat16",
@@ -171,8 +167,8 @@ def test_a_point_that_pytorch_cannot_compute_is_listed(monkeypatch):
 
 def test_the_first_call_is_timed_in_a_fresh_process(monkeypatch):
     monkeypatch.setattr(gpu_recurrent, "FEW", ("float32", 2, 8))
-    points = recurrent.grid(["lstm"], ["float32"], [2], [8, 16], 3, recurrent.MODES)
-    rows, notes = measured(points, EVERYWHERE, firsts=True)
+    points = grid("lstm", hidden=[8, 16], modes=recurrent.MODES)
+    rows, notes = measured_here(points, EVERYWHERE, firsts=True)
     assert notes == []
     timed = {(row["mode"], row["hidden"], row["peer"]): row["first_s"] for row in rows if "first_s" in row}
     assert list(timed) == [("training", 8, "layernorm"), ("training", 8, "torch")]
@@ -186,17 +182,16 @@ def test_a_first_call_that_fails_is_noted(monkeypatch):
 
     monkeypatch.setattr(gpu_recurrent.workers, "events", events)
     monkeypatch.setattr(gpu_recurrent, "FEW", ("float32", 2, 8))
-    points = recurrent.grid(["gru"], ["float32"], [2], [8], 3, ["training"])
-    rows, notes = measured(points, EVERYWHERE, firsts=True)
+    rows, notes = measured_here(grid("gru", modes=["training"]), EVERYWHERE, firsts=True)
     assert [row.get("first_s") for row in rows] == ["", None, "", None]
     assert notes[0].endswith("training: the first call of layernorm: the worker failed")
 
 
-def works(*arguments, table=gpu_recurrent.GPU_RECURRENT):
-    return table.works(_parser().parse_args(["bench", "gpu", *arguments]))
+def works(*arguments, benchmark=BENCHMARK):
+    return benchmark.works(options_of("gpu", *arguments))
 
 
-def test_the_default_grid_is_what_the_help_says(monkeypatch):
+def test_the_default_grid_is_what_the_help_says():
     main_work, *own = works()
     assert len(main_work.points) == 2 * 4 * 5 * 2 * 2
     assert {point.steps for point in main_work.points} == {512}
@@ -204,8 +199,8 @@ def test_the_default_grid_is_what_the_help_says(monkeypatch):
     assert main_work.job["device"] == "cuda"
     assert set(EVERYWHERE) <= set(main_work.job["peers"])
     names = [work.only for work in own]
-    missing = [name for name in gpu_recurrent_peers.KERNELS if gpu_recurrent_peers.is_missing(name)]
-    assert list(dict.fromkeys(names)) == [n for n in gpu_recurrent_peers.ALONE if n not in missing]
+    missing = [name for name in peers.KERNELS if peers.is_missing(name)]
+    assert list(dict.fromkeys(names)) == [n for n in peers.ALONE if n not in missing]
     assert set(missing) <= set(main_work.job["peers"])  # which says that they are
     few = {(work.points[0].dtype, work.points[0].batch, work.points[0].hidden) for work in own}
     assert few == {gpu_recurrent.FEW}
@@ -220,7 +215,7 @@ def test_the_default_grid_is_what_the_help_says(monkeypatch):
 
 def test_the_options_choose_norms_or_recurrent_layers():
     def counts(*arguments):
-        return [len(works(*arguments, table=table)[0].points) for table in gpu.GPU.tables]
+        return [len(works(*arguments, benchmark=each)[0].points) for each in COMMAND.benchmarks]
 
     assert counts() == [2 * 2 * 2 * 6, 160]
     assert counts("--operator", "rms_norm") == [24, 0]
@@ -231,36 +226,32 @@ def test_the_options_choose_norms_or_recurrent_layers():
 
 def test_peers_that_are_not_named_are_measured_at_few_points(monkeypatch):
     monkeypatch.setattr(gpu_recurrent, "FEW", ("float32", 2, 8))
-    points = recurrent.grid(["lstm"], ["float32"], [2], [8, 16], 3, ["inference"])
-    rows, _ = measured(points, [*EVERYWHERE, "layernorm-none"], all=False)
+    rows, _ = measured_here(grid("lstm", hidden=[8, 16]), [*EVERYWHERE, "layernorm-none"], all=False)
     assert [row["peer"] for row in rows[:5]] == [*EVERYWHERE, "layernorm-none"]
     assert [row["peer"] for row in rows[5:]] == EVERYWHERE
 
 
-@pytest.fixture
-def on_cpu(monkeypatch):
-    """The command measures on the CPU."""
+def on_cpu(benchmark):
+    """Return a benchmark that measures on the CPU."""
 
-    def there(benchmark):
-        def works(options):
-            return [
-                replace(work, threads=1, job=work.job | {"device": "cpu", "firsts": False})
-                for work in benchmark.works(options)
-            ]
+    def plan(works, options):
+        found = benchmark.plan(works, options)
+        return [replace(work, threads=1, job=dict(work.job) | ON_CPU) for work in found]
 
-        return replace(benchmark, works=works, problem=lambda: None, also=tuple(map(there, benchmark.also)))
-
-    monkeypatch.setitem(command.BENCHMARKS, "gpu", there(gpu.GPU))
+    return replace(benchmark, plan=plan, problem=lambda: None)
 
 
-@pytest.mark.usefixtures("on_cpu")
+def main_on_cpu(*arguments):
+    return command.main([replace(COMMAND, benchmarks=tuple(map(on_cpu, COMMAND.benchmarks)))], arguments)
+
+
 def test_the_command_writes_table_picture_and_page_and_goes_on(tmp_path, capsys):
     arguments = [*TINY, "--operator", "lstm", "--out", str(tmp_path)]
-    assert main([*arguments, "--hidden", "8"]) == 0
+    assert main_on_cpu(*arguments, "--hidden", "8") == 0
     image = "bench-gpu-recurrent.png"
     assert {p.name for p in tmp_path.iterdir()} == {"gpu_recurrent.csv", image, "benchmarks.md"}
     path = tmp_path / "gpu_recurrent.csv"
-    rows = read(path, gpu_recurrent.COLUMNS)
+    rows = table_of(BENCHMARK, tmp_path)
     assert [(row["mode"], row["dtype"], row["peer"]) for row in rows] == [
         (mode, dtype, peer) for mode in recurrent.MODES for dtype in recurrent.DTYPES for peer in EVERYWHERE
     ]
@@ -269,104 +260,55 @@ def test_the_command_writes_table_picture_and_page_and_goes_on(tmp_path, capsys)
     assert "[4/4] lstm bfloat16 batch 2 hidden 8 training, 1 thread: " in text
     assert "\nlstm, training, bfloat16: speed over torch.nn, un-normalized " in text
     page = (tmp_path / "benchmarks.md").read_text()
-    start = "layernorm bench gpu --operator lstm --batches 2 --hidden 8 --steps 4 "
+    start = "python -m benchmarks gpu --operator lstm --batches 2 --hidden 8 --steps 4 "
     assert f"{start}--rounds 2\n" in page  # peers that every point has need not be named
     assert "## Recurrent networks on a GPU" in page
     assert f"]({image})" in page
     before = path.read_text().splitlines()
-    assert main([*arguments, "--hidden", "8,16", "--modes", "training", "--resume"]) == 0
+    assert main_on_cpu(*arguments, "--hidden", "8,16", "--modes", "training", "--resume") == 0
     after = path.read_text().splitlines()
     assert after[: len(before)] == before
     assert len(after) == len(before) + 2 * len(EVERYWHERE)
     # Without --resume only the points of the run are replaced.
-    assert main([*arguments, "--hidden", "16", "--modes", "training", "--dtypes", "float32"]) == 0
+    assert main_on_cpu(*arguments, "--hidden", "16", "--modes", "training", "--dtypes", "float32") == 0
     assert len(path.read_text().splitlines()) == len(after)
 
 
-@pytest.mark.usefixtures("on_cpu")
 def test_one_command_measures_norms_and_recurrent_layers(tmp_path):
     arguments = [*TINY, "--operator", "layer_norm,gru", "--hidden", "8", "--sizes", "4x8"]
     arguments += ["--dtypes", "float32", "--modes", "forward,inference", "--out", str(tmp_path)]
-    assert main(arguments) == 0
-    assert len(read(tmp_path / "gpu.csv", gpu.COLUMNS)) == 2
-    assert len(read(tmp_path / "gpu_recurrent.csv", gpu_recurrent.COLUMNS)) == len(EVERYWHERE)
+    assert main_on_cpu(*arguments) == 0
+    assert len(table_of(GPU_NORMS, tmp_path)) == 2
+    assert len(table_of(BENCHMARK, tmp_path)) == len(EVERYWHERE)
     page = (tmp_path / "benchmarks.md").read_text()
-    assert "layernorm bench gpu --operator layer_norm --dtypes float32" in page
-    assert "layernorm bench gpu --operator gru --dtypes float32" in page
+    assert "python -m benchmarks gpu --operator layer_norm --dtypes float32" in page
+    assert "python -m benchmarks gpu --operator gru --batches 2" in page
     assert page.index("## Norm operators on a GPU") < page.index("## Recurrent networks on a GPU")
     (tmp_path / "gpu.csv").unlink()
     (tmp_path / "bench-gpu-recurrent.png").unlink()
-    assert main(["bench", "gpu", "--report-only", "--out", str(tmp_path)]) == 0
+    assert main(["gpu", "--report-only", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "bench-gpu-recurrent.png").is_file()
     assert "## Norm operators on a GPU" not in (tmp_path / "benchmarks.md").read_text()
 
 
-def test_a_report_without_a_table_says_so(tmp_path, capsys):
-    assert main(["bench", "gpu", "--report-only", "--out", str(tmp_path)]) == 2
-    assert "gpu.csv: No such file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--operator", "mgu"], "--operator: expected some of layer_norm, rms_norm, add_layer_norm, "),
-        (["--modes", "backward"], "--modes: expected some of forward, inference, training"),
-        (["--batches", "0"], "--batches: expected a whole number of at least 1, got '0'"),
-        (["--hidden", "8x8"], "--hidden: expected a whole number of at least 1, got '8x8'"),
-        (["--steps", "-1"], "--steps: expected a whole number"),
-        (["--time", "0"], "--time: expected a number of seconds greater than 0"),
-        (["--compile-limit", "inf"], "--compile-limit: expected a number of seconds"),
-        (["--peers", "onnxruntime"], "got 'onnxruntime'"),
-    ],
-)
-def test_wrong_arguments_are_refused_in_one_line(arguments, text, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["bench", "gpu", *arguments])
-    assert end.value.code == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("layernorm bench gpu: error: argument --")
-    assert text in errors
-    assert errors.count("\n") == 1
-
-
-def fixed(path):
-    """A table of two points: ours twice and half as fast as PyTorch's; by hand and others are slower."""
-    common = dict.fromkeys((*gpu_recurrent.COLUMNS,), "") | {
-        "cell": "lstm",
-        "dtype": "bfloat16",
-        "batch": 64,
-        "steps": 512,
-        "mode": "training",
-        "threads": 1,
-        "status": "measured",
-        "kernel": "triton",
-        "rounds": 15,
-        "gpu": "A GPU, 141 GiB",
-        "date": "2026-01-02T03:04:05Z",
-    }
+def test_the_page_sums_up(tmp_path, capsys):
+    """Ours is twice and half as fast as PyTorch's; by hand and others' are slower."""
     rows = []
     for hidden, ratio in ((256, 2.0), (512, 0.5)):
         times = {"layernorm": 1024.0, "torch": 1024.0 * ratio, "loop": 4096.0}
         if hidden == 512:
-            times |= {"scan": 3072.0, "flashrnn": 2048.0}
-        for peer, time_us in times.items():
-            own = times["torch"] / time_us
-            figures = {"median_us": time_us, "ratio_to_torch": own, "ratio_q25": own, "ratio_q75": own}
-            figures |= {"products_us": 512.0, "over_products": time_us / 512.0, "peak_bytes": 2.5e6}
-            if peer == "scan":
-                figures["compile_s"] = 21.5
-            elif hidden == 512 and peer != "flashrnn":
-                figures["first_s"] = 0.25
-            rows.append(common | figures | {"hidden": hidden, "peer": peer})
-        rows.append(common | {"hidden": hidden, "peer": "layernorm-persistent", "status": "not supported"})
-    rows.append(common | {"hidden": 512, "peer": "torchrl", "status": "not installed", "rounds": ""})
-    with Table(path, gpu_recurrent.COLUMNS, keep=lambda row: False) as table:
-        table.add(rows)
-
-
-def test_the_page_sums_up(tmp_path, capsys):
-    fixed(tmp_path / "gpu_recurrent.csv")
-    assert main(["bench", "gpu", "--report-only", "--out", str(tmp_path)]) == 0
+            times |= {"scan": 3072.0, "flashrnn": 2048.0, "torchrl": "not installed"}
+        times["layernorm-persistent"] = "not supported"
+        figures = {"products_us": 512.0, "over_products": 2.0, "peak_bytes": 2.5e6, "kernel": "triton"}
+        rows += rows_of_point(times, figures, hidden=hidden)
+    for row in rows:
+        if row["peer"] == "scan":
+            row["compile_s"] = 21.5
+        elif row["hidden"] == 512 and row["peer"] in ("layernorm", "torch", "loop"):
+            row["first_s"] = 0.25
+    common = {"cell": "lstm", "dtype": "bfloat16", "batch": 64, "steps": 512, "mode": "training"}
+    write_table(BENCHMARK, tmp_path / "gpu_recurrent.csv", rows, gpu="A GPU, 141 GiB", **common)
+    assert main(["gpu", "--report-only", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith(
         "lstm, training, bfloat16: speed over torch.nn, un-normalized 1.00 (0.50), best by hand 3.46 (3.00), "
         "others' kernels, un-normalized 2.00 (2.00), share of the products' limit 0.50 (0.50): geometric mean"
@@ -375,68 +317,36 @@ def test_the_page_sums_up(tmp_path, capsys):
     for text in (
         "A GPU, 141 GiB. Python",
         "| lstm | training | bfloat16 | 2 | 1.00 (0.50) | 3.46 (3.00) | 2.00 (2.00) | 0.50 (0.50) |",
-        "slower than `torch.nn`'s un-normalized layer at 1 of 2 points, at this most:",
+        "slower than `torch.nn`'s un-normalized layer at 1 of 2 points, the slowest first;",
         "| lstm | bfloat16 | training | 64 | 512 | 0.50 (0.50–0.50) |",
         "| lstm | bfloat16 | 64 | 256 | 2.5 | 2.5 | 2.5 | – | – |",
         "| bfloat16 | training | 64 | 512 | triton | 1,024 | not supported | 512 | 4,096 | 3,072 | 2,048 | "
         "not installed | 512 | 2.00 | 0.50 | 0.50 (0.50–0.50) |",
         "| lstm | bfloat16 | training | 64 | 512 | scan | – | 21.5 |",
         "| lstm | bfloat16 | training | 64 | 512 | layernorm | 0.25 | – |",
-        "bench gpu --operator lstm --dtypes bfloat16 --batches 64 --hidden 256,512 --modes training\n",
+        "benchmarks gpu --operator lstm --batches 64 --hidden 256,512 --modes training --dtypes bfloat16\n",
         "`layernorm`, `layernorm-persistent`, `torch`, `loop` are measured at every point",
     ):
         assert text in page
-    fixed(tmp_path / "gpu_recurrent.csv")
 
 
 def test_nothing_measured_is_a_page_too(tmp_path):
-    point = next(recurrent.grid(["lstm"], ["float32"], [1], [8], 3, ["training"]))
-    row = dict.fromkeys(gpu_recurrent.COLUMNS, "") | asdict(point) | {"threads": 1, "date": "2026-01-02"}
-    with Table(tmp_path / "gpu_recurrent.csv", gpu_recurrent.COLUMNS, keep=lambda row: False) as table:
-        table.add([row | {"peer": peer, "status": "out of memory"} for peer in ("layernorm", "torch")])
-    assert main(["bench", "gpu", "--report-only", "--out", str(tmp_path)]) == 0
+    (point,) = grid("lstm", modes=["training"])
+    rows = rows_of_point(dict.fromkeys(("layernorm", "torch"), "out of memory"), **asdict(point))
+    write_table(BENCHMARK, tmp_path / "gpu_recurrent.csv", rows)
+    assert main(["gpu", "--report-only", "--out", str(tmp_path)]) == 0
     assert "| out of memory | out of memory | – |" in (tmp_path / "benchmarks.md").read_text()
     assert not (tmp_path / "bench-gpu-recurrent.png").exists()
 
 
-def test_predictions_have_a_column_for_each_model(monkeypatch):
-    def seconds(point):
-        return 2e-3 if point.batch == 1 else None
-
-    models = gpu_recurrent_report.PREDICTED
-    monkeypatch.setattr(gpu_recurrent_report, "PREDICTED", models | {"a model": seconds})
-    table = gpu_recurrent_report.predictions()
-    lines = table.splitlines()
-    assert len(lines) == 2 + 160
-    assert all(line.split(" | ")[6] != "–" for line in lines[2:])  # Triton serves every point
-    assert lines[0].endswith(
-        "| hidden | GFLOP | Triton, µs a step | persistent, µs a step | a model, µs a step |"
-    )
-    gflop = recurrent.Point("lstm", "float32", 1, 128, 512, "inference").gflop
-    # The persistent kernel has no float32.
-    line = next(line for line in lines if line.startswith("| lstm | float32 | inference | 1 | 128 |"))
-    assert line.split(" | ")[5] == f"{gflop:.1f}"
-    assert line.endswith(" | – | 3.9 |")
-    known = [line for line in lines if "–" not in line and line.startswith("| lstm | ")]
-    assert [line.split(" | ")[1:5] for line in known] == [
-        ["bfloat16", mode, "1", hidden] for hidden in ("128", "256", "512") for mode in recurrent.MODES
-    ]
-
-
-def test_the_documented_predictions_are_the_programs():
-    page = (machine.Path(__file__).parents[2] / "docs" / "gpu_recurrent.md").read_text("utf-8")
-    assert gpu_recurrent_report.predictions() in page
-
-
 def test_columns_of_the_machine_are_in_the_table():
-    assert set(machine.GPU_COLUMNS) | set(machine.COLUMNS) <= set(gpu_recurrent.COLUMNS)
-    assert in_folder(machine.Path()).table("gpu_recurrent").name == "gpu_recurrent.csv"
+    assert set(machine.GPU_COLUMNS) | set(machine.COLUMNS) <= set(BENCHMARK.columns)
 
 
 def test_releasing_frees_the_gradients():
-    case = recurrent_peers.make_case("gru", 2, 4, 3, training=True)
+    case = make_case("gru", 2, 4, 3, training=True)
     made = recurrent_peers.PEERS["torch"](case)
-    assert len(made.results()) == 2 + len(case.plain)
+    assert len(made.results()) == 2 + len(case.unnormalized)
     made.release()
     assert difference(made.results(), made.results()) == 0
     assert cuda.peak_bytes(made, "cpu") is None

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks.__main__ import main
 from benchmarks.core import workers
-from benchmarks.core.table import Table, read
 from benchmarks.updates import measure as updates
-from layernorm.cli import main
+from benchmarks.updates.measure import BENCHMARK
 from layernorm.experiments import registry
 from layernorm.experiments import task as tasks
 from layernorm.experiments.run.training import Run, Trainer
+from tests.benchmarks.cases import failure, measured, rows_of_point, table_of, write_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALLEST = updates.Point("digits-rows", "small", 4)
+measured_here = partial(measured, updates.measure, [SMALLEST], list(updates.PEERS))
 
 
 @pytest.fixture(autouse=True)
 def _fresh_problems():
     updates._problem.cache_clear()
-
-
-def measured(points, rounds=3):
-    """The rows of these points, and the notes."""
-    job = {"points": [asdict(point) for point in points], "peers": list(updates.PEERS), "rounds": rounds}
-    events = []
-    updates.measure(job | {"budget": 1.0, "threads": 1}, events.append)
-    rows = [row for event in events for row in event.get("rows", ())]
-    return rows, [event["note"] for event in events if "note" in event]
 
 
 def here(module, job, threads, limit):
@@ -51,11 +43,9 @@ def without_data(monkeypatch):
     def problem(**sizes):
         raise tasks.MissingData("the digits are not here: get them elsewhere")
 
-    monkeypatch.setattr(
-        importlib.import_module("layernorm.experiments.tasks.draw.task"),
-        "TASK",
-        dataclasses.replace(registry.find("draw"), problem=problem),
-    )
+    find = registry.find
+    without = dataclasses.replace(find("draw"), problem=problem)
+    monkeypatch.setattr(registry, "find", lambda name: without if name == "draw" else find(name))
 
 
 def test_the_tasks_are_all_that_are_recurrent():
@@ -67,7 +57,7 @@ def test_the_tasks_are_all_that_are_recurrent():
 
 
 def test_the_points_are_the_presets_batch_sizes():
-    points = list(updates.grid(["sequential-mnist", "digits-rows"], ["small", "paper"]))
+    points = BENCHMARK.grid(tasks=["sequential-mnist", "digits-rows"], presets=["small", "paper"])
     assert [point.name for point in points] == [
         "sequential-mnist small batch 64",
         "sequential-mnist paper batch 100",
@@ -85,7 +75,7 @@ def test_both_make_updates_on_the_same_cases_in_each_round(monkeypatch):
         return step(self, cases, stop)
 
     monkeypatch.setattr(Trainer, "step", recorded)
-    rows, notes = measured([SMALLEST], rounds=4)
+    rows, notes = measured_here(rounds=4, least_rounds=4)
     assert notes == []
     assert [(row["peer"], row["status"], row["rounds"]) for row in rows] == [
         ("layernorm", "measured", 4),
@@ -120,7 +110,7 @@ def test_updates_that_do_not_train_have_failed(scale, monkeypatch):
         return result
 
     monkeypatch.setattr(Trainer, "step", wrong)
-    rows, notes = measured([SMALLEST], rounds=1)
+    rows, notes = measured_here()
     assert [row["status"] for row in rows] == ["failed", "measured"]
     assert notes == [f"{SMALLEST.name}: layernorm failed: an update changes its parameters by {scale:g}"]
 
@@ -130,9 +120,8 @@ def test_a_task_without_data_is_listed_and_the_others_are_measured(
 ):
     monkeypatch.setattr(workers, "events", here)
     arguments = ["--tasks", "digits-rows,draw", "--threads", "1", "--rounds", "1"]
-    assert main(["bench", "updates", *arguments, "--out", str(tmp_path)]) == 0
-    rows = read(tmp_path / "updates.csv", updates.COLUMNS)
-    assert [(row["task"], row["batch"], row["peer"], row["status"]) for row in rows] == [
+    assert main(["updates", *arguments, "--out", str(tmp_path)]) == 0
+    assert table_of(BENCHMARK, tmp_path, "task", "batch", "peer", "status") == [
         (task, batch, peer, status)
         for task, batch, status in (
             ("digits-rows", "128", "measured"),
@@ -145,7 +134,7 @@ def test_a_task_without_data_is_listed_and_the_others_are_measured(
     assert "draw small batch 128: the digits are not here: get them elsewhere" in text
     assert "draw small batch 128, 1 thread: layernorm no data; torch no data" in text
     page = (tmp_path / "benchmarks.md").read_text()
-    assert "layernorm bench updates --tasks draw,digits-rows --threads 1 --rounds 1\n" in page
+    assert "python -m benchmarks updates --tasks draw,digits-rows --threads 1 --rounds 1\n" in page
     assert "| 1 | small | draw | 128 | no data | no data | – |" in page
     assert "](bench-updates.png)" in page
     assert (tmp_path / "bench-updates.png").read_bytes().startswith(b"\x89PNG")
@@ -153,7 +142,7 @@ def test_a_task_without_data_is_listed_and_the_others_are_measured(
 
 def test_no_data_at_all_gives_a_page_too(without_data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(workers, "events", here)
-    assert main(["bench", "updates", "--tasks", "draw", "--threads", "1", "--out", str(tmp_path)]) == 0
+    assert main(["updates", "--tasks", "draw", "--threads", "1", "--out", str(tmp_path)]) == 0
     assert "1 thread, small: – times the speed" in capsys.readouterr().out
 
 
@@ -162,33 +151,17 @@ def test_data_that_cannot_be_used_does_not_end_the_run(monkeypatch):
         raise tasks.ExperimentError("the file is damaged")
 
     monkeypatch.setattr(updates, "_problem", problem)
-    rows, notes = measured([SMALLEST])
+    rows, notes = measured_here()
     assert [row["status"] for row in rows] == ["failed", "failed"]
     assert notes == [f"{SMALLEST.name}: the file is damaged"]
 
 
-def fixed(path):
-    """A table of three points: twice PyTorch's speed, 0.95 and 0.8 of it."""
-    common = dict.fromkeys(updates.COLUMNS, "") | {
-        "task": "draw",
-        "threads": 2,
-        "status": "measured",
-        "rounds": updates.ROUNDS,
-        "machine": "A processor",
-        "date": "2026-01-02T03:04:05Z",
-    }
+def test_the_page_sums_up(tmp_path, capsys):
     rows = []
     for preset, batch, ratio in (("paper", 128, 0.8), ("small", 128, 2.0), ("small", 4, 0.95)):
-        for peer, own in (("layernorm", ratio), ("torch", 1.0)):
-            figures = {"median_us": 1e4 / own, "ratio_to_torch": own, "ratio_q25": own, "ratio_q75": own}
-            rows.append(common | figures | {"preset": preset, "batch": batch, "peer": peer})
-    with Table(path, updates.COLUMNS, keep=lambda row: False) as table:
-        table.add(rows)
-
-
-def test_the_page_sums_up(tmp_path, capsys):
-    fixed(tmp_path / "updates.csv")
-    assert main(["bench", "updates", "--report-only", "--out", str(tmp_path)]) == 0
+        rows += rows_of_point({"layernorm": 1e4 / ratio, "torch": 1e4}, preset=preset, batch=batch)
+    write_table(BENCHMARK, tmp_path / "updates.csv", rows, task="draw", threads=2)
+    assert main(["updates", "--report-only", "--out", str(tmp_path)]) == 0
     slow = (
         "An update takes more than 1.1 times as long as that of torch.nn without norm at 1 of 3 points "
         "(draw, batch 128, paper, 2 threads: 1.25 times)."
@@ -200,7 +173,7 @@ def test_the_page_sums_up(tmp_path, capsys):
     )
     page = (tmp_path / "benchmarks.md").read_text()
     assert f"{slow}\n" in page
-    assert "layernorm bench updates --tasks draw --presets small,paper --threads 2\n" in page
+    assert "python -m benchmarks updates --tasks draw --presets small,paper --threads 2\n" in page
     lines = page.splitlines()
     assert "| 2 | small | 2 | 1.38 (0.95) |" in lines
     table = [line for line in lines if line.startswith("| 2 ") and "| draw |" in line]
@@ -213,28 +186,7 @@ def test_the_page_sums_up(tmp_path, capsys):
 
 def test_packages_that_are_missing_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(updates, "find_spec", lambda name: None if name == "sklearn" else name)
-    assert main(["bench", "updates", "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == (
-        "layernorm: this benchmark needs sklearn: pip install 'layernorm[bench,experiments]'\n"
+    assert failure(capsys, "updates", "--out", str(tmp_path)) == (
+        "python -m benchmarks: this benchmark needs sklearn: pip install --group bench '.[experiments]' "
+        "(pip 25.1 or later)\n"
     )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--tasks", "mnist"], "--tasks: expected some of order-embeddings, attentive-reader, "),
-        (
-            ["--presets", "large"],
-            "--presets: expected some of small, paper, separated by commas; got 'large'",
-        ),
-        (["--rounds", "0"], "--rounds: expected a whole number of at least 1, got '0'"),
-        (["--peers", "torch"], "unrecognized arguments: --peers torch"),  # there are no others to choose
-    ],
-)
-def test_wrong_arguments_are_refused_in_one_line(arguments, text, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["bench", "updates", *arguments])
-    assert end.value.code == 2
-    errors = capsys.readouterr().err
-    assert text in errors
-    assert errors.count("\n") == 1
