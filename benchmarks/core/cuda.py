@@ -1,4 +1,4 @@
-"""What is particular to measuring on a GPU: its clock, its graphs, its memory, and whether there is one."""
+"""Measuring on a GPU: its clock, its graphs, its memory, and whether there is one."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ class Instant:
         self._event.record()
 
     def __sub__(self, earlier: Instant) -> float:
-        """The GPU's seconds between the two, for which this waits."""
+        """Wait for both and return the GPU's seconds between them."""
         self._event.synchronize()
         milliseconds: float = earlier._event.elapsed_time(self._event)
         return milliseconds / 1e3
 
 
 def clock(device: str) -> Clock:
-    """What tells the time of work there."""
+    """Return what tells the time of work on a device."""
     return Instant if device == "cuda" else time.perf_counter
 
 
 def synchronize(device: str) -> None:
-    """Waits for the device's work."""
+    """Wait for the device's work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def kernels(device: str, kernel: str = "triton") -> Callable[[], Any]:
-    """A context in which this package's kernels for the device serve, on a GPU those of this name.
+    """Return a context in which this package's kernels are used, on a GPU those of this name.
 
-    On a GPU the choice may still be PyTorch's; in a benchmark ours are to be measured beside them.
+    On a GPU the choice may still be PyTorch's; a benchmark measures ours next to it.
     """
     return (lambda: backends.use(kernel)) if device == "cuda" else nullcontext
 
 
 def in_graph(call: Call, device: str) -> Call:
-    """The same work as a CUDA graph, without what issuing it takes the CPU; elsewhere the call itself."""
+    """Return the same work as a CUDA graph, which the CPU issues at once; elsewhere the call itself."""
     if device != "cuda":
         return call
     stream = torch.cuda.Stream()
@@ -63,7 +63,7 @@ def in_graph(call: Call, device: str) -> Call:
 
 
 def peak_bytes(subject: Subject, device: str) -> int | None:
-    """The most memory that a call takes at a time beside what was there before; None without a GPU."""
+    """Return the most memory that a call allocates at a time; None without a GPU."""
     if device != "cuda":
         return None
     subject.release()
@@ -77,13 +77,13 @@ def peak_bytes(subject: Subject, device: str) -> int | None:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Within the block float32 is multiplied as float32; cuDNN may round it to TF32 otherwise."""
+    """Multiply float32 as float32 within the block; cuDNN may round it to TF32 otherwise."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
 def problem() -> str | None:
-    """Why nothing can be measured on a GPU here, None where it can."""
+    """Return why nothing can be measured on a GPU here, None where it can."""
     if not torch.cuda.is_available():
         return "this benchmark needs a GPU, and PyTorch finds none (torch.cuda.is_available() is False)"
     return backends.triton_problem(torch.float32)

@@ -12,7 +12,7 @@ from benchmarks.core.timing import Call, Samples, quartiles
 
 
 def products(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, training: bool) -> Call:
-    """The matrix products of a sequence with nothing between them, into memory that is there.
+    """Return the matrix products of a sequence with nothing between them, into memory that is there.
 
     With T steps, N rows, F inputs, H features and G gates: one product (T·N × F)·(F × G·H) and T
     products (N × H)·(H × G·H); in training also T products (N × G·H)·(G·H × H), one
@@ -53,7 +53,7 @@ def products(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, training: bool) ->
 
 
 def reads(size: int) -> dict[str, Call]:
-    """What ``read_us`` needs sampled: a dot product that reads so many bytes, and one that reads none."""
+    """Return what ``read_us`` needs: a dot product that reads this many bytes, and one that reads none."""
     half = torch.ones(2, max(1, size // 8))
     one = torch.ones(2, 1)
     return {
@@ -63,7 +63,7 @@ def reads(size: int) -> dict[str, Call]:
 
 
 def read_us(samples: Mapping[str, Samples]) -> float:
-    """Microseconds for reading the bytes, without the call's own."""
+    """Return the microseconds for reading the bytes, without the call's own."""
     whole, nothing = (quartiles(samples[name].seconds).median for name in ("read", "read nothing"))
     return 1e6 * max(0.0, whole - nothing)
 

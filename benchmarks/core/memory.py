@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def kept_for_backward(forward: Callable[[], Sequence[Tensor]]) -> int:
-    """Bytes that stay allocated after ``forward``, without its outputs.
+    """Return the bytes that stay allocated after ``forward``, without its outputs.
 
     PyTorch's profiler sees every allocation of tensor memory, those of C++ operators too, whose saved
     tensors ``torch.autograd.graph.saved_tensors_hooks`` need not show. Inputs and parameters were there
@@ -38,6 +38,6 @@ def kept_for_backward(forward: Callable[[], Sequence[Tensor]]) -> int:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' storages, each counted once."""
+    """Return the bytes of the tensors' storages, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

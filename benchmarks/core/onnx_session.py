@@ -17,7 +17,7 @@ Binding = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 
 
 def element_type(dtype: torch.dtype) -> int:
-    """ONNX's number for a dtype."""
+    """Return ONNX's number for a dtype."""
     types = module("onnx").TensorProto
     numbers: dict[torch.dtype, int] = {
         torch.float32: types.FLOAT,
@@ -29,7 +29,7 @@ def element_type(dtype: torch.dtype) -> int:
 
 
 def constant(name: str, value: Tensor) -> Any:
-    """A constant of a model."""
+    """Return a constant of a model."""
     data = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
     return module("onnx.helper").make_tensor(
         name, element_type(value.dtype), list(value.shape), data, raw=True
@@ -37,12 +37,12 @@ def constant(name: str, value: Tensor) -> Any:
 
 
 def value(name: str, dtype: torch.dtype, shape: Sequence[int]) -> Any:
-    """The name, dtype and shape of an input or output."""
+    """Return the name, dtype and shape of an input or output."""
     return module("onnx.helper").make_tensor_value_info(name, element_type(dtype), list(shape))
 
 
 def model(graph: Any, opset: int, version: int) -> bytes:
-    """The file of a graph, for a version of the operators and one of the format."""
+    """Return the file of a graph, for a version of the operators and one of the format."""
     helper = module("onnx.helper")
     opsets = [helper.make_opsetid("", opset)]
     data: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=version).SerializeToString()
@@ -56,7 +56,7 @@ def subject(
     *,
     fresh: bool,
 ) -> Subject:
-    """A model as a peer.
+    """Return a model as a peer.
 
     Args:
         file: the model.
@@ -78,7 +78,7 @@ def subject(
 
     @contextmanager
     def session() -> Iterator[None]:
-        """Its threads spin for milliseconds after a call; they end with it, before another's sample."""
+        """Hold a session: its threads, which spin after a call, end before another peer's sample."""
         if not held:
             run = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
             bound = [_bound(run, binding) for binding in bindings]

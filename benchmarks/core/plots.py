@@ -43,7 +43,7 @@ _DISTANCE: Final = 0.17  # between the marks of one point, whose line is 1 high
 def ratios(
     data: pd.DataFrame, base: str, *, by_threads: bool = True, of: str = "PyTorch's eager operator"
 ) -> Figure:
-    """Dots with whiskers on a logarithmic axis; a row of panels for each number of threads.
+    """Draw dots with whiskers on a logarithmic axis; a row of panels for each number of threads.
 
     Args:
         data: the rows of one operator, with the columns ``label``, ``mode``, ``threads``, ``peer``,
@@ -106,7 +106,7 @@ def _panel(axis: Axes, data: pd.DataFrame, labels: Sequence[str], peers: Sequenc
 
 
 def _logarithmic(axis: Axes, which: str = "x") -> None:
-    """Ticks at 1, 2 and 5 times the powers of ten, more or fewer by the range, as plain numbers."""
+    """Put ticks at 1, 2 and 5 times the powers of ten, more or fewer by the range, as plain numbers."""
     axis.set(**{f"{which}scale": "log"})
     low, high = axis.get_xlim() if which == "x" else axis.get_ylim()
     line = axis.xaxis if which == "x" else axis.yaxis
@@ -122,7 +122,7 @@ def _looks(peers: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def ratio_curves(data: pd.DataFrame) -> Figure:
-    """Ratios over the hidden size, a line for each batch; a panel for each cell, mode and dtype.
+    """Draw ratios over the hidden size, a line for each batch; a panel for each cell, mode and dtype.
 
     Args:
         data: this package's rows of one number of threads, with the columns ``cell``, ``mode``, ``dtype``,
@@ -156,7 +156,7 @@ def ratio_curves(data: pd.DataFrame) -> Figure:
 
 
 def time_curves(data: pd.DataFrame, peers: Sequence[str]) -> Figure:
-    """Microseconds over the hidden size, a line for each peer and one for the limit; both logarithmic.
+    """Draw microseconds over the hidden size, a line for each peer and one for the limit; both logarithmic.
 
     Args:
         data: the rows of one number of threads and batch, with the columns ``cell``, ``dtype``, ``hidden``,
@@ -189,7 +189,7 @@ def time_curves(data: pd.DataFrame, peers: Sequence[str]) -> Figure:
 
 
 def _over_sizes(axes: Any, sizes: Sequence[int], text: str) -> None:
-    """Both axes logarithmic, and a tick for each size."""
+    """Make both axes logarithmic, with a tick for each size."""
     axes[0, 0].set_xscale("log")
     axes[0, 0].xaxis.set_minor_locator(mpl.ticker.NullLocator())
     near = any(b < 1.4 * a for a, b in pairwise(sizes))

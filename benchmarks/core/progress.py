@@ -34,27 +34,27 @@ class Display:
         self._line = self._progress.add_task(f"point 0/{points}", total=points, text="starting")
 
     def __enter__(self) -> Self:
-        """Starts to show."""
+        """Start to show."""
         self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leaves the last state on the screen."""
+        """Leave the last state on the screen."""
         self._progress.stop()
 
     def begin(self) -> None:
-        """The next point is measured now."""
+        """Show that the next point is being measured."""
         self._progress.update(self._line, description=f"point {self._done + 1}/{self._points}")
 
     def finish(self, text: str) -> None:
-        """A point is done; the text says what it gave."""
+        """Show that a point is done; the text says what it gave."""
         self._done += 1
         self._progress.update(self._line, completed=self._done, text=text)
         if not self._console.is_terminal:
             self.say(f"[{self._done}/{self._points}] {text}")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         say(self._console, text)

@@ -48,7 +48,7 @@ def prepare(
     check: Callable[[str, Subject], None],
     note: Callable[[str], None],
 ) -> tuple[dict[str, Subject], dict[str, str]]:
-    """The peers that can be measured, and what is the matter with the others.
+    """Return the peers that can be measured, and why the others cannot.
 
     Args:
         names: of peers.
@@ -77,7 +77,7 @@ def prepare(
 
 
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest of the results' differences, relative to their norms; NaN where one is.
+    """Return the largest difference of the results, relative to their norms; NaN if one is NaN.
 
     Examples:
         >>> import torch
@@ -99,13 +99,13 @@ def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text that says something, or its type."""
+    """Return the first line of an error's text that is not empty, or its type."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def module(name: str) -> Any:
-    """The module of that name.
+    """Return the module of that name.
 
     Raises:
         NotInstalledError: there is none.

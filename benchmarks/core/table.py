@@ -75,7 +75,7 @@ class Table:
             raise TableError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def __enter__(self) -> Self:
-        """Nothing; the folder is locked already."""
+        """Return the table; the folder is locked already."""
         return self
 
     def __exit__(
@@ -110,7 +110,7 @@ def read(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def measures(samples: Samples, base: Samples) -> dict[str, float | int]:
-    """One subject's figures, in microseconds per call, by the names in ``MEASURES``.
+    """Return one subject's figures, in microseconds per call, by the names in ``MEASURES``.
 
     ``ratio_to_torch`` is the median over the rounds of base's time / this subject's time: above 1 is
     faster than base.
@@ -130,7 +130,7 @@ def measures(samples: Samples, base: Samples) -> dict[str, float | int]:
 
 
 def significant(value: float) -> float:
-    """The value with five significant digits, more than any of these figures has.
+    """Return the value with five significant digits, more than any of these figures has.
 
     Examples:
         >>> from benchmarks.core.table import significant

@@ -61,7 +61,7 @@ def interleaved(
     least_rounds: int = LEAST_ROUNDS,
     each: float | None = None,
 ) -> dict[str, Samples]:
-    """Samples every subject once in each round, in an order that changes from round to round.
+    """Sample every subject once in each round, in an order that changes from round to round.
 
     Before a sample comes one call that is not timed, unless calls are long: threads of the subject before
     spin for some milliseconds after their work, and one's own have to be woken.
@@ -113,7 +113,7 @@ def interleaved(
 
 
 def order(names: Sequence[str], index: int) -> list[str]:
-    """The order in which round ``index`` samples the subjects.
+    """Return the order in which round ``index`` samples the subjects.
 
     It rotates by one place with each round; every second turn goes backwards, so that no subject always
     has the same one before it.
@@ -129,7 +129,7 @@ def order(names: Sequence[str], index: int) -> list[str]:
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
-    """The median and the quartiles, by linear interpolation.
+    """Return the median and the quartiles, by linear interpolation.
 
     Examples:
         >>> from benchmarks.core.timing import quartiles
@@ -142,12 +142,12 @@ def quartiles(values: Sequence[float]) -> Quartiles:
 
 
 def ratios(base: Samples, other: Samples) -> list[float]:
-    """How many times as fast as ``base`` the other one is, in each round that both took part in."""
+    """Return how many times as fast as ``base`` the other one is, in each round that both took part in."""
     return [a / b for a, b in zip(base.seconds, other.seconds, strict=False)]
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """The geometric mean, NaN of nothing.
+    """Return the geometric mean, or NaN if there are no values.
 
     Examples:
         >>> from benchmarks.core.timing import geometric_mean
@@ -159,7 +159,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def _calibrate(call: Call, least: float, clock: Clock) -> tuple[int, float]:
-    """How many calls take at least ``least`` seconds, approached from below; and the seconds of one."""
+    """Return how many calls take ``least`` seconds or more, approached from below, and the seconds of one."""
     first = _sample(call, 1, clock)
     if first >= max(_LONG, 4 * least):
         return 1, first
@@ -172,7 +172,7 @@ def _calibrate(call: Call, least: float, clock: Clock) -> tuple[int, float]:
 
 
 def _undisturbed(call: Call, count: int, long: float, clock: Clock) -> float:
-    """Seconds for so many calls: the best of three, or of fewer where one takes ``long`` or more.
+    """Return the seconds of this many calls: the best of three, or of fewer if one takes ``long`` or more.
 
     One sample could hold a pause of the process, and the count would stay far too small.
     """
@@ -185,7 +185,7 @@ def _undisturbed(call: Call, count: int, long: float, clock: Clock) -> float:
 
 
 def _sample(call: Call, count: int, clock: Clock) -> float:
-    """Seconds per call."""
+    """Return seconds per call."""
     began = clock()
     for _ in repeat(None, count):
         call()
@@ -195,7 +195,7 @@ def _sample(call: Call, count: int, clock: Clock) -> float:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """A collection of garbage inside a sample would be charged to whoever is sampled."""
+    """Collect no garbage within the block: it would be charged to whoever is sampled then."""
     was = gc.isenabled()
     gc.collect()
     gc.disable()

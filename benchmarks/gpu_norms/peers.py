@@ -21,7 +21,7 @@ ROTATED_BYTES: Final = 256 * 2**20
 
 
 def rotation(case: Case) -> list[Case]:
-    """Return so many cases like this one that no cache holds them, each with data of its own."""
+    """Return enough cases like this one that no cache holds them, each with its own data."""
     rows = [*case.inputs[: len(case.grads)], *(case.grads if case.training else ())]
     size = sum(tensor.nbytes for tensor in rows)
     count = max(1, min(4096, -(-ROTATED_BYTES // size)))

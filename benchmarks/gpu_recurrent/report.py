@@ -38,7 +38,7 @@ _METHOD: Final = """\
 - `flashrnn` is FlashRNN's fused kernels (for the GRU those that alternate with products), `torchrl` TorchRL's
   Triton kernels; both normalize nothing, and get their input with the sequences first in memory.
 - Unless peers are named, `{everywhere}` are measured at every point and the others at {few} only.
-  Those that compile have a process of their own at each point, beside `layernorm` and `torch`.
+  Those that compile have a process of their own at each point, together with `layernorm` and `torch`.
 - Before a peer is measured, its output and gradients are compared with those of the loop in float32, for
   un-normalized ones with those of `torch.nn` without TF32. One that is off is listed as failed; column
   `difference` has by how much they differ.

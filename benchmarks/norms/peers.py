@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.core import onnx_session
+from benchmarks.core import jax_arrays, onnx_session
 from benchmarks.core.subjects import NotSupportedError, Subject, module
 from layernorm import functional as LF
 
@@ -46,7 +46,7 @@ class Case:
         return self.operator.endswith("layer_norm")
 
     def in_float32(self) -> Case:
-        """The same numbers in float32."""
+        """Return the same numbers in float32."""
         inputs, grads = (tuple(t.float() for t in tensors) for tensors in (self.inputs, self.grads))
         return replace(self, inputs=inputs, grads=grads)
 
@@ -54,7 +54,7 @@ class Case:
 def make_case(
     operator: str, dtype: torch.dtype, rows: int, width: int, training: bool, device: str = "cpu"
 ) -> Case:
-    """Random tensors for an operator; the same ones each time."""
+    """Return random tensors for an operator; the same ones each time."""
     random = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -68,18 +68,8 @@ def make_case(
     return Case(operator, training, tuple(inputs), tuple(normal(rows, width) for _ in range(count)))
 
 
-def prepare(peer: str, case: Case) -> Subject:
-    """The peer for this case.
-
-    Raises:
-        NotInstalledError: its package is missing.
-        NotSupportedError: it cannot do this.
-    """
-    return PEERS[peer](case)
-
-
 def eager(function: Callable[..., _Outputs], case: Case) -> Subject:
-    """A function on tensors, with the signature of this package's."""
+    """Return a function on tensors, with the signature of this package's."""
     # Every peer has leaves, and so gradients, of its own; the data is shared.
     leaves = [tensor.detach().requires_grad_(case.training) for tensor in case.inputs]
     rows = 2 if case.has_residual else 1
@@ -180,25 +170,11 @@ def _jax(case: Case) -> Subject:
         outputs, pullback = jax.vjp(function, *inputs)
         return outputs, pullback(grads)
 
-    def array(tensor: Tensor) -> Any:
-        dtype = getattr(jnp, str(tensor.dtype).removeprefix("torch."))
-        return jnp.array(tensor.float().numpy(), dtype=dtype)
-
-    inputs = tuple(array(tensor) for tensor in case.inputs)
-    if case.training:
-        grads = tuple(array(grad) for grad in case.grads)
-        run = partial(jax.jit(step), inputs, grads if case.has_residual else grads[0])
-    else:
-        run = partial(jax.jit(function), *inputs)
-
-    def call() -> Any:
-        return jax.block_until_ready(run())
-
-    def results() -> list[Tensor]:
-        arrays = jax.tree_util.tree_leaves(call())
-        return [torch.tensor(module("numpy").asarray(a.astype(jnp.float32))) for a in arrays]
-
-    return Subject(call, results)
+    inputs = tuple(jax_arrays.array(tensor) for tensor in case.inputs)
+    if not case.training:
+        return jax_arrays.jitted(function, inputs)
+    grads = tuple(jax_arrays.array(grad) for grad in case.grads)
+    return jax_arrays.jitted(step, (inputs, grads if case.has_residual else grads[0]))
 
 
 def _onnxruntime(case: Case) -> Subject:
@@ -220,7 +196,7 @@ def _onnx_outputs(case: Case) -> list[str]:
 
 
 def _onnx_model(case: Case, rows: list[str]) -> bytes:
-    """A model of one normalization, after an Add where there is a residual."""
+    """Return a model of one normalization, after an Add where there is a residual."""
     helper = module("onnx.helper")
     x = case.inputs[0]
     affine = dict(zip(("weight", "bias"), case.inputs[len(rows) :], strict=False))

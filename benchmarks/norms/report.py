@@ -28,7 +28,7 @@ _METHOD: Final = """\
 - All peers of a point run in one process: a sample is as many calls as take 3 ms (at least one), and each
   round samples every peer once, in an order that changes from round to round. One call that is not timed
   comes before each sample where calls take less than 30 ms. ONNX Runtime's session is made anew for each of
-  its samples, not timed, because its threads would go on spinning during the next peer's.
+  its samples, not timed, because its threads would continue spinning during the next peer's.
 - {rounds}
 - Times are medians over the rounds. A ratio is `torch`'s time divided by the peer's in the same round, as
   the median over the rounds with its quartiles in brackets: above 1 is faster than PyTorch.

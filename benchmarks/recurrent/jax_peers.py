@@ -5,35 +5,18 @@ Statistics are float32 as in Flax; everything else has the input's dtype.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from benchmarks.core.jax_arrays import array, jitted
 from benchmarks.core.subjects import Subject, module
 from benchmarks.recurrent.case import Case
 
 EPS = 1e-5
 
 
-def array(tensor: Tensor) -> Any:
-    """The tensor as JAX's array of the same dtype."""
-    jnp = module("jax.numpy")
-    dtype = getattr(jnp, str(tensor.dtype).removeprefix("torch."))
-    return jnp.array(tensor.detach().float().numpy(), dtype=dtype)
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    """The arrays of a tree as float32 tensors."""
-    jax, jnp, numpy = module("jax"), module("jax.numpy"), module("numpy")
-    return [torch.tensor(numpy.asarray(a.astype(jnp.float32))) for a in jax.tree_util.tree_leaves(tree)]
-
-
 def functions(cell: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What the input contributes, ``project(x, weights)``, and ``step(state, x, weights)``."""
+    """Return the input's contribution, ``project(x, weights)``, and ``step(state, x, weights)``."""
     return {"lstm": _lstm, "gru": _gru, "rnn": _rnn}[cell]()
 
 
@@ -96,7 +79,7 @@ def _rnn() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def sequence(case: Case) -> Subject:
-    """A whole sequence, in training with the gradients of the input and all weights."""
+    """Return a whole sequence, in training with the gradients of the input and all weights."""
     jax, jnp = module("jax"), module("jax.numpy")
     project, step = functions(case.cell)
     rows = (case.x.size(1), case.hidden)
@@ -118,17 +101,4 @@ def sequence(case: Case) -> Subject:
     arguments = [array(case.x), {name: array(value) for name, value in case.normalized.items()}]
     if case.training:
         arguments.append(array(case.grad))
-    return timed(jax.jit(train if case.training else forward), arguments)
-
-
-def timed(function: Callable[..., Any], arguments: Sequence[Any]) -> Subject:
-    """A jitted function, compiled by its first call."""
-    jax = module("jax")
-    run = partial(function, *arguments)
-
-    def call() -> Any:
-        return jax.block_until_ready(run())
-
-    began = time.perf_counter()
-    call()
-    return Subject(call, lambda: tensors(call()), compile_s=time.perf_counter() - began)
+    return jitted(train if case.training else forward, arguments)

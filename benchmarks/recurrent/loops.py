@@ -18,14 +18,14 @@ from torch.nn import functional as F
 
 
 def lstm_project(x: Tensor, weight_ih: Tensor, gain_ih: Tensor, bias: Tensor) -> Tensor:
-    """The normalized product with the input."""
+    """Return the normalized product with the input."""
     return F.layer_norm(F.linear(x, weight_ih), [weight_ih.size(0)], gain_ih, bias)
 
 
 def lstm_step(
     x: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, gain_hh: Tensor, gain_cell: Tensor, bias_cell: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The next (h, c); x is the normalized product with the input."""
+    """Return the next (h, c); x is the normalized product with the input."""
     size = h.size(-1)
     gates = x + F.layer_norm(F.linear(h, weight_hh), [4 * size], gain_hh)
     i, f, g, o = gates.chunk(4, -1)
@@ -44,7 +44,7 @@ def lstm(
     gain_cell: Tensor,
     bias_cell: Tensor,
 ) -> Tensor:
-    """The output of an LSTM from a state of zeros."""
+    """Return the output of an LSTM from a state of zeros."""
     size = weight_hh.size(1)
     h = x.new_zeros([x.size(1), size])
     c = h
@@ -68,13 +68,13 @@ def lstm_cell(
     gain_cell: Tensor,
     bias_cell: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One step of an LSTM."""
+    """Return the next (h, c) of an LSTM."""
     projected = lstm_project(x, weight_ih, gain_ih, bias)
     return lstm_step(projected, h, c, weight_hh, gain_hh, gain_cell, bias_cell)
 
 
 def gru_project(x: Tensor, weight_ih: Tensor, gain_ih: Tensor, bias: Tensor) -> Tensor:
-    """The normalized product with the input, r and z together and n by itself."""
+    """Return the normalized product with the input, r and z together and n by itself."""
     size = weight_ih.size(0) // 3
     a = F.linear(x, weight_ih)
     rz = F.layer_norm(a[..., : 2 * size], [2 * size], gain_ih[: 2 * size], bias[: 2 * size])
@@ -83,7 +83,7 @@ def gru_project(x: Tensor, weight_ih: Tensor, gain_ih: Tensor, bias: Tensor) -> 
 
 
 def gru_step(x: Tensor, h: Tensor, weight_hh: Tensor, gain_hh: Tensor, bias_hn: Tensor) -> Tensor:
-    """The next h; x is the normalized product with the input."""
+    """Return the next h; x is the normalized product with the input."""
     size = h.size(-1)
     b = F.linear(h, weight_hh)
     b_rz = F.layer_norm(b[..., : 2 * size], [2 * size], gain_hh[: 2 * size])
@@ -102,7 +102,7 @@ def gru(
     bias: Tensor,
     bias_hn: Tensor,
 ) -> Tensor:
-    """The output of a GRU from a state of zeros."""
+    """Return the output of a GRU from a state of zeros."""
     h = x.new_zeros([x.size(1), weight_hh.size(1)])
     outputs = []
     for x_t in gru_project(x, weight_ih, gain_ih, bias).unbind(0):
@@ -121,17 +121,17 @@ def gru_cell(
     bias: Tensor,
     bias_hn: Tensor,
 ) -> tuple[Tensor]:
-    """One step of a GRU."""
+    """Return the next state of a GRU."""
     return (gru_step(gru_project(x, weight_ih, gain_ih, bias), h, weight_hh, gain_hh, bias_hn),)
 
 
 def rnn_step(x: Tensor, h: Tensor, weight_hh: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
-    """The next h; x is the product with the input."""
+    """Return the next h; x is the product with the input."""
     return torch.tanh(F.layer_norm(x + F.linear(h, weight_hh), [h.size(-1)], gain, bias))
 
 
 def rnn(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
-    """The output of an RNN from a state of zeros."""
+    """Return the output of an RNN from a state of zeros."""
     h = x.new_zeros([x.size(1), weight_hh.size(1)])
     outputs = []
     for x_t in F.linear(x, weight_ih).unbind(0):
@@ -143,7 +143,7 @@ def rnn(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, gain: Tensor, bias: Ten
 def rnn_cell(
     x: Tensor, h: Tensor, weight_ih: Tensor, weight_hh: Tensor, gain: Tensor, bias: Tensor
 ) -> tuple[Tensor]:
-    """One step of an RNN."""
+    """Return the next state of an RNN."""
     return (rnn_step(F.linear(x, weight_ih), h, weight_hh, gain, bias),)
 
 
@@ -159,7 +159,7 @@ CELLS: Final[dict[str, Callable[..., tuple[Tensor, ...]]]] = {
 
 @dataclass(frozen=True)
 class Parts:
-    """A cell as what is taken out of the loop, and what is in it.
+    """The parts of a cell: what is taken out of the loop over time, and what is in it.
 
     Attributes:
         project: x and its weights to what the steps take.
@@ -194,7 +194,7 @@ _SCRIPTS: Final[dict[Callable[..., Any], Any]] = {}
 
 
 def scripted(function: Callable[..., Any]) -> Any:
-    """The function under TorchScript, scripted once."""
+    """Return the function under TorchScript, scripted once."""
     if function not in _SCRIPTS:
         import warnings
 

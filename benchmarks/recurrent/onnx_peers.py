@@ -48,7 +48,7 @@ def unnormalized_sequence(case: Case) -> Subject:
 
 
 def normalized_sequence(case: Case) -> Subject:
-    """The paper's cell as the body of ONNX's Scan."""
+    """Return the paper's cell as the body of ONNX's Scan."""
     if case.training:
         raise NotSupportedError
     helper = module("onnx.helper")
@@ -83,7 +83,7 @@ def normalized_sequence(case: Case) -> Subject:
 
 
 def step_model(cell: str, x: Tensor, weights: Mapping[str, Tensor]) -> bytes:
-    """One step of the paper's cell: "x" and the state "h", "c" to "h_next", "c_next"."""
+    """Return a model of one step of the paper's cell: "x" and the state "h", "c" to "h_next", "c_next"."""
     helper = module("onnx.helper")
     state = ["h", "c"] if cell == "lstm" else ["h"]
     shape = (x.size(0), weights["weight_hh"].size(1))
@@ -102,7 +102,7 @@ def step_model(cell: str, x: Tensor, weights: Mapping[str, Tensor]) -> bytes:
 
 
 def constants(weights: Mapping[str, Tensor]) -> list[Any]:
-    """The weights as a graph wants them: matrices transposed, a GRU's vectors cut where its norms are."""
+    """Return the weights for a graph: matrices transposed, a GRU's vectors split between its norms."""
     found = {}
     for name, tensor in weights.items():
         found[name] = tensor.t() if tensor.dim() == 2 else tensor
@@ -134,24 +134,24 @@ class _Graph:
         self.nodes: list[Any] = []
 
     def add(self, kind: str, inputs: Sequence[str], output: str = "", **attributes: Any) -> str:
-        """One node with one output."""
+        """Add one node with one output."""
         name = output or f"{kind.lower()}_{id(self)}_{len(self.nodes)}"
         self.nodes.append(module("onnx.helper").make_node(kind, list(inputs), [name], **attributes))
         return name
 
     def split(self, a: str, count: int, sizes: str = "") -> list[str]:
-        """Equal parts, or two of the sizes that a constant holds."""
+        """Split into equal parts, or two of the sizes that a constant holds."""
         names = [f"part_{id(self)}_{len(self.nodes)}_{index}" for index in range(count)]
         inputs = [a, sizes] if sizes else [a]
         self.nodes.append(module("onnx.helper").make_node("Split", inputs, names, axis=-1))
         return names
 
     def norm(self, a: str, *affine: str) -> str:
-        """Layer norm over the last axis, with a gain and perhaps a bias."""
+        """Add layer norm over the last axis, with a gain and perhaps a bias."""
         return self.add("LayerNormalization", [a, *affine], axis=-1, epsilon=_EPS)
 
     def two_norms(self, a: str, side: str) -> tuple[str, str]:
-        """A GRU's: over r and z together, and over n."""
+        """Add a GRU's norms: over r and z together, and over n."""
         rz, n = self.split(a, 2, "rz_n")
         biases = ("bias_rz", "bias_n") if side == "ih" else (None, "bias_hn")
         found = [
@@ -161,14 +161,14 @@ class _Graph:
         return found[0], found[1]
 
     def project(self, cell: str, x: str, weights: Mapping[str, Tensor]) -> str:
-        """What the input contributes to the gates."""
+        """Add what the input contributes to the gates."""
         a = self.add("MatMul", [x, "weight_ih"])
         if cell == "lstm":
             return self.norm(a, "gain_ih", "bias")
         return self.add("Concat", self.two_norms(a, "ih"), axis=-1) if cell == "gru" else a
 
     def step(self, cell: str, x: str, weights: Mapping[str, Tensor]) -> list[str]:
-        """The next state from "h", "c" and what the input contributes."""
+        """Add the next state from "h", "c" and what the input contributes."""
         b = self.add("MatMul", ["h", "weight_hh"])
         if cell == "rnn":
             return [self.add("Tanh", [self.norm(self.add("Add", [x, b]), "gain", "bias")])]

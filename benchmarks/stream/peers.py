@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import layernorm
-from benchmarks.core import onnx_session
+from benchmarks.core import jax_arrays, onnx_session
 from benchmarks.core.subjects import Subject, module
 from benchmarks.recurrent import jax_peers, onnx_peers
 from benchmarks.recurrent.case import Case
@@ -117,9 +117,9 @@ def _script(case: Case) -> Subject:
 def _jax(case: Case) -> Subject:
     jax = module("jax")
     project, step = jax_peers.functions(case.cell)
-    weights = {name: jax_peers.array(value) for name, value in case.normalized.items()}
-    x = jax_peers.array(case.x[0])
-    zeros = tuple(jax_peers.array(s) for s in _zeros(case))
+    weights = {name: jax_arrays.array(value) for name, value in case.normalized.items()}
+    x = jax_arrays.array(case.x[0])
+    zeros = tuple(jax_arrays.array(s) for s in _zeros(case))
 
     # The weights are constants to the compiler, which is faster than handing them over.
     following = jax.jit(lambda state, x: step(state, project(x, weights), weights))
@@ -133,7 +133,7 @@ def _jax(case: Case) -> Subject:
         found = []
         for _ in range(CHECKED):
             call()
-            found += jax_peers.tensors(held[0][0])
+            found += jax_arrays.tensors(held[0][0])
         return found
 
     return Subject(call, results)

@@ -12,7 +12,7 @@ from benchmarks.stream.peers import BY_HAND, CHECKED
 _METHOD: Final = """\
 ### How single steps are measured
 
-- A call from Python takes one step, and its state goes on to the next call; the input stays the same. There
+- A call from Python takes one step, and its state is passed to the next call; the input stays the same. There
   are as many features in as out, and everything runs under `torch.inference_mode()`.
 - `layernorm` is `step` of `stream()`, `layernorm-cell` is `LayerNormLSTMCell`, `LayerNormGRUCell` or
   `LayerNormRNNCell`. `torch` is `torch.nn.LSTMCell`, `GRUCell` or `RNNCell`, which normalizes nothing, and

@@ -25,8 +25,8 @@ _METHOD: Final = """\
   layers those of `torch.nn`. Where a layer's output decides on its next input (both of DRAW's, the first of
   handwriting's) the layer is written with PyTorch's operators; but for handwriting's norms and gates, which
   are `layernorm.functional.lstm_gates`.
-- Each starts as a run with seed 0 does, and learning goes on from call to call. Both take the batches of the
-  first epoch in the same order, a new one in each round, so that a round's ratio is of the same training
+- Each starts as a run with seed 0 does, and learning continues from call to call. Both take the batches of
+  the first epoch in the same order, a new one in each round, so that a round's ratio is of the same training
   cases. Updates must change the network, and to finite parameters; otherwise a peer is listed as failed.
 - Both run in one process and are sampled in turn, in an order that changes from round to round. A sample is
   as many updates as take 3 ms. {rounds} Times are medians, and so are ratios, of those within a round.

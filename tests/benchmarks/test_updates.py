@@ -38,7 +38,7 @@ def here(module, job, threads, limit):
 
 @pytest.fixture
 def without_data(monkeypatch):
-    """The data of DRAW is missing."""
+    """Take away DRAW's data."""
 
     def problem(**sizes):
         raise tasks.MissingData("the digits are not here: get them elsewhere")
