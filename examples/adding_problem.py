@@ -1,7 +1,7 @@
 """The adding problem, a classic test of memory: `torch.nn.LSTM` and `LayerNormLSTM` side by side.
 
-Each step of a sequence is a random number and a mark; two steps are marked, and the answer is the sum
-of their numbers. Who always answers 1 has a mean squared error of 1/6 = 0.167.
+Each step of a sequence is a random number and a mark. Two steps are marked, and the answer is the sum of
+their numbers. A model that always predicts 1 has a mean squared error of 1/6 = 0.167.
 
     python examples/adding_problem.py [--updates N] [--length T]
 """
@@ -17,7 +17,7 @@ from layernorm import LayerNormLSTM
 
 
 def batch(length: int, size: int) -> tuple[Tensor, Tensor]:
-    """Sequences (length, size, 2) and answers (size)."""
+    """Draw sequences (length, size, 2) and their answers (size)."""
     numbers, marks = torch.rand(length, size), torch.zeros(length, size)
     half = length // 2
     first, second = torch.randint(half, (1, size)), torch.randint(half, length, (1, size))
@@ -26,7 +26,7 @@ def batch(length: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def train(lstm: nn.Module, updates: int, length: int) -> list[float]:
-    """The mean squared error of each update."""
+    """Train a network and return its mean squared error at each update."""
     readout = nn.Linear(lstm.hidden_size, 1)
     optimizer = torch.optim.Adam([*lstm.parameters(), *readout.parameters()], lr=3e-3)
     errors = []
@@ -43,7 +43,7 @@ def train(lstm: nn.Module, updates: int, length: int) -> list[float]:
 
 
 def main() -> None:
-    """Trains both and prints their errors in ten stretches."""
+    """Train both networks and print the mean error over each tenth of the training."""
     parser = argparse.ArgumentParser(description="The adding problem, with and without layer norm.")
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--length", type=int, default=30)

@@ -1,8 +1,8 @@
-"""Online inference: a `LayerNormLSTM` fed one step at a time, as samples arrive, with microseconds a step.
+"""Online inference: a `LayerNormLSTM` that takes one step at a time as samples arrive, in microseconds each.
 
-Several channels of a signal are predicted one sample ahead. Now and then a channel is cut off and begins
-anew. At the end the same samples are given to the network as one sequence: the predictions are the same,
-bit for bit where the compiled kernels serve.
+It reads several channels of a signal sample by sample. Now and then a channel is interrupted and starts
+over. At the end the network gets the same samples as one sequence: the outputs are the same, bit for bit
+with the compiled kernels.
 
     python examples/streaming.py [--steps N] [--channels N] [--hidden H]
 """
@@ -20,12 +20,12 @@ from layernorm import LayerNormLSTM
 
 
 def signal(step: int, channels: int) -> Tensor:
-    """The samples (channels, 1) of one step: a sine of another frequency in each channel."""
+    """Return the samples (channels, 1) of one step: a sine of a different frequency in each channel."""
     return torch.sin(0.1 * step * (1 + torch.arange(channels, dtype=torch.float32))).unsqueeze(-1)
 
 
 def main() -> None:
-    """Steps through the signal, tells how long a step takes, and compares with the whole sequence."""
+    """Step through the signal, print the time per step, and compare with the whole sequence."""
     parser = argparse.ArgumentParser(description="A layer-normalized LSTM, one step at a time.")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--channels", type=int, default=1)

@@ -1,17 +1,17 @@
-"""The norms of a ``DTensor``: rows that are whole on each process, and rows that are cut between processes.
+"""The norms of a ``DTensor``, whether each process holds whole rows or only a part of every row.
 
 Where the normalized dimensions are whole (data, sequence and context parallelism), each process normalizes
-its own rows with the same kernels as ever, and gradients of gain and bias are partial sums. Where they are
-sharded (tensor parallelism), nobody gathers the input: each process forms the moments of its own part of
-every row, one gather of two numbers for each row puts them together (Chan, Golub, LeVeque 1979; a sum of
-squares about a mean that the processes do not share yet cannot be summed without losing digits), and in
-backward one all-reduce adds the two sums that the gradient needs.
+its own rows with the usual kernels, and the gradients of gain and bias are partial sums. Where they are
+sharded (tensor parallelism), the input is not gathered: each process computes the moments of its own part of
+every row, and one gather of these few numbers per row combines them (Chan, Golub, LeVeque 1979; sums of
+squares about different means cannot be added without losing digits). In backward one all-reduce adds the two
+sums that the gradient needs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +24,13 @@ from layernorm import checks
 
 
 class _Layout(NamedTuple):
-    """How a call's tensors lie on the mesh, a placement for each dimension of it.
+    """How the tensors of a call are placed, with one placement for each dimension of the mesh.
 
     Attributes:
-        rows: of input, residual and results.
-        affine: of gain and bias.
-        affine_grads: of their gradients as each process finds them.
-        cut: the dimensions of the mesh that cut rows.
+        rows: placements of input, residual and results.
+        affine: placements of gain and bias.
+        affine_grads: placements of their gradients as each process computes them.
+        cut: the dimensions of the mesh along which rows are sharded.
     """
 
     rows: tuple[Placement, ...]
@@ -49,39 +49,31 @@ def norm(
     bias: Tensor | None,
     eps: float | None,
 ) -> Any:
-    """Compute the operator of that name; its results have the input's placements.
+    """Compute the named operator; its results have the input's placements.
 
-    An input that is a partial sum is summed first. Residual, gain and bias are brought to where the input's
-    placements want them, which costs nothing where they are there or replicated.
+    An input that is a partial sum is summed first. Residual, gain and bias are redistributed to match the
+    input's placements, which costs nothing where they match already or are replicated.
 
     Args:
         operator: one of ``layernorm.backends.NORMS``.
-        local: computes the operator on plain tensors; called with all arguments but this one.
+        local: the function that computes the operator on plain tensors; it takes all other arguments.
         input: (*, *normalized_shape).
-        residual: of the input's shape, for an operator that adds one.
+        residual: a tensor of the input's shape for an operator that adds one, else None.
         normalized_shape: the sizes of the last dimensions.
         weight: the gain, or None.
-        bias: or None.
+        bias: the bias, or None.
         eps: added to the variance or the mean square.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        RuntimeError: shapes, dtypes or devices do not fit together; another tensor is no DTensor, or on
-            another mesh; a second derivative is asked for where rows are cut.
+        RuntimeError: shapes, dtypes or devices do not fit together; another tensor is not a DTensor or is on
+            another mesh; a second derivative is requested where rows are sharded.
     """
     checks.norm_arguments(operator, input, normalized_shape, weight, bias, eps)
     if operator.startswith("add_"):
         checks.residual_argument(operator, residual, input)
+    _check_meshes(operator, input, {"residual": residual, "weight": weight, "bias": bias})
     layout = _layout(input, len(normalized_shape))
-    given = {"residual": residual, "weight": weight, "bias": bias}
-    for name, tensor in given.items():
-        mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
-        if tensor is not None and mesh != input.device_mesh:
-            got = "a plain Tensor" if mesh is None else f"a DTensor on {mesh}"
-            raise RuntimeError(
-                f"{operator}: input is a DTensor on {input.device_mesh}, so {name} must be one on it too, "
-                f"but got {got}; distribute it, for example with torch.distributed.tensor.distribute_module"
-            )
     x, other = (_local(t, layout.rows, layout.rows) for t in (input, residual))
     gain, offset = (_local(t, layout.affine, layout.affine_grads) for t in (weight, bias))
     if layout.cut:
@@ -92,7 +84,7 @@ def norm(
         if eps is None:
             eps = torch.finfo(_accumulate(x)).eps
         centred = operator.endswith("layer_norm")
-        output = _CutNorm.apply(  # type: ignore[no-untyped-call]
+        output = _ShardedNorm.apply(  # type: ignore[no-untyped-call]
             total, gain, offset, eps, centred, len(normalized_shape), count, groups, x.dtype
         )
         results = (output,) if other is None else (output, total)
@@ -103,6 +95,17 @@ def norm(
     return wrapped[0] if residual is None else wrapped
 
 
+def _check_meshes(operator: str, input: DTensor, others: Mapping[str, Tensor | None]) -> None:
+    for name, tensor in others.items():
+        mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
+        if tensor is not None and mesh != input.device_mesh:
+            got = "a plain Tensor" if mesh is None else f"a DTensor on {mesh}"
+            raise RuntimeError(
+                f"{operator}: input is a DTensor on {input.device_mesh}, so {name} must be one on it too, "
+                f"but got {got}; distribute it, for example with torch.distributed.tensor.distribute_module"
+            )
+
+
 def _layout(input: DTensor, tail: int) -> _Layout:
     leading = input.dim() - tail
     rows: list[Placement] = []
@@ -110,7 +113,7 @@ def _layout(input: DTensor, tail: int) -> _Layout:
     grads: list[Placement] = []
     cut = []
     for dim, placement in enumerate(input.placements):
-        # Exactly these two: a partial sum is summed, and a subclass of Shard may order elements otherwise.
+        # Exactly these two: a partial sum is summed, and a subclass of Shard may order elements differently.
         kept = placement if type(placement) in (Shard, Replicate) else Replicate()
         rows.append(kept)
         place = Replicate()
@@ -147,8 +150,8 @@ def _accumulate(a: Tensor) -> torch.dtype:
 _Groups = tuple[dist.ProcessGroup, ...]
 
 
-class _CutNorm(torch.autograd.Function):
-    """The norm of rows of which this process has a part."""
+class _ShardedNorm(torch.autograd.Function):
+    """The norm of rows of which this process holds a part."""
 
     @staticmethod
     def forward(
@@ -200,12 +203,12 @@ class _CutNorm(torch.autograd.Function):
 def _moments(
     a: Tensor, dims: tuple[int, ...], centred: bool, count: int, groups: _Groups
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and mean square about it of whole rows."""
+    """Return the mean of whole rows, and their mean square about it."""
     own = math.prod(a.shape[dim] for dim in dims)
     rows = a.shape[: a.dim() - len(dims)] + (1,) * len(dims)
     if not centred:
         return a.new_zeros(rows), _all_reduce(a.square().sum(dims, True), groups) / count
-    # A process may have no element of the rows.
+    # A process may hold no element of the rows.
     mean = a.mean(dims, keepdim=True) if own else a.new_zeros(rows)
     squares = (a - mean).square().sum(dims, True)
     parts = torch.stack([torch.full_like(mean, own), mean, squares])

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: ``torch.nn``'s modules, served by this package's operators."""
+"""LayerNorm and RMSNorm: ``torch.nn``'s modules, computed by this package's operators."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class LayerNorm(torch.nn.LayerNorm):
         normalized_shape: the sizes of the last dimensions, or an int for one dimension.
         eps: added to the variance.
         elementwise_affine: whether there is a gain and a bias.
-        bias: whether there is a bias beside the gain.
-        device: where the parameters are made.
-        dtype: of the parameters.
+        bias: whether there is a bias next to the gain.
+        device: the device of the parameters.
+        dtype: their dtype.
 
     Shape:
         Input and output (*, *normalized_shape).
 
     Raises:
-        RuntimeError: in the call, for an input that does not fit; see
+        RuntimeError: called with an input that does not fit; see
             ``layernorm.functional.layer_norm``.
 
     Examples:
@@ -48,16 +48,16 @@ class RMSNorm(torch.nn.RMSNorm):
 
     Args:
         normalized_shape: the sizes of the last dimensions, or an int for one dimension.
-        eps: added to the mean square; None for the machine epsilon of the dtype computed in.
+        eps: added to the mean square; None for the machine epsilon of the dtype of the computation.
         elementwise_affine: whether there is a gain.
-        device: where the gain is made.
-        dtype: of the gain.
+        device: the device of the gain.
+        dtype: its dtype.
 
     Shape:
         Input and output (*, *normalized_shape).
 
     Raises:
-        RuntimeError: in the call, for an input that does not fit; see
+        RuntimeError: called with an input that does not fit; see
             ``layernorm.functional.rms_norm``.
 
     Examples:

@@ -1,4 +1,4 @@
-"""Serving the norms of an existing model by this package's operators."""
+"""Replacing the norms of an existing model by this package's."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from layernorm import checks
 from layernorm.modules import LayerNorm, RMSNorm
 
 _TWINS: Final[dict[type[Module], type[Module]]] = {torch.nn.LayerNorm: LayerNorm, torch.nn.RMSNorm: RMSNorm}
-# The derived classes by their subclass, so that two modules of one class stay of one class.
+# The replacement of each subclass, so that two modules of one class stay of one class.
 _derived: Final[WeakValueDictionary[type[Module], type[Module]]] = WeakValueDictionary()
-# What a class may have changed that decides how its instances are made and pickled.
-_MAKING: Final = ("__new__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
+# A subclass with its own version of one of these decides itself how instances are made or pickled.
+_CONSTRUCTION: Final = ("__new__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
 
 
 class Replacement(NamedTuple):
-    """What ``replace_norms`` did; ``print`` shows it line by line.
+    """The report of ``replace_norms``; ``print`` shows it line by line.
 
     Attributes:
         replaced: the qualified name of each norm that was replaced, as in ``model.named_modules()``
-            (the model itself is ``""``), and what serves it now: ``"LayerNorm"`` or ``"RMSNorm"``.
+            (the model itself is ``""``), and what it is now: ``"LayerNorm"`` or ``"RMSNorm"``.
         left: the qualified name of each norm that was left alone, and why.
     """
 
@@ -43,24 +43,24 @@ class Replacement(NamedTuple):
 def replace_norms(model: Module) -> Replacement:
     """Make every ``torch.nn.LayerNorm`` and ``torch.nn.RMSNorm`` of a model this package's, in place.
 
-    Each norm stays the very object it was and only changes its class: parameters, state dict, hooks,
-    training mode and places where the model or others hold it stay as they are, so optimizers go on and
-    tied parameters stay tied. The model itself may be a norm. A second call replaces nothing.
+    Each norm remains the same object and only changes its class. Its parameters, state dict, hooks and
+    training mode stay as they are, and so does every reference to it: optimizers keep working and tied
+    parameters stay tied. The model itself may be a norm. A second call replaces nothing.
 
-    A subclass that does not change ``forward`` keeps its methods, its name and ``isinstance``. Left alone
-    are norms that compute in their own way (a subclass or an instance with its own ``forward``) and those
-    that belong to another tool: parametrized, prepared for quantization or compiled by TorchScript, and
-    subclasses that make or pickle their instances in their own way.
+    A subclass that does not override ``forward`` keeps its methods and its name, and ``isinstance`` still
+    holds. Some norms are left alone: those that compute something else (a subclass or an instance with its
+    own ``forward``), those that belong to another tool (parametrized, prepared for quantization, compiled
+    by TorchScript), and subclasses with their own way of making or pickling instances.
 
     Args:
         model: any module; it is changed.
 
     Returns:
-        Which norms were replaced, and which were left alone and why. A norm at several places in the
-            model has its first name. Norms that were this package's before are in neither.
+        Which norms were replaced, and which were left alone and why. A norm that occurs several times in
+            the model is listed under its first name. Norms that were this package's already are not listed.
 
     Raises:
-        TypeError: ``model`` is no ``torch.nn.Module``.
+        TypeError: ``model`` is not a ``torch.nn.Module``.
 
     Examples:
         >>> import torch, layernorm
@@ -88,7 +88,7 @@ def replace_norms(model: Module) -> Replacement:
         reason = _reason_to_leave(module, norm)
         if reason is None:
             try:
-                classes.append((module, _served(type(module), norm)))
+                classes.append((module, _replacement_class(type(module), norm)))
             except TypeError as error:  # from a metaclass or an __init_subclass__
                 reason = f"{type(module).__name__} cannot be derived from: {error}"
         if reason is None:
@@ -96,8 +96,8 @@ def replace_norms(model: Module) -> Replacement:
         else:
             left[name] = reason
     # Only now, so that an error above leaves the model as it was.
-    for module, served in classes:
-        module.__class__ = served
+    for module, replacement in classes:
+        module.__class__ = replacement
     return Replacement(replaced, left)
 
 
@@ -120,17 +120,17 @@ def _reason_to_leave(module: Module, norm: type[Module]) -> str | None:
         return f"{cls.__name__} has its own forward"
     if hasattr(module, "activation_post_process"):
         return "prepared for quantization, which finds norms by their class"
-    for method in _MAKING:
+    for method in _CONSTRUCTION:
         if getattr(cls, method, None) is not getattr(norm, method, None):
             return f"{cls.__name__} has its own {method}"
     return None
 
 
-def _served(cls: type[Module], norm: type[Module]) -> type[Module]:
-    """Return the class that a module of class ``cls`` gets, which is ``norm`` or extends it.
+def _replacement_class(cls: type[Module], norm: type[Module]) -> type[Module]:
+    """Return the class that replaces ``cls``, which is ``norm`` or a subclass of it.
 
-    For a subclass that is the subclass with ours put between it and ``norm``: its own methods come first,
-    and ``forward``, which it does not have, is ours.
+    A subclass gets a class that derives from it and from this package's norm: its own methods come first,
+    and ``forward``, which it does not override, is this package's.
     """
     if cls is norm:
         return _TWINS[norm]
@@ -139,9 +139,9 @@ def _served(cls: type[Module], norm: type[Module]) -> type[Module]:
         return known
 
     def reduce(self: Any, protocol: int) -> Any:
-        if type(self) is not served:  # something derived from it in turn, which knows how to pickle itself
+        if type(self) is not replacement:  # a class derived in turn, which pickles itself
             return object.__reduce_ex__(self, protocol)
-        # Pickle finds classes by name, and by its name it would find ``cls``.
+        # Pickle looks classes up by name, and under this name it would find ``cls``.
         return _empty, (cls, norm), self.__getstate__()
 
     body = {
@@ -150,11 +150,11 @@ def _served(cls: type[Module], norm: type[Module]) -> type[Module]:
         "__doc__": cls.__doc__,
         "__reduce_ex__": reduce,
     }
-    served = _derived[cls] = type(cls.__name__, (cls, _TWINS[norm]), body)
-    return served
+    replacement = _derived[cls] = type(cls.__name__, (cls, _TWINS[norm]), body)
+    return replacement
 
 
 def _empty(cls: type[Module], norm: type[Module]) -> Any:
-    """Return a replaced norm of the subclass ``cls``, without its state; pickles refer to this function."""
-    served = _served(cls, norm)
-    return served.__new__(served)
+    """Return a replaced norm of the subclass ``cls`` without its state; pickles refer to this function."""
+    replacement = _replacement_class(cls, norm)
+    return replacement.__new__(replacement)

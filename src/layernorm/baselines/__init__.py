@@ -1,7 +1,8 @@
-"""What layer norm is compared with, as layers of their own: batch norm, recurrent batch norm, weight norm.
+"""Layers that layer norm is compared with: batch norm, recurrent batch norm, weight norm.
 
-Plain PyTorch on any device. RMS norm is ``layernorm.RMSNorm``, and ``variant="rms"`` of the recurrent layers;
-weight norm is ``torch.nn.utils.parametrizations.weight_norm``, whose start by data is here.
+They are plain PyTorch and run on any device. RMS norm is ``layernorm.RMSNorm``, and ``variant="rms"`` of the
+recurrent layers. Weight norm is ``torch.nn.utils.parametrizations.weight_norm``; its data-dependent
+initialization is here.
 """
 
 from layernorm.baselines.batch_norm import BatchNorm

@@ -1,4 +1,4 @@
-"""Batch normalization whose statistics are those of the whole batch, however many processes share it."""
+"""Batch normalization with the statistics of the whole batch, however many processes share it."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ class BatchNorm(_BatchNorm):
     """Batch normalization of features or channels (Ioffe and Szegedy 2015, arXiv 1502.03167).
 
     In training y = (x - mean)·rstd·weight + bias with the mean and the biased variance of each feature over
-    all cases of the batch (and places of an image), and
+    all cases of the batch (and all positions of an image), and
 
         running = (1 - momentum)·running + momentum·batch,
 
-    where the running variance takes the unbiased variance, n/(n - 1) times the biased one. In evaluation y
-    is made with the running mean and variance.
+    where the running variance takes the unbiased variance, n/(n - 1) times the biased one. In evaluation
+    the running mean and variance are used.
 
-    One layer for every number of spatial dimensions, with constructor, parameters and state dict of
-    ``torch.nn.BatchNorm1d`` and ``BatchNorm2d``, whose state dicts load here and the other way round. Where
-    ``torch.distributed`` is initialized, mean and variance in training are those of the batch that all
-    processes together hold, on CPUs too: two processes with half the batch each give what one gives.
-    Processes may hold different numbers of cases, even none.
+    This one layer takes any number of spatial dimensions. Its constructor, parameters and state dict are
+    those of ``torch.nn.BatchNorm1d`` and ``BatchNorm2d``, and state dicts can be exchanged with them. Where
+    ``torch.distributed`` is initialized, the statistics in training are those of the whole batch over all
+    processes, on CPUs too: two processes with half the batch each compute the same as one process with all
+    of it. Processes may hold different numbers of cases, even none.
 
     Args:
-        num_features: C, features of the input, or its channels.
+        num_features: C, the number of features or channels of the input.
         eps: added to the variance.
-        momentum: of the running statistics; None for the mean over all batches.
+        momentum: the momentum of the running statistics; None for the mean over all batches.
         affine: whether there are ``weight`` (the gain) and ``bias``.
-        track_running_stats: whether there are running statistics; without, evaluation too takes those of
-            its batch.
-        device: where the parameters are made.
-        dtype: of the parameters.
+        track_running_stats: whether to keep running statistics; without them, evaluation uses the
+            statistics of its batch.
+        device: the device of the parameters.
+        dtype: their dtype.
         process_group: the processes that share a batch; None for all.
 
     Shape:
         Input and output (N, C) or (N, C, *).
 
     Raises:
-        ValueError: the input has no dimension of ``num_features`` channels after its first; or there is,
-            in training, one value for a channel.
+        ValueError: the second dimension of the input is not of size ``num_features``, or in training there
+            is only one value per channel.
 
     Examples:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Recurrent batch normalization of an LSTM, with statistics of their own for each step."""
+"""Recurrent batch normalization of an LSTM, with separate statistics for each step."""
 
 from __future__ import annotations
 
@@ -16,51 +16,52 @@ from layernorm.parameters import State
 from layernorm.recurrent import LayerNormRNNBase
 from layernorm.spec import LayerSpec
 
-#: What has statistics: the products with the input and with h, and the cell.
+#: The normalized quantities: the products with the input and with h, and the cell.
 _NORMALIZED: Final = ("ih", "hh", "cell")
 
 
 class BatchNormLSTM(LayerNormRNNBase):
-    """A batch-normalized LSTM, with the call of ``torch.nn.LSTM`` (Cooijmans et al. 2016, arXiv 1603.09025).
+    """A batch-normalized LSTM, called like ``torch.nn.LSTM`` (Cooijmans et al. 2016, arXiv 1603.09025).
 
-    (i, f, g, o) = BN(W_ih x) + BN(W_hh h) + bias; c' = σ(f)·c + σ(i)·tanh(g) is carried on;
+    (i, f, g, o) = BN(W_ih x) + BN(W_hh h) + bias; c' = σ(f)·c + σ(i)·tanh(g);
     h' = σ(o)·tanh(BN(c')) (eq. 6-8). The norms of the two products have a gain and no bias, that of the cell
     has both; the gains start at 0.1, "as otherwise tanh saturates and gradients vanish" (§4).
 
-    Each step from the start of a sequence has mean and variance of its own, over the cases of the batch that
-    are still alive there, and running ones for evaluation, kept for ``max_length`` steps. Later steps, and
-    those beyond the longest sequence seen in training, are evaluated with the statistics of the last that
-    there are. A running statistic is the mean over the first batches that had this step, until ``momentum``
-    is the greater share: so steps that few sequences reach are not drawn to the values that a buffer starts
-    with. The running variance takes the unbiased one, n/(n - 1) times the biased one. A step where but one
-    case is left is evaluated with its running statistics in training too.
+    Each step, counted from the start of a sequence, has its own mean and variance over the cases of the batch
+    that are still running there, and its own running statistics for evaluation, kept for ``max_length``
+    steps. Later steps, and those beyond the longest sequence seen in training, are evaluated with the
+    statistics of the last step that has any. A running statistic is the mean over the first batches that
+    had this step, until ``momentum`` is the larger share, so that steps which few sequences reach are not
+    pulled towards the initial values of the buffers. The running variance takes the unbiased variance,
+    n/(n - 1) times the biased one. A step with only one case left uses its running statistics in training
+    too.
 
-    Where ``torch.distributed`` is initialized the batch is what all processes together hold.
+    Where ``torch.distributed`` is initialized, the batch is that of all processes together.
 
     Args:
-        input_size: features of the input, F.
-        hidden_size: features of the cell, H.
-        num_layers: layers, each reading the one before.
-        bias: whether there are biases; without, gains remain.
-        batch_first: whether input and output are (N, T, ·) in place of (T, N, ·).
-        dropout: probability of dropout on the output of every layer but the last, in training.
-        bidirectional: whether each layer also reads the sequence from its end, D = 2.
-        device: where the parameters are made.
-        dtype: of the parameters, float32 or float64; autocast does not change what it is computed in.
-        gain: what the gains start at.
-        max_length: steps whose statistics are kept.
-        momentum: the share of a batch in its steps' running statistics.
+        input_size: F, the number of features of the input.
+        hidden_size: H, the number of features of the state.
+        num_layers: the number of layers, each reading the output of the one before.
+        bias: whether there are biases; there are gains either way.
+        batch_first: whether input and output are (N, T, ·) instead of (T, N, ·).
+        dropout: the probability of dropout on the output of every layer but the last, in training.
+        bidirectional: whether each layer also reads the sequence backwards; then D = 2.
+        device: the device of the parameters.
+        dtype: their dtype, float32 or float64; autocast does not change the dtype of the computation.
+        gain: the initial value of the gains.
+        max_length: the number of steps whose statistics are kept.
+        momentum: the share of each batch in the running statistics of its steps.
         eps: added to the variance.
         process_group: the processes that share a batch; None for all.
 
     Shape:
-        Those of ``torch.nn.LSTM``: input (T, N, F), (N, T, F) with ``batch_first``, (T, F) for one sequence
-        in evaluation, or a ``PackedSequence``; ``(h_0, c_0)`` each (num_layers·D, N, H), zeros when left out.
+        As for ``torch.nn.LSTM``: input (T, N, F), (N, T, F) with ``batch_first``, (T, F) for one sequence
+        in evaluation, or a ``PackedSequence``; ``(h_0, c_0)`` each (num_layers·D, N, H), zeros by default.
 
     Raises:
-        ValueError: in training with one sequence; an argument is out of its range; ``resets`` are given.
+        ValueError: training with a single sequence; an argument is out of range; ``resets`` are given.
         TypeError: an argument is of the wrong type.
-        RuntimeError: input or state has the wrong shape.
+        RuntimeError: the input or the state has the wrong shape.
 
     Examples:
         >>> import torch
@@ -104,7 +105,7 @@ class BatchNormLSTM(LayerNormRNNBase):
         super().__init__(*sizes, bias, batch_first, dropout, bidirectional, 0, device, dtype)
 
     def _register(self, suffix: str, input_size: int, device: Any, dtype: Any) -> None:
-        # The variant "paper" has its norms in the same places, so the parameters and their names are its own.
+        # The variant "paper" has its norms in the same places, so the parameters have the same names.
         super()._register(suffix, input_size, device, dtype)
         widths = (4 * self.hidden_size, 4 * self.hidden_size, self.hidden_size)
         buffers = {}
@@ -127,7 +128,7 @@ class BatchNormLSTM(LayerNormRNNBase):
         ]
 
     def reset_parameters(self) -> None:
-        """Draw weights uniformly in ±1/√hidden_size; gains ``gain``, biases 0; no step has been seen."""
+        """Draw weights in ±1/√hidden_size, set gains to ``gain`` and biases to 0, and forget all steps."""
         super().reset_parameters()
         for name, parameter in self.named_parameters():
             if name.startswith("gain"):
@@ -171,7 +172,7 @@ class BatchNormLSTM(LayerNormRNNBase):
         with torch.autocast(input.device.type, enabled=False):
             rows = input.reshape(-1, input.size(-1)).to(dtype)
             h, c = (s.to(dtype) for s in state)
-            # Each sequence from its own end, which is where the steps of this direction are counted from.
+            # The steps of the reverse direction are counted from the end of each sequence.
             order = _reversed(sizes, rows.device) if reverse else None
             output, h, c = self._steps(rows if order is None else rows[order], sizes, h, c, weights)
             output = output if order is None else output[order]
@@ -186,7 +187,7 @@ class BatchNormLSTM(LayerNormRNNBase):
         weights: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute one layer and direction over rows as in a ``PackedSequence``, from their first step."""
-        # Evaluation needs nobody else: one process may do it alone.
+        # Evaluation needs no other process, so that one may do it alone.
         steps = Steps.of(sizes, self.process_group, rows) if self.training else Steps.alone(sizes)
         if self.training and steps.total[0] < 2:
             raise ValueError(
@@ -221,13 +222,13 @@ class BatchNormLSTM(LayerNormRNNBase):
 
     @torch.no_grad()
     def _track(self, weights: Mapping[str, Tensor], steps: Steps, used: Sequence[Tensor]) -> None:
-        """Add a batch's statistics to the running ones, for the steps where it had any."""
-        having = [total for total in steps.total[: self.max_length] if total > 1]
-        kept = slice(len(having))
+        """Add the statistics of a batch to the running ones, for the steps where it had any."""
+        with_statistics = [total for total in steps.total[: self.max_length] if total > 1]
+        kept = slice(len(with_statistics))
         counts = weights["num_batches_tracked"]
         counts[kept] += 1
         share = (1 / counts[kept].to(used[0].dtype)).clamp_min(self.momentum).unsqueeze(1)
-        unbiased = steps.column(used[0], [total / (total - 1) for total in having])
+        unbiased = steps.column(used[0], [total / (total - 1) for total in with_statistics])
         for name, mean, var in zip(_NORMALIZED, used[::2], used[1::2], strict=True):
             weights[f"running_mean_{name}"][kept].lerp_(mean[kept], share)
             weights[f"running_var_{name}"][kept].lerp_(var[kept] * unbiased, share)
@@ -246,7 +247,7 @@ class BatchNormLSTM(LayerNormRNNBase):
 
 
 def _running(weights: Mapping[str, Tensor], length: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return mean and variance of each step (length, ·), those of the last step seen for later ones."""
+    """Return mean and variance of each step (length, ·); later steps have those of the last step seen."""
     counts = weights["num_batches_tracked"]
     last = max(int(counts.count_nonzero()) - 1, 0)
     steps = torch.arange(length, device=counts.device).clamp_max(last)
@@ -265,7 +266,7 @@ def _check_statistics_dtype(dtype: torch.dtype) -> None:
 
 
 def _reversed(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """Return the order (R) of packed rows that runs each sequence backwards; it is its own inverse."""
+    """Return the order (R) of packed rows that reverses each sequence; it is its own inverse."""
     rows = torch.tensor(sizes, device=device)
     begins = rows.cumsum(0) - rows
     steps = torch.arange(len(sizes), device=device).repeat_interleave(rows)

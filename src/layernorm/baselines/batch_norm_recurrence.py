@@ -1,8 +1,8 @@
 """The time loop of a batch-normalized LSTM, forward and backward.
 
-Written out by hand, so that a step costs a few operators instead of an autograd node for each, so that the
-gradient of the recurrent weights is one matrix product over all steps, and so that all processes that share
-a batch meet in the same order, even where the sequences of one are shorter.
+Its derivative is written by hand for three reasons: a step needs no autograd nodes, the gradient of the
+recurrent weights is one matrix product over all steps, and all processes that share a batch communicate in
+the same order, even if the sequences of one are shorter.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from layernorm.baselines.statistics import Steps, added, combined
 
 @dataclass(frozen=True)
 class Recurrence:
-    """What a time loop is besides tensors.
+    """The settings of a time loop, and what it does with the rows of its steps.
 
     Attributes:
         steps: the rows of each step.
-        eps: added to variances.
-        training: whether statistics are those of the batch, where a step has more than one row.
+        eps: added to the variances.
+        training: whether to use the statistics of the batch, where a step has more than one row.
     """
 
     steps: Steps
@@ -42,7 +42,7 @@ class Recurrence:
         return parts
 
     def before(self, first: Tensor, rows: Tensor) -> Tensor:
-        """Return for each row (R, H) that of the step before; ``first`` (N, H) precedes the first step."""
+        """Return for each row (R, H) the row of the step before; ``first`` (N, H) precedes the first step."""
         parts = [first, *self.parts(rows)]
         return torch.cat([part[:n] for part, n in zip(parts, self.steps.own, strict=False)])
 
@@ -52,9 +52,9 @@ class Recurrence:
         return torch.cat([part[after:n] for part, (n, after) in reversed(list(ends))])
 
     def standardize(self, t: int, rows: Tensor, mean: Tensor, var: Tensor, out: Tensor) -> Tensor:
-        """Write the rows of step t standardized; return rstd (H).
+        """Write the standardized rows of step t to ``out`` and return rstd (H).
 
-        ``mean`` and ``var`` (H) are those that serve in evaluation; in training they become the batch's.
+        ``mean`` and ``var`` (H) are the running statistics; those of the batch, where used, overwrite them.
         """
         if not self.from_batch(t):
             rstd = torch.rsqrt(var + self.eps)
@@ -76,7 +76,7 @@ class Recurrence:
         return rstd
 
     def derivative(self, t: int, grad: Tensor, standardized: Tensor, rstd: Tensor) -> Tensor:
-        """Turn the gradient of step t's standardized rows into that of the rows, in place."""
+        """Turn the gradient of the standardized rows of step t into that of the rows, in place."""
         if self.from_batch(t):
             sums = torch.stack([grad.sum(0), (grad * standardized).sum(0)])
             sums = added(sums, self.steps.group).div_(self.steps.total[t])
@@ -85,18 +85,18 @@ class Recurrence:
 
 
 class BatchNormRecurrence(torch.autograd.Function):
-    """All steps of one layer and direction, of rows as in a ``PackedSequence``.
+    """All steps of one layer and direction, with rows as in a ``PackedSequence``.
 
     ``apply(gates, h, c, weight, gain, gain_cell, bias_cell, statistics, recurrence)``:
 
-    - gates (R, 4H): what the input and the bias give to i, f, g, o;
+    - gates (R, 4H): the contribution of the input and the bias to i, f, g, o;
     - h, c (N, H): the initial state;
-    - weight (4H, H), gain (4H): of the recurrent product and its norm;
-    - gain_cell, bias_cell (H): of the norm of the cell;
-    - statistics: mean and variance (steps, 4H) of the recurrent product, and (steps, H) of the cell, which
-      serve where the batch has none.
+    - weight (4H, H), gain (4H): the weight of the recurrent product and the gain of its norm;
+    - gain_cell, bias_cell (H): the gain and bias of the cell's norm;
+    - statistics: mean and variance (steps, 4H) of the recurrent product, and (steps, H) of the cell, used
+      where the batch has none.
 
-    Returns h of each row (R, H), the last h and c (N, H), and the four statistics that were used.
+    It returns h of each row (R, H), the last h and c (N, H), and the four statistics that were used.
     """
 
     @staticmethod
@@ -112,7 +112,7 @@ class BatchNormRecurrence(torch.autograd.Function):
         statistics: tuple[Tensor, Tensor, Tensor, Tensor],
         recurrence: Recurrence,
     ) -> tuple[Tensor, ...]:
-        """Take the steps one by one; see the class."""
+        """Compute the steps one by one; see the class."""
         size = h.size(1)
         mean, var, mean_cell, var_cell = (s.clone() for s in statistics)
         rstd, rstd_cell = torch.empty_like(var), torch.empty_like(var_cell)
@@ -147,7 +147,7 @@ class BatchNormRecurrence(torch.autograd.Function):
     def backward(
         ctx: Any, grad_output: Tensor, grad_h: Tensor, grad_c: Tensor, *_: Tensor
     ) -> tuple[Any, ...]:
-        """Return gradients of the arguments of ``forward``."""
+        """Return the gradients of the arguments of ``forward``."""
         h, c, weight, gain, gain_cell, *tapes = ctx.saved_tensors
         product, activations, cells, standard_cells, squashed, output, rstd, rstd_cell = tapes
         recurrence: Recurrence = ctx.recurrence

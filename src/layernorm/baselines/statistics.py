@@ -1,7 +1,7 @@
-"""Statistics over the cases of a batch: step by step, and over all processes that share the batch.
+"""Statistics over the cases of a batch, step by step, and over all processes that share the batch.
 
-Rows of a sequence lie as in a ``PackedSequence``: those of the first step, then those of the second, and so
-on, never more at a step than at the one before. A batch that is no sequence has one step.
+The rows of a sequence are ordered as in a ``PackedSequence``: those of the first step, then those of the
+second, and so on, never more at a step than at the one before. A batch without time has one step.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class Steps:
-    """How many rows each step has, here and in all processes.
+    """The numbers of rows of each step, in this process and in all together.
 
     Attributes:
-        own: rows of each step in this process; 0 where only others still have some.
+        own: rows of each step in this process; 0 where only other processes have some left.
         total: rows of each step over all processes.
-        group: the processes that share the batch; None where there is only this one.
-        counts: (processes, steps), the rows of each; None without a group.
+        group: the processes that share the batch; None if there is only this one.
+        counts: rows of each process and step (processes, steps); None without a group.
     """
 
     own: tuple[int, ...]
@@ -35,7 +35,7 @@ class Steps:
 
     @staticmethod
     def alone(sizes: Sequence[int]) -> Steps:
-        """Return the steps of this process, whoever else there is."""
+        """Return the steps of this process, ignoring all others."""
         return Steps(tuple(sizes), tuple(sizes))
 
     @staticmethod
@@ -58,25 +58,25 @@ class Steps:
         return [part.view(count, size, rows.size(1)) for part, (size, count) in zip(parts, runs, strict=True)]
 
     def spread(self, steps: Tensor) -> list[Tensor]:
-        """Return a row of each step (steps, H) to be broadcast over ``blocks``."""
+        """Return the row of each step (steps, H) in a form that broadcasts over ``blocks``."""
         return list(steps.unsqueeze(1).split([len(list(run)) for _, run in groupby(self.own)]))
 
     def sums(self, rows: Tensor) -> Tensor:
-        """Sum this process's rows (R, H) at each step (steps, H)."""
+        """Return the sums (steps, H) of this process's rows (R, H) over each step."""
         return torch.cat([block.sum(1) for block in self.blocks(rows)])
 
     def standardized(self, rows: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        """Return rows (R, H) less the mean of their step, times its rstd, both (steps, H)."""
+        """Subtract from rows (R, H) the mean of their step and multiply by its rstd, both (steps, H)."""
         parts = zip(self.blocks(rows), self.spread(mean), self.spread(rstd), strict=True)
         return torch.cat([((part - m) * r).flatten(0, 1) for part, m, r in parts])
 
     def column(self, tensor: Tensor, values: Sequence[float]) -> Tensor:
-        """Return a number for each step as a column for a tensor (steps, H)."""
+        """Return one number per step as a column that broadcasts over a tensor (steps, H)."""
         return tensor.new_tensor(values).unsqueeze(1)
 
 
 def shared(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Return the processes that share a batch: the given or the default group, None where nobody shares."""
+    """Return the group of processes that share a batch, or None if this process has it alone."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = process_group or dist.group.WORLD
@@ -86,12 +86,12 @@ def shared(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 def combined(
     mean: Tensor, squares: Tensor, counts: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Combine mean and sum of squares about it over all processes (Chan, Golub, LeVeque 1979).
+    """Combine means and sums of squares about them over all processes (Chan, Golub, LeVeque 1979).
 
     Args:
-        mean: (*, H) of this process's rows, 0 where it has none.
-        squares: (*, H) the sum of their squares about it.
-        counts: (processes, *, 1) rows of each.
+        mean: (*, H), the mean of this process's rows, 0 where it has none.
+        squares: (*, H), the sum of their squares about it.
+        counts: (processes, *, 1), the number of rows of each process.
         group: the processes.
     """
     means, others = _gathered(torch.stack([mean, squares]), group).unbind(1)
@@ -100,7 +100,7 @@ def combined(
 
 
 def added(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Add up the sums of all processes, in place."""
+    """Add the sums of all processes, in place."""
     if group is not None:
         dist.all_reduce(sums, group=group)
     return sums
@@ -114,18 +114,18 @@ def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class BatchStandardized(torch.autograd.Function):
-    """Rows less the mean of their step, times the reciprocal of their step's standard deviation.
+    """Rows standardized with the mean and the standard deviation of their step.
 
-    ``apply(rows, mean, var, steps, eps)`` takes rows (R, H) and for each step the mean and variance
-    (steps, H) that serve where it has one row and so no statistics of its own. It returns the standardized
-    rows, and the means and biased variances that were used.
+    ``apply(rows, mean, var, steps, eps)`` takes rows (R, H) and, for each step, the mean and variance
+    (steps, H) to use where the step has only one row and so no statistics of its own. It returns the
+    standardized rows, and the means and biased variances that were used.
     """
 
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, mean: Tensor, var: Tensor, steps: Steps, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See the class."""
+        """Standardize the rows; see the class."""
         own, total = steps.column(mean, steps.own), steps.column(mean, steps.total)
         means = steps.sums(rows) / own.clamp_min(1)
         output = torch.empty_like(rows)
@@ -149,7 +149,7 @@ class BatchStandardized(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the rows."""
+        """Return the gradient of the rows, and None for the other arguments."""
         output, rstd = ctx.saved_tensors
         steps: Steps = ctx.steps
         # A step of one row was standardized with constants.

@@ -1,4 +1,4 @@
-"""The start of a weight-normalized network by a batch of data."""
+"""The data-dependent initialization of weight norm."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def start_weight_norm(network: nn.Module, *inputs: Any) -> None:
     """Set gains and biases so that each feature has mean 0 and variance 1 over a batch, layer after layer.
 
-    Of every layer with ``torch.nn.utils.parametrizations.weight_norm``, weight g·v/‖v‖, the features
-    t = v·x/‖v‖ have a mean and a standard deviation over the batch (and over the places of an image);
+    A layer with ``torch.nn.utils.parametrizations.weight_norm`` has the weight g·v/‖v‖. Its features
+    t = v·x/‖v‖ have a mean and a standard deviation over the batch (and over the positions of an image);
     g becomes 1/std and the bias -mean/std (Salimans and Kingma 2016, arXiv 1602.07868, §3, eq. 5 and 6).
-    One forward pass in the mode that the network is in; v is left as it is.
+    This takes one forward pass in the current mode of the network; v is not changed.
 
     Args:
-        network: has linear layers or convolutions with weight norm and a bias.
-        inputs: of the network, a batch large enough for a mean and a standard deviation.
+        network: a module that contains linear layers or convolutions with weight norm and a bias.
+        inputs: the inputs of the network, a batch large enough for a mean and a standard deviation.
 
     Raises:
-        TypeError: ``network`` is no module.
-        ValueError: it has no layer with weight norm, or one without a bias or of another kind; or a feature
-            does not differ between the cases.
+        TypeError: ``network`` is not a module.
+        ValueError: no layer has weight norm; one has no bias or is of another kind; or a feature is the
+            same for all cases.
 
     Examples:
         >>> import torch
@@ -54,7 +54,7 @@ def start_weight_norm(network: nn.Module, *inputs: Any) -> None:
             raise ValueError(
                 f"network: layer {name!r} must be a linear layer or a convolution with a bias, got {layer}"
             )
-    handles = [layer.register_forward_hook(_started) for layer in layers.values()]
+    handles = [layer.register_forward_hook(_initialize) for layer in layers.values()]
     try:
         network(*inputs)
     finally:
@@ -69,8 +69,8 @@ def _is_weight_normalized(module: nn.Module) -> bool:
     return any(isinstance(parametrization, _WeightNorm) for parametrization in parametrizations)
 
 
-def _started(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Set a layer's gain and bias from its output; return what the output is then."""
+def _initialize(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Set the gain and bias of a layer from its output, and return the output that it has then."""
     bias, gain = layer.get_parameter("bias"), layer.get_parameter("parametrizations.weight.original0")
     features = output.dim() - 1 if isinstance(layer, nn.Linear) else 1
     others = [dim for dim in range(output.dim()) if dim != features]

@@ -17,11 +17,12 @@ class Step:
     """One weight matrix W at one update of gradient descent.
 
     Attributes:
-        update: 0 for the first.
-        loss: of the batch, before the update.
-        norm: ‖W‖ before the update (Frobenius); under weight norm of the unnormalized W.
-        angle: between W before and after the update, in degrees.
-        cosine: of W and its gradient; 0 where the network does not change with the scale of W.
+        update: the number of the update, from 0.
+        loss: the loss of the batch before the update.
+        norm: ‖W‖ before the update (Frobenius); with weight norm, that of the unnormalized W.
+        angle: the angle between W before and after the update, in degrees.
+        cosine: the cosine of the angle between W and its gradient; 0 where the network does not change with
+            the scale of W.
         effective_rate: learning rate/‖W‖², the rate at which a W of length 1 with the same outputs turns.
     """
 
@@ -44,24 +45,24 @@ def weight_growth(
 ) -> list[Step]:
     """Train a classifier by plain gradient descent and follow the weights of its first linear layer.
 
-    Where the outputs do not change with the scale of W, its gradient is orthogonal to W and as 1/‖W‖. So
-    every update makes W longer, ‖W'‖² = ‖W‖² + (learning rate·‖gradient‖)², and turns it by an angle whose
-    tangent is learning rate·‖gradient‖/‖W‖, that is, as 1/‖W‖².
+    Where the outputs do not change with the scale of W, its gradient is orthogonal to W and proportional to
+    1/‖W‖. So every update makes W longer, ‖W'‖² = ‖W‖² + (learning rate·‖gradient‖)², and turns it by an
+    angle whose tangent, learning rate·‖gradient‖/‖W‖, is proportional to 1/‖W‖².
 
     Args:
-        network: from inputs to logits; it is trained in place.
+        network: maps inputs to logits; it is trained in place.
         inputs: (cases, features).
         targets: class numbers (cases,).
-        learning_rate: constant; no momentum, no weight decay.
-        updates: how many.
-        batch_size: cases of an update, drawn without replacement.
-        seed: of the batches.
+        learning_rate: constant, without momentum or weight decay.
+        updates: the number of updates.
+        batch_size: cases per update, drawn without replacement.
+        seed: the seed of the batches.
 
     Returns:
         One ``Step`` for each update.
 
     Raises:
-        ValueError: the network has no linear layer, or the batch more cases than there are.
+        ValueError: the network has no linear layer, or ``batch_size`` exceeds the number of cases.
 
     Examples:
         >>> import torch, layernorm
@@ -92,20 +93,13 @@ def weight_growth(
         assert gradient is not None  # noqa: S101 - of a parameter that the loss depends on
         after, gradient = weight.detach().double(), gradient.double()
         length = float(before.norm())
-        steps.append(
-            Step(
-                update=update,
-                loss=loss.item(),
-                norm=length,
-                angle=_angle(before, after),
-                cosine=float((before * gradient).sum() / (before.norm() * gradient.norm())),
-                effective_rate=learning_rate / length**2,
-            )
-        )
+        cosine = float((before * gradient).sum() / (before.norm() * gradient.norm()))
+        rate = learning_rate / length**2
+        steps.append(Step(update, loss.item(), length, _angle(before, after), cosine, rate))
     return steps
 
 
 def _angle(first: Tensor, second: Tensor) -> float:
-    """Return an angle in degrees, exact for small ones too, where the arc cosine is not (Kahan, 2006)."""
+    """Return the angle in degrees, exact for small angles too, where the arc cosine is not (Kahan 2006)."""
     first, second = first / first.norm(), second / second.norm()
     return math.degrees(2 * math.atan2(float((first - second).norm()), float((first + second).norm())))

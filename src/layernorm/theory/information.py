@@ -1,4 +1,4 @@
-"""The Fisher information of normalized generalized linear models: by autograd, and by equations 12 to 14."""
+"""The Fisher information of normalized generalized linear models, by autograd and by equations 12 to 14."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ PARAMETERS: Final = ("weight", "bias", "gain")
 
 @dataclass(frozen=True)
 class Block:
-    """One block of the Fisher information beside the equations.
+    """One block of the Fisher information, compared with the equations.
 
-    A deviation is the greatest difference of an element to that by autograd, F[p, q], in units of
-    √(F[p, p]·F[q, q]) with the greatest of each block on the diagonal.
+    A deviation is the largest difference between an element and its value by autograd, F[p, q], in units of
+    √(F[p, p]·F[q, q]) with the largest elements of the two blocks on the diagonal.
 
     Attributes:
-        norm: of the model.
-        family: of the model.
+        norm: the model's norm.
+        family: the name of the model's family.
         neurons: i and j.
-        parameters: of neuron i and of neuron j, each one of ``PARAMETERS``.
-        printed: deviation of equation 13 with 14 as printed, or of equation 12 without a norm.
-        complete: deviation of the equation in which μ and σ depend on all weights.
+        parameters: a parameter of neuron i and one of neuron j, each one of ``PARAMETERS``.
+        printed: the deviation of equation 13 with 14 as printed, or of equation 12 without a norm.
+        complete: the deviation of the equation in which μ and σ depend on all weights.
     """
 
     norm: str
@@ -39,9 +39,9 @@ class Block:
 
 
 def kl_divergence(model: Model, inputs: Tensor, parameters: Tensor) -> Tensor:
-    """KL[P(y | x; θ) ‖ P(y | x; θ')], a scalar, the mean over the cases (paper eq. 8).
+    """Return KL[P(y | x; θ) ‖ P(y | x; θ')], a scalar, averaged over the cases (paper eq. 8).
 
-    In the exponential family it is (η(s') - η(s) - η'(s)·(s' - s))/φ.
+    For an exponential family it is (η(s') - η(s) - η'(s)·(s' - s))/φ.
 
     Args:
         model: P(y | x; θ).
@@ -89,14 +89,14 @@ def fisher(model: Model, inputs: Tensor) -> Tensor:
 def fisher_equation(model: Model, inputs: Tensor, complete: bool = False) -> Tensor:
     """Compute the Fisher information by the paper's formula.
 
-    As printed: equations 13 and 14, or 12 without a norm. There neuron i's weights act on its own summed
-    input alone. Under layer norm μ and σ of all neurons depend on them, which the complete form includes:
-    χ_ki = [k = i] x - ∂μ_k/∂w_i - (a_k - μ_k)/σ_k·∂σ_k/∂w_i, and a sum over all outputs k and l.
+    The printed form is equations 13 and 14, or 12 without a norm. In it, neuron i's weights affect only its
+    own summed input. Under layer norm μ and σ of all neurons depend on them too, which the complete form
+    includes: χ_ki = [k = i] x - ∂μ_k/∂w_i - (a_k - μ_k)/σ_k·∂σ_k/∂w_i, summed over all outputs k and l.
 
     Args:
         model: with H outputs and P parameters for each.
         inputs: (cases, D), over which the expectation is taken.
-        complete: whether all dependencies are included.
+        complete: whether to include all dependencies.
 
     Returns:
         Tensor (H, P, H, P), as ``fisher``.
@@ -151,7 +151,7 @@ def compare_blocks(model: Model, inputs: Tensor) -> list[Block]:
 
 
 def _slopes(model: Model, inputs: Tensor) -> Tensor:
-    """∂s_k/∂(w_i, b_i, g_i) as (cases, k, i, P), by hand."""
+    """Return ∂s_k/∂(w_i, b_i, g_i) as (cases, k, i, P), derived by hand."""
     _, deviation = statistics(model.norm, model.weight, inputs)
     normalized = model.normalized(inputs)
     cases, outputs = normalized.shape
@@ -167,7 +167,7 @@ def _slopes(model: Model, inputs: Tensor) -> Tensor:
 
 
 def _statistics_slopes(model: Model, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """∂μ_k/∂w_i and ∂σ_k/∂w_i, each broadcasting to (cases, k, i, D)."""
+    """Return ∂μ_k/∂w_i and ∂σ_k/∂w_i, each broadcasting to (cases, k, i, D)."""
     weight = model.weight
     outputs = len(weight)
     own = torch.eye(outputs, dtype=inputs.dtype)[:, :, None]

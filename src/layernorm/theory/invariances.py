@@ -1,4 +1,4 @@
-"""Table 1 of the paper: which normalized networks stay the same under which change of weights or data."""
+"""Table 1 of the paper: which normalized networks are invariant to which changes of weights or data."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch.nn.utils import parametrizations
 
 import layernorm
 
-#: The rows: those of the paper, then RMS norm and, as a control, a network without any norm.
+#: The rows: those of the paper, then RMS norm and, as a control, a network without a norm.
 NORMS: Final = ("batch", "weight", "layer", "rms", "none")
 
 _Transformation: TypeAlias = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
-# Relative size of the perturbations that tell how much a network amplifies errors: small enough for the
-# network to be linear in them, far above rounding.
+# The relative size of the perturbations that measure how much a network amplifies errors: small enough for
+# the network to respond linearly, and far above rounding.
 _PERTURBATION: Final = 2.0**-24
-# A deviation of so many times the tolerance is no rounding.
+# A deviation this many times the tolerance cannot be rounding.
 _CLEARLY: Final = 1e6
 
 
@@ -33,10 +33,10 @@ class Invariance:
     Attributes:
         norm: the row, one of ``NORMS``.
         transformation: the column, one of ``TRANSFORMATIONS``.
-        deviation: greatest change of an output, in standard deviations of the outputs.
-        tolerance: greatest deviation that rounding explains.
+        deviation: the largest change of an output, in standard deviations of the outputs.
+        tolerance: the largest deviation that rounding explains.
         invariant: whether the outputs stayed the same.
-        paper: what table 1 says, or None where it has no such row.
+        paper: the entry of table 1, or None if it has no such row.
     """
 
     norm: str
@@ -50,18 +50,18 @@ class Invariance:
 def network(norm: str, sizes: tuple[int, ...], generator: torch.Generator) -> nn.Sequential:
     """Return a network in which every layer is h = tanh(gain/σ·(a - μ) + bias), a = W h (paper eq. 5).
 
-    In float64 and with eps = 0, as the paper has it. Batch norm takes its statistics from the cases given,
-    which are the whole data set here; for eps it has the least positive number, since PyTorch wants one,
-    which any variance swallows. Gains and biases are random, so that no symmetry of the initial ones hides
-    a change; RMS norm has no bias.
+    It is in float64 with eps = 0, as in the paper. Batch norm takes its statistics from the given cases,
+    which are the whole data set here; since PyTorch requires a positive eps, it gets the smallest positive
+    number, which vanishes next to any variance. Gains and biases are random, so that no symmetry of their
+    initial values hides a change; RMS norm has no bias.
 
     Args:
         norm: one of ``NORMS``.
         sizes: features of the input and of each layer.
-        generator: of all parameters.
+        generator: draws all parameters.
 
     Raises:
-        ValueError: an unknown norm.
+        ValueError: the norm is unknown.
 
     Examples:
         >>> import torch
@@ -91,14 +91,14 @@ def network(norm: str, sizes: tuple[int, ...], generator: torch.Generator) -> nn
         for name, parameter in result.named_parameters():
             fresh = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             gain = name.endswith("original0") or (parameter.dim() == 1 and not name.endswith("bias"))
-            # Weights of about unit outputs; gains in (0.5, 1.5); biases of about a half.
+            # Weights that give outputs of about 1; gains in (0.5, 1.5); biases of about 0.5.
             scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.5
             parameter.copy_(1 + 0.5 * torch.tanh(fresh) if gain else scale * fresh)
     return result
 
 
 def weights(network: nn.Module) -> list[Tensor]:
-    """Return the weight matrices W (outputs, inputs) of the linear layers; under weight norm those before it.
+    """Return the weights W (outputs, inputs) of the linear layers, under weight norm the unnormalized ones.
 
     Examples:
         >>> import torch
@@ -117,7 +117,7 @@ def weights(network: nn.Module) -> list[Tensor]:
 
 
 def _factors(generator: torch.Generator, *size: int) -> Tensor:
-    """Positive factors away from 1 that are no powers of two: those would be free of rounding."""
+    """Draw factors between 1.5 and 3; an exact power of two, which causes no rounding, is unlikely."""
     return 1.5 + 1.5 * torch.rand(*size, generator=generator, dtype=torch.float64)
 
 
@@ -162,7 +162,7 @@ _FUNCTIONS: Final[dict[str, _Transformation]] = {
     "dataset re-centering": _dataset_recentering,
     "single training case re-scaling": _case_rescaling,
 }
-#: The columns. W' = δW; W' = W + 1γᵀ; w_i' = δw_i of one neuron, these in every layer; x' = δx and
+#: The columns: in every layer W' = δW, W' = W + 1γᵀ, and w_i' = δw_i for one neuron; x' = δx and
 #: x' = x + γ for all cases; x' = δx for one case. All δ are positive.
 TRANSFORMATIONS: Final = tuple(_FUNCTIONS)
 #: Table 1 as printed, in the order of ``TRANSFORMATIONS``.
@@ -183,13 +183,13 @@ def invariance(
     Args:
         norm: one of ``NORMS``.
         transformation: one of ``TRANSFORMATIONS``.
-        seed: of the weights, the data and the transformation.
+        seed: seeds the weights, the data and the transformation.
         sizes: features of the input and of each layer.
-        cases: size of the data set.
+        cases: the size of the data set.
 
     Raises:
-        ValueError: an unknown norm or transformation.
-        ArithmeticError: the deviation is above what rounding explains, but not clearly.
+        ValueError: the norm or the transformation is unknown.
+        ArithmeticError: the deviation is larger than rounding explains, but not clearly so.
 
     Examples:
         >>> from layernorm.theory import invariance
@@ -204,7 +204,7 @@ def invariance(
         )
     generator = torch.Generator().manual_seed(seed)
     original = network(norm, sizes, generator)
-    # Features with means of their own: re-centering must not be from zero to something.
+    # The features have means other than zero, so that re-centering does not start at zero.
     inputs = torch.randn(cases, sizes[0], generator=generator, dtype=torch.float64)
     inputs += torch.randn(sizes[0], generator=generator, dtype=torch.float64)
     changed = copy.deepcopy(original)
@@ -212,8 +212,8 @@ def invariance(
         changed_inputs = _FUNCTIONS[transformation](changed, inputs, generator)
         outputs = original(inputs)
         deviation = float((changed(changed_inputs) - outputs).abs().max() / outputs.std())
-        # A sum of n products as computed is the exact one of factors that are off by n roundings (Higham,
-        # 2002, §3.1). So rounding moves an output by n roundings, amplified as a network amplifies errors.
+        # A computed sum of n products is the exact sum for factors that are off by n roundings (Higham 2002,
+        # §3.1). So rounding moves an output by n roundings, amplified as the network amplifies errors.
         longest = max(*sizes, cases)
         amplification = _amplification(original, inputs, generator) + _amplification(
             changed, changed_inputs, generator
@@ -231,7 +231,7 @@ def invariance(
 def invariance_table(
     seed: int = 0, sizes: tuple[int, ...] = (12, 16, 16, 8), cases: int = 32
 ) -> list[Invariance]:
-    """Return all cells of table 1, row by row, and those of the rows that the paper does not have.
+    """Return all cells of table 1 row by row, including the rows that the paper does not have.
 
     The arguments and errors are those of ``invariance``.
 
@@ -249,7 +249,7 @@ def invariance_table(
 
 
 def _amplification(network: nn.Module, inputs: Tensor, generator: torch.Generator) -> float:
-    """Return how much the outputs change, in standard deviations, for a relative change of the inputs."""
+    """Return the change of the outputs, in standard deviations, per relative change of inputs and weights."""
 
     def perturbed(tensor: Tensor) -> Tensor:
         signs = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1

@@ -1,4 +1,4 @@
-"""What equations 12 to 14 and 32 to 35 say about lengths: of the weights, of the inputs, along the gains."""
+"""Consequences of equations 12 to 14 and 32 to 35: scaled weights, scaled inputs, and ds² along the gains."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Scaling:
     """How the Fisher information changes when weights are scaled (paper §5.2.2).
 
     Attributes:
-        norm: of the model.
-        family: of the model.
-        scaled: the weight vector of one neuron, or the weight matrix.
-        factor: of the weights.
-        outputs: greatest change of a natural parameter, in standard deviations; 0 up to rounding where
+        norm: the model's norm.
+        family: the name of the model's family.
+        scaled: "vector" for the weights of one neuron, "matrix" for all.
+        factor: the factor of the weights.
+        outputs: the largest change of a natural parameter, in standard deviations; 0 up to rounding where
             the model stays the same.
-        weights: factor of the block of the scaled weights with themselves.
-        weights_bias: factor of the block of the scaled weights with their neurons' biases.
+        weights: the factor of the block of the scaled weights with themselves.
+        weights_bias: the factor of the block of the scaled weights with their neurons' biases.
         proportional: whether every element of the two blocks changed by these factors, up to 1e-9.
-        along: curvature along the scaled weights themselves, in units of the mean over all directions.
+        along: the curvature along the scaled weights, in units of the mean over all directions.
     """
 
     norm: str
@@ -49,12 +49,13 @@ class GainMetric:
     """ds² along the gains, and how it depends on the scale of inputs and weights (paper's supplement).
 
     Attributes:
-        norm: of the model.
-        family: of the model.
-        equation: its number, 32 to 35, or None.
-        deviation: greatest difference of an element of the metric to the equation, relative to its greatest.
-        inputs_doubled: factor of the metric's trace when all inputs are doubled.
-        weights_doubled: factor of the metric's trace when all weights are doubled.
+        norm: the model's norm.
+        family: the name of the model's family.
+        equation: the number of its equation, 32 to 35, or None.
+        deviation: the largest difference between the metric and the equation, relative to the metric's
+            largest element.
+        inputs_doubled: the factor of the metric's trace when all inputs are doubled.
+        weights_doubled: the factor of the metric's trace when all weights are doubled.
     """
 
     norm: str
@@ -71,13 +72,13 @@ def scale_weights(
     """Scale the weights of the first neuron or of all, and compare the Fisher information.
 
     Args:
-        model: as from ``layernorm.theory.model``.
+        model: a model, for example from ``layernorm.theory.model``.
         inputs: (cases, D).
         scaled: "vector" for one neuron's weights, "matrix" for all.
-        factor: positive.
+        factor: the factor of the weights, positive.
 
     Raises:
-        ValueError: another ``scaled``, or a factor that is not positive.
+        ValueError: ``scaled`` is neither of these, or the factor is not positive.
 
     Examples:
         >>> from layernorm.theory import features, model, scale_weights
@@ -121,7 +122,7 @@ def scale_weights(
 def gain_metric(model: Model, inputs: Tensor) -> Tensor:
     """Compute the metric M of ds² = δᵀ M δ for a change δ of the gains, by autograd (paper's supplement).
 
-    Without a norm there is no gain; then δ_i lengthens neuron i's weights, along w_i/‖w_i‖.
+    Without a norm there is no gain; δ_i then lengthens neuron i's weights, along w_i/‖w_i‖.
 
     Args:
         model: with H outputs.
@@ -146,8 +147,8 @@ def gain_metric(model: Model, inputs: Tensor) -> Tensor:
 def gain_metric_equation(model: Model, inputs: Tensor) -> Tensor:
     """Compute the metric along the gains by equations 32 (batch), 33 (layer), 34 (weight) and 35 (none).
 
-    Equation 32 lacks the normalized summed inputs that 13 has and stands for E[Cov[y | x]]/φ² alone;
-    equation 35 is one pair's part, and the metric has it in row i, column j. RMS norm is as 33 with μ = 0.
+    Equation 32 lacks the normalized summed inputs of equation 13 and is E[Cov[y | x]]/φ² alone. Equation 35
+    is the term of one pair, in row i and column j of the metric. RMS norm is equation 33 with μ = 0.
 
     Args:
         model: with H outputs.
@@ -174,7 +175,7 @@ def gain_metric_equation(model: Model, inputs: Tensor) -> Tensor:
 
 
 def compare_gain_metric(model: Model, inputs: Tensor) -> GainMetric:
-    """Compare the metric along the gains with its equation, and at twice the inputs and twice the weights.
+    """Compare the metric along the gains with its equation, and with that of doubled inputs and weights.
 
     Examples:
         >>> from layernorm.theory import compare_gain_metric, features, model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: What the summed inputs can be normalized with; "none" has no gain.
+#: The norms of the summed inputs; "none" has no gain.
 NORMS: Final = ("none", "batch", "weight", "layer", "rms")
 
 
@@ -19,10 +19,10 @@ class Family:
     """An exponential family, log P(y) = (s·y - η(s))/φ + c(y, φ) (paper eq. 10).
 
     Attributes:
-        name: of the distribution.
+        name: the name of the distribution.
         cumulant: η, from natural parameters s (cases, H) to (cases,), summed over independent outputs.
         covariance: Cov[y | x] (cases, H, H) from s (cases, H), in closed form.
-        dispersion: φ.
+        dispersion: the dispersion φ.
     """
 
     name: str
@@ -36,7 +36,7 @@ def _categorical_covariance(natural: Tensor) -> Tensor:
     return torch.diag_embed(probability) - probability[:, :, None] * probability[:, None, :]
 
 
-#: Three with independent outputs, as in the paper, and one whose outputs are correlated: there the blocks
+#: Three families with independent outputs, as in the paper, and one with correlated outputs, whose blocks
 #: between two neurons are not zero.
 FAMILIES: Final = {
     family.name: family
@@ -64,10 +64,10 @@ class Model:
 
     Attributes:
         norm: one of ``NORMS``.
-        family: of the outputs.
+        family: the family of the outputs.
         weight: W (H, D).
         bias: (H,).
-        gain: (H,); not used with norm "none".
+        gain: (H,); unused with norm "none".
     """
 
     norm: str
@@ -78,23 +78,23 @@ class Model:
 
     @property
     def parameters(self) -> Tensor:
-        """θ = vec([W, b, g]ᵀ) before it is stacked: (H, D + 2), or (H, D + 1) without gain."""
+        """The parameters [W, b, g], whose vec is θ: (H, D + 2), or (H, D + 1) without a gain."""
         columns = [self.weight, self.bias[:, None]] + [self.gain[:, None]] * (self.norm != "none")
         return torch.cat(columns, dim=1)
 
     def with_parameters(self, parameters: Tensor) -> Model:
-        """Return the same model with other ``parameters``."""
+        """Return the same model with these ``parameters``."""
         size = self.weight.shape[1]
         gain = self.gain if self.norm == "none" else parameters[:, size + 1]
         return replace(self, weight=parameters[:, :size], bias=parameters[:, size], gain=gain)
 
     def normalized(self, inputs: Tensor) -> Tensor:
-        """Return (a - μ)/σ (cases, H) of inputs (cases, D)."""
+        """Return (a - μ)/σ (cases, H) for inputs (cases, D)."""
         mean, deviation = statistics(self.norm, self.weight, inputs)
         return (inputs @ self.weight.T - mean) / deviation
 
     def natural(self, inputs: Tensor) -> Tensor:
-        """Return the natural parameters s (cases, H) of inputs (cases, D)."""
+        """Return the natural parameters s (cases, H) for inputs (cases, D)."""
         normalized = self.normalized(inputs)
         return (normalized if self.norm == "none" else self.gain * normalized) + self.bias
 
@@ -107,10 +107,10 @@ def model(norm: str, family: str, outputs: int = 4, inputs: int = 6, seed: int =
         family: a name of ``FAMILIES``.
         outputs: H.
         inputs: D.
-        seed: of all parameters.
+        seed: seeds all parameters.
 
     Raises:
-        ValueError: an unknown norm or family.
+        ValueError: the norm or the family is unknown.
 
     Examples:
         >>> import torch
@@ -138,7 +138,7 @@ def model(norm: str, family: str, outputs: int = 4, inputs: int = 6, seed: int =
 
 
 def features(cases: int = 100, inputs: int = 6, seed: int = 0) -> Tensor:
-    """Draw cases (cases, inputs) in float64 with means of their own and correlated features: x ~ P(x).
+    """Draw cases (cases, inputs) in float64 whose features are correlated and not centered: x ~ P(x).
 
     Examples:
         >>> from layernorm.theory import features
@@ -154,9 +154,9 @@ def features(cases: int = 100, inputs: int = 6, seed: int = 0) -> Tensor:
 
 
 def statistics(norm: str, weight: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """μ and σ of the summed inputs a = W x, each broadcasting to (cases, H) (paper eq. 2, 3 and §4).
+    """Return μ and σ of the summed inputs a = W x, each broadcasting to (cases, H) (paper eq. 2, 3 and §4).
 
-    Those of batch norm are over the given cases, which stand for the distribution of the data.
+    Batch norm takes them over the given cases, which stand for the distribution of the data.
 
     Args:
         norm: one of ``NORMS``.
