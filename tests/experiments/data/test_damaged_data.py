@@ -19,47 +19,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.io import savemat
 
 from layernorm.cli import main
 from layernorm.experiments import data
 from layernorm.experiments.data import archives, finding, matlab
 from layernorm.experiments.task import ExperimentError, MissingData
 from layernorm.experiments.tasks.skip_thoughts import running_text
+from tests.experiments.data.files import matlab_file, put, tarred, zipped
 
 TEXT = "\n".join(f"line {i} of some text" for i in range(300)).encode()
 
 
 @pytest.fixture(autouse=True)
-def folder(monkeypatch, tmp_path) -> Path:
-    """The user's folder, beside an empty cache and no network."""
-
-    def retrieve(address: str, *_: object, **__: object) -> str:
-        raise OSError(f"no network: {address}")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("LAYERNORM_DATA", str(tmp_path / "named"))
-    monkeypatch.setattr(finding.pooch, "retrieve", retrieve)
-    (tmp_path / "named").mkdir()
-    return tmp_path / "named"
-
-
-def zipped(member: str, how: int = zipfile.ZIP_DEFLATED, content: bytes = TEXT) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", how) as archive:
-        archive.writestr(member, content)
-    return buffer.getvalue()
-
-
-def tarred(member: str, how: str = "", content: bytes = TEXT, **fields: object) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=f"w:{how}") as archive:
-        entry = tarfile.TarInfo(member)
-        entry.size = len(content)
-        for name, value in fields.items():
-            setattr(entry, name, value)
-        archive.addfile(entry, io.BytesIO(content))
-    return buffer.getvalue()
+def folder(named) -> Path:
+    """Return the user's folder; the cache is empty, and there is no network."""
+    return named
 
 
 def encrypted(content: bytes) -> bytes:
@@ -75,19 +49,13 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def mat(compressed: bool, **variables: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    savemat(buffer, variables, do_compression=compressed)
-    return buffer.getvalue()
-
-
 QUESTION = b"http://news\n\na\n\n@placeholder\n\n@entity0\n\n@entity0:A"
 PIXELS = (np.arange(30 * 784).reshape(30, 784) % 7 == 0).astype(np.uint8)
 KINDS: dict[str, tuple[str, bytes, Callable[[], object]]] = {
     **{
         f"zip {how}": (
             "Flickr8k_text.zip",
-            zipped("Flickr_8k.trainImages.txt", how),
+            zipped({"Flickr_8k.trainImages.txt": TEXT}, how),
             lambda: data.flickr8k("train"),
         )
         for how in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
@@ -95,7 +63,7 @@ KINDS: dict[str, tuple[str, bytes, Callable[[], object]]] = {
     **{
         f"tar {how}": (
             "rt-polaritydata.tar.gz",
-            tarred("rt-polaritydata/rt-polarity.pos", how),
+            tarred({"rt-polaritydata/rt-polarity.pos": TEXT}, how),
             lambda: data.sentence_set("MR"),
         )
         for how in ("", "gz", "bz2", "xz")
@@ -103,7 +71,7 @@ KINDS: dict[str, tuple[str, bytes, Callable[[], object]]] = {
     "gz": ("train-images-idx3-ubyte.gz", gzip.compress(TEXT), lambda: data.mnist("train")),
     "strokes": (
         "strokes_background_small1.zip",
-        zipped("a/b/c/character01/0101_01.txt"),
+        zipped({"a/b/c/character01/0101_01.txt": TEXT}),
         data.omniglot_strokes,
     ),
     "text": ("tinyshakespeare.txt", TEXT, data.tiny_shakespeare),
@@ -113,15 +81,19 @@ KINDS: dict[str, tuple[str, bytes, Callable[[], object]]] = {
         lambda: data.sick("trial"),
     ),
     "pixels as text": ("binarized_mnist_test.amat", b"0 1 " * 392, lambda: data.binarized_mnist("test")),
-    "matlab": ("binarized_mnist_test.amat", mat(False, X=PIXELS), lambda: data.binarized_mnist("test")),
+    "matlab": (
+        "binarized_mnist_test.amat",
+        matlab_file(False, X=PIXELS),
+        lambda: data.binarized_mnist("test"),
+    ),
     "matlab, compressed": (
         "binarized_mnist_test.amat",
-        mat(True, X=PIXELS),
+        matlab_file(True, X=PIXELS),
         lambda: data.binarized_mnist("test"),
     ),
     "tar of questions": (
         "cnn.tgz",
-        tarred("cnn/questions/test/a.question", "gz", b"a\n\nb\n\nc\n\nd"),
+        tarred({"cnn/questions/test/a.question": b"a\n\nb\n\nc\n\nd"}),
         lambda: data.cnn_questions("test"),
     ),
 }
@@ -158,7 +130,7 @@ def test_every_damage_is_named(kind, folder):
 @pytest.mark.parametrize("compressed", [True, False])
 @pytest.mark.parametrize("kind", [np.uint8, np.int8, np.float64, np.float32, np.int32, bool])
 def test_a_matlab_matrix_is_read(compressed, kind):
-    content = mat(compressed, other=np.arange(5), X=PIXELS.astype(kind), text="text")
+    content = matlab_file(compressed, other=np.arange(5), X=PIXELS.astype(kind), text="text")
     assert np.array_equal(matlab.matrix(content, "X", 1 << 20), PIXELS)
     with pytest.raises(ValueError, match="it has no matrix Y"):
         matlab.matrix(content, "Y", 1 << 20)
@@ -181,7 +153,7 @@ def test_a_matlab_matrix_of_the_other_byte_order():
 
 @pytest.mark.parametrize("compressed", [True, False])
 def test_no_bit_of_a_matlab_file_does_more_than_raise(compressed):
-    whole = mat(compressed, X=PIXELS[:2])
+    whole = matlab_file(compressed, X=PIXELS[:2])
     for at in range(124, len(whole)):
         for bit in range(8):
             content = bytearray(whole)
@@ -199,7 +171,7 @@ def test_matlab_files_of_other_kinds_say_what_they_are(folder):
     with pytest.raises(ExperimentError, match=r"it is of MATLAB 7\.3, which is HDF5; save it with -v7"):
         data.binarized_mnist("test")
     for wrong in (PIXELS.T, PIXELS + 1, PIXELS - 0.5, PIXELS * np.nan, PIXELS * 1j, PIXELS[None]):
-        path.write_bytes(mat(True, X=wrong))
+        path.write_bytes(matlab_file(True, X=wrong))
         with pytest.raises(ExperimentError, match="is damaged: "):
             data.binarized_mnist("test")
 
@@ -210,15 +182,21 @@ def test_bombs_are_not_unpacked(folder, monkeypatch):
     zeros = bytes(1 << 20)
     bombs = {
         "train-images-idx3-ubyte.gz": (gzip.compress(zeros), lambda: data.mnist("train")),
-        "sick_trial.zip": (zipped("SICK_trial.txt", content=zeros), lambda: data.sick("trial")),
-        "strokes_background_small1.zip": (zipped("a/b/c.txt", content=zeros), data.omniglot_strokes),
+        "sick_trial.zip": (
+            zipped({"SICK_trial.txt": zeros}),
+            lambda: data.sick("trial"),
+        ),
+        "strokes_background_small1.zip": (
+            zipped({"a/b/c.txt": zeros}),
+            data.omniglot_strokes,
+        ),
         "rt-polaritydata.tar.gz": (
-            tarred("rt-polaritydata/rt-polarity.pos", "xz", zeros),
+            tarred({"rt-polaritydata/rt-polarity.pos": zeros}, "xz"),
             lambda: data.sentence_set("MR"),
         ),
-        "cnn.tgz": (tarred("questions/test/a.question", "gz", zeros), lambda: data.cnn_questions("test")),
+        "cnn.tgz": (tarred({"questions/test/a.question": zeros}), lambda: data.cnn_questions("test")),
         "tinyshakespeare.txt": (zeros, data.tiny_shakespeare),
-        "binarized_mnist_test.amat": (mat(True, X=np.zeros((200, 784), np.uint8)), None),
+        "binarized_mnist_test.amat": (matlab_file(True, X=np.zeros((200, 784), np.uint8)), None),
     }
     monkeypatch.setattr(finding, "LIMIT", 1 << 16)
     for name, (content, load) in bombs.items():
@@ -236,8 +214,8 @@ def test_bombs_are_not_unpacked(folder, monkeypatch):
 @pytest.mark.parametrize("how", [bytes, gzip.compress, bz2.compress, lzma.compress])
 def test_an_archive_that_ends_too_early_is_not_a_smaller_one(folder, how):
     both = (
-        tarred("questions/test/a.question", content=QUESTION),
-        tarred("questions/test/b.question", content=QUESTION),
+        tarred({"questions/test/a.question": QUESTION}, ""),
+        tarred({"questions/test/b.question": QUESTION}, ""),
     )
     whole = both[0][:1024] + both[1]
     path = folder / "cnn.tgz"
@@ -257,11 +235,11 @@ def test_an_archive_that_ends_too_early_is_not_a_smaller_one(folder, how):
 
 def test_members_with_hostile_names_stay_in_memory(folder, tmp_path):
     for name in ("../../questions/test/a.question", "/questions/test/a.question"):
-        (folder / "cnn.tgz").write_bytes(tarred(name, "gz", QUESTION))
+        (folder / "cnn.tgz").write_bytes(tarred({name: QUESTION}))
         assert len(data.cnn_questions("test")) == 1
     for link in ("a.question", "/etc/hostname", "../b.question"):
         fields = {"type": tarfile.SYMTYPE, "linkname": link, "size": 0}
-        (folder / "cnn.tgz").write_bytes(tarred("questions/test/a.question", "gz", b"", **fields))
+        (folder / "cnn.tgz").write_bytes(tarred({"questions/test/a.question": b""}, **fields))
         with pytest.raises(ExperimentError, match=r"cnn\.tgz is damaged"):
             data.cnn_questions("test")
     assert {path.name for path in tmp_path.rglob("*")} == {"named", "cnn.tgz"}
@@ -269,16 +247,11 @@ def test_members_with_hostile_names_stay_in_memory(folder, tmp_path):
 
 @pytest.mark.parametrize("bad", [b"\x81 caf\xe9", b"\xff\xfe\x00\xd8"])
 def test_text_that_is_none_is_named(bad, folder):
-    def written(name: str, content: bytes) -> Path:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-        return folder / name
-
     bad = bad + b"\x8d"  # in no encoding that is tried
-    books = written("books/a.txt", bad)
-    question = written("cnn/questions/test/a.question", bad)
-    captions = written("coco/train.txt", bad)
-    written("coco/images/10crop/train.npy", npy(np.zeros((1, 4096), np.float32)))
+    books = put(folder / "books/a.txt", bad)
+    question = put(folder / "cnn/questions/test/a.question", bad)
+    captions = put(folder / "coco/train.txt", bad)
+    put(folder / "coco/images/10crop/train.npy", npy(np.zeros((1, 4096), np.float32)))
     for path, load in (
         (books, lambda: running_text.load("books")),
         (question, lambda: data.cnn_questions("test")),
@@ -289,10 +262,10 @@ def test_text_that_is_none_is_named(bad, folder):
         assert str(path) in str(error.value)
     lists = [("ascii/a/a01.txt", b"CSR:\n\nA\n"), ("lineStrokes/a01-01.xml", b"<a/>"), ("trainset.txt", bad)]
     for name, content in lists:
-        written(f"iam_ondb/{name}", content)
+        put(folder / f"iam_ondb/{name}", content)
     with pytest.raises(ExperimentError, match=r"trainset\.txt is damaged"):
         data.iam_ondb("train")
-    transcription = written("iam_ondb/ascii/a/a01.txt", bad)
+    transcription = put(folder / "iam_ondb/ascii/a/a01.txt", bad)
     with pytest.raises(ExperimentError, match=r"a01\.txt is damaged") as error:
         data.iam_ondb()
     assert str(transcription) in str(error.value)
@@ -320,7 +293,7 @@ def test_features_are_what_their_header_says(folder):
     refused = [
         npy(numbers.astype(">f4")), npy(numbers.astype(np.complex64)), npy(numbers.astype(int)),
         npy(numbers[:2]), npy(numbers * np.nan), npy(numbers)[:-4], npy(numbers) + b"more", b"",
-        zipped("a.npy", content=whole),
+        zipped({"a.npy": whole}),
         npy(np.zeros(3, [("a", "f4")])), npy(numbers.reshape(3, 64, 64)),
     ]  # fmt: skip
     header = whole[:128]
@@ -343,7 +316,13 @@ def test_features_are_what_their_header_says(folder):
 
 
 @pytest.mark.parametrize(
-    "content", [encrypted(zipped("SICK_train.txt")), b"<html>", b"", zipped("SICK_train.txt")]
+    "content",
+    [
+        encrypted(zipped({"SICK_train.txt": TEXT})),
+        b"<html>",
+        b"",
+        zipped({"SICK_train.txt": TEXT}),
+    ],
 )
 def test_a_download_that_is_not_what_it_should_be_is_not_kept(content, monkeypatch, tmp_path):
     def retrieve(address: str, known: None, name: str, path: Path, downloader: object) -> str:
@@ -373,7 +352,7 @@ def test_a_full_cache_is_named(monkeypatch, tmp_path):
 
 def test_the_command_says_it_in_one_line(folder, capsys, tmp_path):
     path = folder / "binarized_mnist_train.amat"
-    path.write_bytes(mat(True, X=PIXELS)[:-20])
+    path.write_bytes(matlab_file(True, X=PIXELS)[:-20])
     assert main(["compare", "draw", "--out", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
