@@ -84,42 +84,10 @@ class Axis:
         """Add the option."""
         default = "all" if self.choices and self.usual == self.choices else self.text(self.usual)
         some = f"some of {', '.join(self.choices)}" if self.choices else ""
-        about = ", ".join(part for part in (some, self.help) if part)
+        about = "; ".join(part for part in (some, self.help) if part)
         parse = some_of(self.choices) if self.choices else self.parse
         text = f"{about} (default: {default})".strip()
         parser.add_argument(f"--{self.option}", type=parse, metavar=self.metavar, help=text)
-
-
-@dataclass(frozen=True)
-class Option:
-    """An option that is no axis.
-
-    Attributes:
-        name: the option, without its dashes.
-        help: for ``--help``.
-        parse: reads its text; None for a flag.
-        metavar: stands for its value in ``--help``.
-        default: its value where it is not given.
-    """
-
-    name: str
-    help: str
-    parse: Callable[[str], Any] | None = None
-    metavar: str = "N"
-    default: Any = None
-
-    def add_to(self, parser: argparse.ArgumentParser) -> None:
-        """Add the option."""
-        if self.parse is None:
-            parser.add_argument(f"--{self.name}", action="store_true", help=self.help)
-        else:
-            parser.add_argument(
-                f"--{self.name}",
-                type=self.parse,
-                metavar=self.metavar,
-                default=self.default,
-                help=self.help,
-            )
 
 
 @dataclass(frozen=True)
@@ -160,7 +128,7 @@ class Benchmark:
         quick_rounds: the same with ``--quick``.
         figures: the columns that only this benchmark has.
         budget: seconds of samples at a point.
-        options: that are no axes.
+        options: that are no axes; by their names what ``add_argument`` takes.
         about: its peers and its grid, for ``--help``.
         has_kernel: whether a column tells which kernel computed this package's rows.
         on_gpu: whether it measures on a GPU; numbers of threads are not an axis then.
@@ -185,7 +153,7 @@ class Benchmark:
     quick_rounds: int
     figures: tuple[str, ...] = ()
     budget: float = float("inf")
-    options: tuple[Option, ...] = ()
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     about: str = field(default="", repr=False)
     has_kernel: bool = True
     on_gpu: bool = False

@@ -75,8 +75,8 @@ def _add_options(kind: argparse.ArgumentParser, command: Command) -> None:
         metavar="N",
         help=f"samples of each peer, at most (default: {first.rounds})",
     )
-    for option in (option for each in command.benchmarks for option in each.options):
-        option.add_to(kind)
+    for name, settings in (option for each in command.benchmarks for option in each.options.items()):
+        add(f"--{name}", **settings)
     smaller = " and a smaller grid" if any(axis.quick for axis in command.axes()) else ""
     add("--quick", action="store_true", help=f"{first.quick_rounds} rounds{smaller}")
     if not first.on_gpu:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.core.benchmark import BASE, OURS, Point
@@ -15,7 +16,7 @@ from benchmarks.core.subjects import Subject, difference, prepare
 from benchmarks.core.table import measures
 from benchmarks.core.timing import LEAST_ROUNDS, Call, Clock, Samples, interleaved
 from benchmarks.core.workers import Emit
-from layernorm import machine
+from layernorm import backends, machine
 
 Row = dict[str, Any]
 
@@ -147,6 +148,11 @@ def peer_rows(
             row |= figures(name, row)
         rows.append(row)
     return rows
+
+
+def kernel_on_cpu(operator: Any, dtype: str) -> str:
+    """Return the kernel that computes an operator, or a cell, on the CPU."""
+    return backends.choose(operator, torch.device("cpu"), getattr(torch, dtype)).kernel
 
 
 @contextmanager

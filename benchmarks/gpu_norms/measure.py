@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.core import cuda
 from benchmarks.core.benchmark import Axis, Benchmark, Command
-from benchmarks.core.measuring import Row, each_point, peer_rows, sample
+from benchmarks.core.measuring import Row, each_point, kernel_on_cpu, peer_rows, sample
 from benchmarks.core.subjects import Subject
 from benchmarks.core.table import significant
 from benchmarks.core.timing import quartiles
@@ -21,7 +21,7 @@ from benchmarks.gpu_norms import peers
 from benchmarks.gpu_norms.peers import PEERS
 from benchmarks.gpu_recurrent.measure import BENCHMARK as GPU_RECURRENT
 from benchmarks.norms import measure as norms
-from benchmarks.norms.measure import Point, checked, kernel, limits
+from benchmarks.norms.measure import Point, checked, limits
 from benchmarks.norms.peers import Case
 from layernorm import backends, machine
 
@@ -66,7 +66,7 @@ def _measure(point: Point, job: Mapping[str, Any], emit: Emit) -> list[Row]:
         job["peers"],
         problems,
         (samples, others),
-        kernel=lambda name: "triton" if device == "cuda" else kernel(point),
+        kernel=lambda name: "triton" if device == "cuda" else kernel_on_cpu(point.operator, point.dtype),
         figures=figures,
     )
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.core import benchmark
 from benchmarks.core.benchmark import BASE, Axis, Benchmark, Command
-from benchmarks.core.measuring import Check, Row, each_point, peer_rows, ready, sample
+from benchmarks.core.measuring import Check, Row, each_point, kernel_on_cpu, peer_rows, ready, sample
 from benchmarks.core.subjects import Subject, difference
 from benchmarks.core.table import significant
 from benchmarks.core.timing import Call, quartiles
@@ -88,7 +88,12 @@ def _measure(point: Point, job: Mapping[str, Any], emit: Emit) -> list[Row]:
         return {"copy_into_us": significant(copy_into), **limits(point, copy, row)}
 
     return peer_rows(
-        point, job["peers"], problems, (samples, others), kernel=lambda name: kernel(point), figures=figures
+        point,
+        job["peers"],
+        problems,
+        (samples, others),
+        kernel=lambda name: kernel_on_cpu(point.operator, point.dtype),
+        figures=figures,
     )
 
 
@@ -100,11 +105,6 @@ def limits(point: Point, copy: float, row: Row) -> Row:
         "limit_us": significant(limit),
         "fraction_of_limit": significant(limit / row["median_us"]),
     }
-
-
-def kernel(point: Point) -> str:
-    """Return the kernel that computes a point on the CPU."""
-    return backends.choose(point.operator, torch.device("cpu"), getattr(torch, point.dtype)).kernel
 
 
 def checked(

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from benchmarks.core.subjects import Subject
 from layernorm.variants import parameter_shapes, resolve
+
+#: How PyTorch and this package call the layers of a cell.
+CLASSES: Final = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 
 
 @dataclass(frozen=True)
@@ -113,3 +116,12 @@ def of_function(function: Callable[..., Tensor], case: Case, weights: dict[str, 
     x = case.x.detach().requires_grad_(case.training)
     leaves = [value.detach().requires_grad_(case.training) for value in weights.values()]
     return subject(lambda x: function(x, *leaves), x, leaves, case)
+
+
+def load(module: Any, weights: dict[str, Tensor], suffix: str = "_l0") -> list[Tensor]:
+    """Put the weights into a layer; return its parameters in their order."""
+    parameters = [getattr(module, f"{name}{suffix}") for name in weights]
+    with torch.no_grad():
+        for parameter, value in zip(parameters, weights.values(), strict=True):
+            parameter.copy_(value)
+    return parameters

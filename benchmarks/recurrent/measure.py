@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.core import benchmark, limits
-from benchmarks.core.benchmark import BASE, OURS, Axis, Benchmark, Command, Option, Work
-from benchmarks.core.measuring import Check, Row, each_point, peer_rows, ready, sample
+from benchmarks.core.benchmark import BASE, OURS, Axis, Benchmark, Command, Work
+from benchmarks.core.measuring import Check, Row, each_point, kernel_on_cpu, peer_rows, ready, sample
 from benchmarks.core.memory import kept_for_backward
 from benchmarks.core.subjects import Subject, difference
 from benchmarks.core.table import significant
@@ -20,7 +20,6 @@ from benchmarks.core.timing import Samples, quartiles, ratios
 from benchmarks.core.workers import Emit, serve
 from benchmarks.recurrent.case import Case, make_case
 from benchmarks.recurrent.peers import ONLY_IN, PEERS, UNNORMALIZED
-from layernorm import backends
 from layernorm.arguments import positive, seconds
 from layernorm.variants import GATES
 
@@ -147,13 +146,13 @@ def _measure(point: Point, expected: Expected, job: Mapping[str, Any], emit: Emi
         return found | {"saved_bytes": kept.get(name, "")}
 
     return peer_rows(
-        point, names, problems, (samples, others), kernel=lambda name: kernel(point), figures=figures
+        point,
+        names,
+        problems,
+        (samples, others),
+        kernel=lambda name: kernel_on_cpu(point.cell, point.dtype),
+        figures=figures,
     )
-
-
-def kernel(point: Any) -> str:
-    """Return the kernel that computes this package's layer of a point on the CPU."""
-    return backends.choose(point.cell, torch.device("cpu"), getattr(torch, point.dtype)).kernel
 
 
 def layer_figures(subject: Subject, off: float, own: Samples, products: Samples) -> Row:
@@ -168,21 +167,15 @@ def layer_figures(subject: Subject, off: float, own: Samples, products: Samples)
     return row
 
 
-def time_options(alone: str) -> tuple[Option, ...]:
+def time_options(alone: str) -> dict[str, dict[str, Any]]:
     """Return the options for how long peers are sampled, and those with processes of their own compile."""
-    least = f"{LEAST_ROUNDS} are taken even if they take longer"
-    return (
-        Option(
-            "time", f"seconds of samples of each peer at a point; {least} (default: {EACH})", seconds, "S"
-        ),
-        Option(
-            "compile-limit",
-            f"seconds for a point of {alone} (default: {_COMPILE_LIMIT:g})",
-            seconds,
-            "S",
-            _COMPILE_LIMIT,
-        ),
-    )
+    each = f"seconds of samples of each peer at a point (default: {EACH}), {LEAST_ROUNDS} samples at least"
+    limit = f"seconds for a point of {alone} (default: {_COMPILE_LIMIT:g})"
+    shared = {"type": seconds, "metavar": "S"}
+    return {
+        "time": shared | {"help": each},
+        "compile-limit": shared | {"help": limit, "default": _COMPILE_LIMIT},
+    }
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -271,7 +264,8 @@ BENCHMARK: Final = Benchmark(
     rounds=15,
     quick_rounds=5,
     figures=("difference", "saved_bytes", "compile_s", "products_us", "over_products", "weights_us"),
-    options=(*time_options("the peer compile"), Option("full", "the whole grid with all peers; takes hours")),
+    options=time_options("the peer compile")
+    | {"full": {"action": "store_true", "help": "the whole grid with all peers; takes hours"}},
     about=_ABOUT,
     on_request=("compile",),
     only_in=ONLY_IN,

@@ -18,17 +18,12 @@ from torch import Tensor
 import layernorm
 from benchmarks.core.subjects import NotSupportedError, Subject
 from benchmarks.recurrent import jax_peers, onnx_peers
-from benchmarks.recurrent.case import Case, of_function, subject
+from benchmarks.recurrent.case import CLASSES, Case, load, of_function, subject
 from benchmarks.recurrent.loops import SEQUENCES, scripted
-
-_CLASSES: Final = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 
 
 def _module(case: Case, module: torch.nn.Module, weights: dict[str, Tensor]) -> Subject:
-    with torch.no_grad():
-        leaves = [getattr(module, f"{name}_l0") for name in weights]
-        for leaf, value in zip(leaves, weights.values(), strict=True):
-            leaf.copy_(value)
+    leaves = load(module, weights)
     x = case.x.detach().requires_grad_(case.training)
 
     def forward(x: Tensor) -> Tensor:
@@ -47,7 +42,7 @@ def _module(case: Case, module: torch.nn.Module, weights: dict[str, Tensor]) -> 
 
 
 def _layernorm(case: Case, **options: Any) -> Subject:
-    make = getattr(layernorm, f"LayerNorm{_CLASSES[case.cell]}")
+    make = getattr(layernorm, f"LayerNorm{CLASSES[case.cell]}")
     module = make(case.hidden, case.hidden, device=case.x.device, dtype=case.x.dtype, **options)
     return _module(case, module, case.unnormalized if options.get("variant") == "none" else case.normalized)
 
@@ -59,7 +54,7 @@ def _recompute(case: Case) -> Subject:
 
 
 def _torch(case: Case) -> Subject:
-    make = getattr(torch.nn, _CLASSES[case.cell])
+    make = getattr(torch.nn, CLASSES[case.cell])
     module = make(case.hidden, case.hidden, device=case.x.device, dtype=case.x.dtype)
     return _module(case, module, case.unnormalized)
 

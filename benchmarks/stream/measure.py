@@ -10,11 +10,11 @@ import torch
 
 from benchmarks.core import benchmark, limits
 from benchmarks.core.benchmark import Axis, Benchmark, Command
-from benchmarks.core.measuring import Check, Row, each_point, peer_rows, ready, sample
+from benchmarks.core.measuring import Check, Row, each_point, kernel_on_cpu, peer_rows, ready, sample
 from benchmarks.core.table import significant
 from benchmarks.core.workers import Emit, serve
 from benchmarks.recurrent.case import make_case
-from benchmarks.recurrent.measure import CELLS, DTYPES, kernel
+from benchmarks.recurrent.measure import CELLS, DTYPES
 from benchmarks.stream.peers import PEERS, UNNORMALIZED
 
 # Results of these few steps may differ from those in float32 by this much, relative to their norm.
@@ -66,7 +66,12 @@ def _measure(point: Point, job: Mapping[str, Any], emit: Emit) -> list[Row]:
         return found
 
     return peer_rows(
-        point, job["peers"], problems, (samples, others), kernel=lambda name: kernel(point), figures=figures
+        point,
+        job["peers"],
+        problems,
+        (samples, others),
+        kernel=lambda name: kernel_on_cpu(point.cell, point.dtype),
+        figures=figures,
     )
 
 

@@ -13,12 +13,11 @@ import layernorm
 from benchmarks.core import jax_arrays, onnx_session
 from benchmarks.core.subjects import Subject, module
 from benchmarks.recurrent import jax_peers, onnx_peers
-from benchmarks.recurrent.case import Case
+from benchmarks.recurrent.case import CLASSES, Case, load
 from benchmarks.recurrent.loops import CELLS, scripted
 
 #: Steps that are compared before a peer is measured.
 CHECKED: Final = 4
-_CLASSES: Final = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 _State = tuple[Tensor, ...]
 
 
@@ -46,16 +45,10 @@ def _stepping(step: Callable[[Tensor, _State], _State], case: Case) -> Subject:
     return Subject(call, results)
 
 
-def _loaded(made: torch.nn.Module, weights: dict[str, Tensor], suffix: str) -> Any:
-    with torch.no_grad():
-        for name, value in weights.items():
-            getattr(made, name + suffix).copy_(value)
-    return made
-
-
 def _stream(case: Case) -> Subject:
-    make = getattr(layernorm, f"LayerNorm{_CLASSES[case.cell]}")
-    made = _loaded(make(case.hidden, case.hidden, dtype=case.x.dtype), case.normalized, "_l0")
+    make = getattr(layernorm, f"LayerNorm{CLASSES[case.cell]}")
+    made = make(case.hidden, case.hidden, dtype=case.x.dtype)
+    load(made, case.normalized)
     x = case.x[0]
     step = made.stream(batch_size=x.size(0)).step
 
@@ -68,23 +61,25 @@ def _stream(case: Case) -> Subject:
 
 def _cell_of(make: Any, weights: dict[str, Tensor], case: Case) -> Subject:
     """Return a module of one step as a peer; its state is (h, c) or h."""
-    cell = _loaded(make(case.hidden, case.hidden, dtype=case.x.dtype), weights, "")
+    cell = make(case.hidden, case.hidden, dtype=case.x.dtype)
+    load(cell, weights, suffix="")
     if case.cell == "lstm":
         return _stepping(cell, case)
     return _stepping(lambda x, state: (cell(x, state[0]),), case)
 
 
 def _layernorm_cell(case: Case) -> Subject:
-    return _cell_of(getattr(layernorm, f"LayerNorm{_CLASSES[case.cell]}Cell"), case.normalized, case)
+    return _cell_of(getattr(layernorm, f"LayerNorm{CLASSES[case.cell]}Cell"), case.normalized, case)
 
 
 def _torch(case: Case) -> Subject:
-    return _cell_of(getattr(torch.nn, f"{_CLASSES[case.cell]}Cell"), case.unnormalized, case)
+    return _cell_of(getattr(torch.nn, f"{CLASSES[case.cell]}Cell"), case.unnormalized, case)
 
 
 def _torch_sequence(case: Case) -> Subject:
-    make = getattr(torch.nn, _CLASSES[case.cell])
-    whole = _loaded(make(case.hidden, case.hidden, dtype=case.x.dtype), case.unnormalized, "_l0")
+    make = getattr(torch.nn, CLASSES[case.cell])
+    whole = make(case.hidden, case.hidden, dtype=case.x.dtype)
+    load(whole, case.unnormalized)
     x = case.x[:1]
     first = tuple(s[None] for s in _zeros(case))
     held: list[Any] = [first if case.cell == "lstm" else first[0]]
