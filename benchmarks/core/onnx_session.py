@@ -69,10 +69,7 @@ def subject(
         NotSupportedError: ONNX Runtime has no such operator for this dtype.
     """
     runtime = module("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
+    options = _options(runtime)
     names = list(bindings[0][1])
     held: list[Any] = []
 
@@ -111,6 +108,14 @@ def subject(
             raise NotSupportedError(str(error)) from error
         raise
     return Subject(into_fresh_outputs if fresh else into_outputs, found, session)
+
+
+def _options(runtime: Any) -> Any:
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    return options
 
 
 def _bound(run: Any, binding: Binding) -> Any:
