@@ -23,7 +23,7 @@ _PACKAGES: Final = {
 _METHOD: Final = """\
 ### How the norms are measured on a GPU
 
-- `layernorm` is `layernorm.functional`'s operator served by the Triton kernels, whatever the choice would be;
+- `layernorm` is `layernorm.functional`'s operator, always computed by the Triton kernels;
   `torch` is PyTorch's own, called eagerly, `torch.compile` the same compiled by Inductor for the one shape.
   The others' functions are called with their own defaults; "not installed" and "not supported" stand where
   there is nothing to measure. An operator that adds a residual is an addition and a norm where a peer has no

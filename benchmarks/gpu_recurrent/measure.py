@@ -168,7 +168,7 @@ peers of recurrent layers:
   layernorm-persistent  by the kernel that keeps the weights on the chip, where they fit
   layernorm-recompute   the same with recompute=True, in training
   layernorm-none        the same with variant="none", un-normalized
-  torch                 torch.nn.LSTM, GRU, RNN, un-normalized: what ratios are to
+  torch                 torch.nn.LSTM, GRU, RNN, un-normalized; ratios are relative to it
   loop                  the layer-normalized cell in a Python loop
   compile-step          that with each step under torch.compile
   scan                  that in PyTorch's operator scan, under torch.compile

@@ -17,7 +17,7 @@ from benchmarks.norms.measure import BENCHMARK
 _METHOD: Final = """\
 ### How the norms are measured
 
-- `layernorm` is `layernorm.functional`'s operator, served by the kernel in the column "kernel"; `torch`
+- `layernorm` is `layernorm.functional`'s operator, computed by the kernel in the column "kernel"; `torch`
   is PyTorch's own, called eagerly, and `torch.compile` the same compiled by Inductor for the one shape.
   `jax` is the formula under `jax.jit` with float32 statistics and the variance as E[x²] − E[x]², as in
   Flax; `onnxruntime` is the ONNX operator with bound inputs, forward only. Operators that add a residual

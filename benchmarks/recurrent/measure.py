@@ -232,7 +232,7 @@ peers:
   layernorm             LayerNormLSTM, LayerNormGRU, LayerNormRNN
   layernorm-recompute   the same with recompute=True, in training
   layernorm-none        the same with variant="none", un-normalized
-  torch                 torch.nn.LSTM, GRU, RNN, un-normalized: what ratios are to
+  torch                 torch.nn.LSTM, GRU, RNN, un-normalized; ratios are relative to it
   loop, script          the layer-normalized cell in a Python loop, and that under TorchScript
   compile               that under torch.compile; takes minutes a point, so it is measured only where
                         it is named, in a process of its own

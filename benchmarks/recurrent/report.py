@@ -17,7 +17,7 @@ _METHOD: Final = """\
 - One layer and direction over {steps} steps, as many features in as out, from a state of zeros. Inference
   runs under `torch.inference_mode()`; training is forward and backward with a given gradient of the output,
   to fresh gradients of the input and all parameters. Everything has the same dtype.
-- `layernorm` is `LayerNormLSTM`, `LayerNormGRU` or `LayerNormRNN`, served by the kernel in the table;
+- `layernorm` is `LayerNormLSTM`, `LayerNormGRU` or `LayerNormRNN`, computed by the kernel in the table;
   `layernorm-recompute` has `recompute=True`, and `layernorm-none` is the un-normalized variant. `torch` is
   `torch.nn.LSTM`, `GRU` or `RNN`, which normalizes nothing.
 - By hand: `loop` is the layer-normalized cell of `F.linear` and `F.layer_norm` in a Python loop, the

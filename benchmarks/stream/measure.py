@@ -79,7 +79,7 @@ _ABOUT: Final = """\
 peers:
   layernorm        stream() of LayerNormLSTM, LayerNormGRU, LayerNormRNN, and its step()
   layernorm-cell   LayerNormLSTMCell, LayerNormGRUCell, LayerNormRNNCell
-  torch            torch.nn.LSTMCell, GRUCell, RNNCell, un-normalized: what ratios are to
+  torch            torch.nn.LSTMCell, GRUCell, RNNCell, un-normalized; ratios are relative to it
   torch-sequence   torch.nn.LSTM, GRU, RNN called for one step, un-normalized
   eager, script    the layer-normalized cell written with PyTorch's functions, and that under TorchScript
   jax              the layer-normalized cell jitted

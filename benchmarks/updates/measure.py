@@ -153,7 +153,7 @@ def _problem_here() -> str | None:
 _ABOUT: Final = """\
 peers:
   layernorm        the task's network with layer norm
-  torch            that of torch.nn, without norm: what ratios are to
+  torch            that of torch.nn, without norm; ratios are relative to it
 
 The data sets are those of layernorm compare; a task whose data is not here and cannot be downloaded has
 the status "no data". The default grid takes about 3 minutes.
