@@ -1,4 +1,4 @@
-"""What the commands share: a parser that says what is wrong in one line, and types of arguments."""
+"""Shared by all commands: a parser that says in one line what is wrong, and types of arguments."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def positive(text: str) -> int:
 
 
 def positives(text: str) -> tuple[int, ...]:
-    """Whole numbers of at least 1 separated by commas, each once."""
+    """Convert text to whole numbers of at least 1 separated by commas, each once."""
     return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
 
 

@@ -49,7 +49,7 @@ class Classification(Problem):
         return self._network(norm)
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
-        """Cross-entropy in nats, by case."""
+        """Compute the cross-entropy in nats, by case."""
         logits = network(self._data.train_inputs[batch.cases])
         total = F.cross_entropy(logits, self._data.train_targets[batch.cases], reduction="sum")
         return Loss(total, len(batch.cases))

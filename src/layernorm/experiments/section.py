@@ -1,4 +1,4 @@
-"""What an experiment shows, as data: cards, charts, tables and pictures, drawn elsewhere."""
+"""The results of an experiment as data: cards, charts, tables and pictures, which are drawn elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Verdict: TypeAlias = Literal["agrees", "partly", "differs", "not run"]
 
 @dataclass(frozen=True)
 class Card:
-    """One claim of the paper beside what was measured.
+    """One claim of the paper and the measurement that tests it.
 
     Attributes:
         claim: of the paper, in a sentence.

@@ -1,4 +1,4 @@
-"""What an experiment is to the runner.
+"""The interface between an experiment and the program that runs it.
 
 A ``Task`` trains the same network with different norms; a ``Study`` measures something else. Both come in
 the sizes of their presets: ``paper`` as published, ``small`` for minutes on two cores.

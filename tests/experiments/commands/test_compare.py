@@ -28,7 +28,7 @@ from layernorm.experiments.commands.compare import Comparison, compare
 from layernorm.experiments.networks import feedforward
 from layernorm.experiments.networks.feedforward import NORMS
 from layernorm.experiments.registry import TASKS, find
-from layernorm.experiments.results import table as results
+from layernorm.experiments.results import results_table
 from layernorm.experiments.run.training import Interrupted
 from layernorm.experiments.task import Preset
 from layernorm.variants import PRESETS
@@ -73,8 +73,8 @@ def test_it_writes_the_table_the_curves_and_the_report(tmp_path):
     text = console.file.getvalue()
     assert f"Report: {path}" in text
     assert "best test error (%)" in text
-    summary = results.summarize(pd.read_csv(tmp_path / "results.csv"), ("none", "layer"), TEST_ERROR)
-    for row in results.cells(summary, TEST_ERROR):
+    summary = results_table.summarize(pd.read_csv(tmp_path / "results.csv"), ("none", "layer"), TEST_ERROR)
+    for row in results_table.cells(summary, TEST_ERROR):
         assert row["best"] in page
         assert row["best"] in text
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -24,8 +24,7 @@ from layernorm.cli import main
 from layernorm.experiments import registry
 from layernorm.experiments.commands.compare import Comparison, Interrupted, compare, train
 from layernorm.experiments.errors import ExperimentError
-from layernorm.experiments.report import drawing
-from layernorm.experiments.report import page as report
+from layernorm.experiments.report import drawing, page
 from layernorm.experiments.run import training
 from layernorm.experiments.storage import locks
 from layernorm.experiments.task import Preset
@@ -40,10 +39,10 @@ def records(out: Path) -> pd.DataFrame:
 
 
 @pytest.fixture
-def plain(monkeypatch) -> None:
-    """Neither pictures nor a page, which take their time."""
+def without_report(monkeypatch) -> None:
+    """Draw no picture and write no page, which take their time."""
     monkeypatch.setattr(drawing, "save", lambda *_: None)
-    monkeypatch.setattr(report, "write", lambda path, *_: path)
+    monkeypatch.setattr(page, "write", lambda path, *_: path)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +130,7 @@ def _flipped(content: bytes, at: int) -> bytes:
     return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("without_report")
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named_or_made_again(name, damage, whole, tmp_path, capsys):
@@ -166,9 +165,9 @@ def test_a_damaged_file_is_named_or_made_again(name, damage, whole, tmp_path, ca
             assert other.read_bytes() == content
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("without_report")
 def test_what_is_torn_is_made_again_without_a_word_from_the_user(whole, tmp_path, capsys):
-    """As after a power cut on a disk that lies: every file of the folder, one after another."""
+    """Damage one file after another, as a power cut does on a disk that lies."""
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     (out / "runs/none-batch128-seed0.csv").write_bytes(b"")
@@ -194,7 +193,7 @@ def test_what_is_torn_is_made_again_without_a_word_from_the_user(whole, tmp_path
     assert {path.name for path in (out / "runs").iterdir()} == runs | {f"{name}.sha256" for name in runs}
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("without_report")
 def test_a_damaged_run_that_is_not_asked_for_is_left_out_with_a_word(whole, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
@@ -206,7 +205,7 @@ def test_a_damaged_run_that_is_not_asked_for_is_left_out_with_a_word(whole, tmp_
     pd.testing.assert_frame_equal(records(out), records(whole))
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("without_report")
 def test_runs_of_other_settings_are_refused_where_config_json_is_lost(whole, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
@@ -219,7 +218,7 @@ def test_runs_of_other_settings_are_refused_where_config_json_is_lost(whole, tmp
     assert message.count("\n") == 1
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("without_report")
 def test_a_second_command_is_told_who_is_there(tmp_path, capsys):
     out = tmp_path / "out"
     assert main([*ARGUMENTS, "--out", str(out)]) == 0
@@ -236,7 +235,7 @@ def test_a_second_command_is_told_who_is_there(tmp_path, capsys):
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("without_report")
 def test_a_worker_that_was_only_thought_lost_stops_before_it_writes(tmp_path):
     comparison = Comparison("digits", dataclasses.replace(_preset(), norms=("layer",)), tmp_path)
     (run,) = comparison.runs
@@ -256,7 +255,7 @@ def test_a_worker_that_was_only_thought_lost_stops_before_it_writes(tmp_path):
     assert len(records(tmp_path)) == 5
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("without_report")
 def test_a_full_disk_is_said_in_one_line_wherever_it_fills_up(tmp_path, monkeypatch, capsys):
     """Each flush of a command fails once, the first, the second, ...; the same command goes on from there."""
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)

@@ -1,4 +1,4 @@
-"""What is on the report's page."""
+"""The contents of the report's page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from layernorm.experiments.report import page as report
+from layernorm.experiments.report.page import write
 from layernorm.experiments.section import Chart, Picture, Section, Table
 from layernorm.experiments.task import ExperimentError
 from tests.experiments.report.sections import NAMES, sections, write_png
@@ -23,8 +23,8 @@ def folder(tmp_path_factory) -> Path:
     """``report.html`` of three experiments, ``single.html`` of one, and the picture in them."""
     path = tmp_path_factory.mktemp("report")
     write_png(path / "samples.png")
-    report.write(path / "report.html", "The evidence", sections(path))
-    report.write(path / "single.html", "Digits", [dataclasses.replace(sections(path)[0], charts=())])
+    write(path / "report.html", "The evidence", sections(path))
+    write(path / "single.html", "Digits", [dataclasses.replace(sections(path)[0], charts=())])
     return path
 
 
@@ -144,8 +144,8 @@ def test_what_cannot_be_shown_is_named_and_the_old_page_stays(folder, tmp_path):
         (broken(pictures=[Picture(tmp_path / "not.png", "")]), ExperimentError, r"not\.png is damaged"),
     ):
         with pytest.raises(error, match=message):
-            report.write(path, "A title", found)
+            write(path, "A title", found)
     assert path.read_text() == "old"
     with pytest.raises(ExperimentError, match=r"cannot write .*missing/report\.html"):
-        report.write(tmp_path / "missing" / "report.html", "A title", [section])
+        write(tmp_path / "missing" / "report.html", "A title", [section])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["not.png", "report.html"]

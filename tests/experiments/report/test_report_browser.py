@@ -1,4 +1,4 @@
-"""What the report's page does in a browser."""
+"""The report's page in a browser."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from layernorm.experiments.report import page as report
+from layernorm.experiments.report.page import write
 from tests.experiments.report.sections import NAMES, NASTY, sections, write_png
 
 
@@ -19,7 +19,7 @@ def folder(tmp_path_factory) -> Path:
     """``report.html`` of three experiments."""
     path = tmp_path_factory.mktemp("report")
     write_png(path / "samples.png")
-    report.write(path / "report.html", "The evidence", sections(path))
+    write(path / "report.html", "The evidence", sections(path))
     return path
 
 
@@ -37,7 +37,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def complaints() -> list[str]:
-    """What the browser complained about, and what it asked of a network."""
+    """Return the browser's complaints and its requests to a network."""
     return []
 
 
@@ -106,7 +106,7 @@ def until(visited, condition: str, before: list[float]) -> None:
 
 
 def drawn_lines(visited) -> list[int]:
-    """How many lines, the edges of bands among them, each plot shows."""
+    """Return the number of lines, edges of bands included, in each plot."""
     return visited.evaluate(
         "[...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('.scatterlayer .trace').length)"
     )
@@ -130,8 +130,8 @@ def test_the_legend_hides_and_shows_a_line_in_all_panels(desk):
 
 def test_a_drag_zooms_and_a_double_click_restores(desk):
     desk.locator(".plot").first.scroll_into_view_if_needed()
-    before, beside = ranges(desk), ranges(desk, 1)
-    assert before[2:] == beside[2:]
+    before, neighbour = ranges(desk), ranges(desk, 1)
+    assert before[2:] == neighbour[2:]
     box = desk.locator(".plot .nsewdrag").first.bounding_box()
     desk.mouse.move(box["x"] + 50, box["y"] + 50)
     desk.mouse.down()
@@ -140,7 +140,7 @@ def test_a_drag_zooms_and_a_double_click_restores(desk):
     inside = "now[0] > before[0] && now[1] < before[1] && now[2] > before[2] && now[3] < before[3]"
     until(desk, inside, before)
     zoomed = ranges(desk)
-    assert ranges(desk, 1) == beside
+    assert ranges(desk, 1) == neighbour
     # Hiding a line leaves the reader where he is.
     desk.get_by_role("button", name="none").first.click()
     assert ranges(desk) == zoomed

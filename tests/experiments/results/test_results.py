@@ -1,4 +1,4 @@
-"""What a comparison's records say: the summary and the verdicts, on records written by hand."""
+"""The summary of a comparison's records and the verdicts on them, with records written by hand."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import pandas as pd
 import pytest
 
 from layernorm.experiments.classification import TEST_ERROR
-from layernorm.experiments.results import judging
-from layernorm.experiments.results import table as results
+from layernorm.experiments.results import judging, results_table
 from layernorm.experiments.task import Metric
 
 RECALL = Metric("recall", "recall (%)", higher=True)
@@ -32,7 +31,7 @@ TABLE = pd.DataFrame(
 
 
 def test_the_summary_is_what_the_records_say():
-    none, layer = results.summarize(TABLE, ("none", "layer"), TEST_ERROR).to_dict("records")
+    none, layer = results_table.summarize(TABLE, ("none", "layer"), TEST_ERROR).to_dict("records")
     assert (none["norm"], layer["norm"]) == ("none", "layer")
     assert none["best"] == 5.5
     assert none["best_std"] == 0.5
@@ -42,17 +41,17 @@ def test_the_summary_is_what_the_records_say():
     assert (layer["reached"], layer["seeds"]) == (1, 2)
     assert none["final_loss"] == 2.0
     assert none["update_ms"] == 10_000.0
-    cells = results.cells(results.summarize(TABLE, ("none", "layer"), TEST_ERROR), TEST_ERROR)
+    cells = results_table.cells(results_table.summarize(TABLE, ("none", "layer"), TEST_ERROR), TEST_ERROR)
     assert cells[0]["best"] == "5.50 ± 0.50"
     assert cells[1]["epochs_to_baseline"] == "0.50 ± 0.00 (1 of 2)"
     never = TABLE[TABLE.norm == "none"].assign(norm="layer", test_error=99.0)
     both = pd.concat([TABLE[TABLE.norm == "none"], never])
-    cells = results.cells(results.summarize(both, ("none", "layer"), TEST_ERROR), TEST_ERROR)
+    cells = results_table.cells(results_table.summarize(both, ("none", "layer"), TEST_ERROR), TEST_ERROR)
     assert cells[1]["epochs_to_baseline"] == "not reached"
 
 
 def test_a_metric_of_which_more_is_better():
-    none, layer = results.summarize(TABLE, ("none", "layer"), RECALL).to_dict("records")
+    none, layer = results_table.summarize(TABLE, ("none", "layer"), RECALL).to_dict("records")
     assert (none["best"], layer["best"]) == (94.5, 95.5)
     assert layer["epochs_to_baseline"] == 0.5
     card = judging.better(TABLE, RECALL, claim="c", section="s")
@@ -63,9 +62,11 @@ def test_a_metric_of_which_more_is_better():
 
 
 @pytest.mark.parametrize("metric", [TEST_ERROR, RECALL])
-def test_who_is_sooner(metric):
+def test_which_norm_needs_fewer_updates(metric):
     def judged(table, **options):
-        card = judging.sooner(pd.DataFrame(table), metric, claim="c", section="s", remark="why", **options)
+        card = judging.fewer_updates(
+            pd.DataFrame(table), metric, claim="c", section="s", remark="why", **options
+        )
         return card.verdict, card.figure, card.remark
 
     none = rows("none", 0, [90, 8, 6, 5]) + rows("none", 0, [90, 9, 9, 9], batch_size=128)
@@ -81,7 +82,7 @@ def test_who_is_sooner(metric):
     assert figure.startswith("Batch 128: none's best, at update 1, was not reached; batch 4:")
     assert judged(none + fast + slow, batch_sizes=(128,))[0] == "differs"
     assert judged(none)[0] == "not run"
-    # As soon as the baseline itself is not sooner.
+    # As many updates as the baseline are not fewer.
     assert judged(none + rows("layer", 0, [90, 6, 6, 5]))[0] == "differs"
 
 
@@ -93,4 +94,4 @@ def test_a_damaged_table_is_named(tmp_path):
     for content in ("", "norm,batch_size\n", TABLE[:0].drop(columns="recall").to_csv(index=False)):
         path.write_text(content)
         with pytest.raises(tasks.ExperimentError, match=r"none\.csv is damaged .*; delete it"):
-            results.read(path, registry.find("digits"))
+            results_table.read(path, registry.find("digits"))

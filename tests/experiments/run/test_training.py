@@ -92,14 +92,14 @@ def test_a_stopped_run_ends_like_an_undisturbed_one(tmp_path):
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    """Where a new process has everything imported: the optimizers' first update imports torch._dynamo."""
+    """Return a context whose processes start with everything imported, torch._dynamo included."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "layernorm.experiments.classification", "pytest"])
     return context
 
 
 def _train_until_killed(checkpoint: Path) -> None:
-    """In a process of its own: a run that saves all the time and dawdles, so that a kill finds it at work."""
+    """Train slowly and save all the time in a process of its own, so that a kill finds it at work."""
     torch.set_num_threads(1)
     training.CHECKPOINT_SECONDS = 0.0
     preset = dataclasses.replace(PRESET, epochs=60, schedule="cosine")
@@ -266,9 +266,9 @@ def trained_on(checkpoint: Path, preset: Preset) -> Trainer:
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_mixed_precision_trains_close_to_float32(tmp_path, precision):
     preset = dataclasses.replace(PRESET, epochs=10)
-    plain = trained(tmp_path / "plain", preset, Noisy(dropout=0.0))
+    exact = trained(tmp_path / "exact", preset, Noisy(dropout=0.0))
     mixed = trained(tmp_path / "mixed", preset, Noisy(dropout=0.0), precision=precision)
-    losses = [[record["train_loss"] for record in t.records[1:]] for t in (plain, mixed)]
+    losses = [[record["train_loss"] for record in t.records[1:]] for t in (exact, mixed)]
     assert losses[0] != losses[1]
     # A forward pass rounded to 8 bits moves a mean squared error of order 1 by some per cent.
     assert losses[1] == pytest.approx(losses[0], rel=0.1)

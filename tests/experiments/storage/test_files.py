@@ -25,12 +25,12 @@ class Killed(BaseException):
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_folder_after(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
-        plain = getattr(os, name)
+        original = getattr(os, name)
 
-        def counted(*arguments, name=name, plain=plain):
+        def counted(*arguments, name=name, original=original):
             is_folder = name == "fsync" and stat.S_ISDIR(os.fstat(arguments[0]).st_mode)
             calls.append("folder" if is_folder else name)
-            return plain(*arguments)
+            return original(*arguments)
 
         monkeypatch.setattr(os, name, counted)
     files.write(tmp_path / "a", b"whole")
@@ -97,7 +97,7 @@ def test_what_a_dead_process_left_goes_and_what_a_living_one_writes_stays(tmp_pa
 
 @pytest.mark.parametrize("before", [None, "old\n"])
 def test_a_table_agrees_with_its_checksum_whenever_its_writer_dies(tmp_path, monkeypatch, before):
-    path, plain = tmp_path / "a.csv", os.replace
+    path, original = tmp_path / "a.csv", os.replace
     for deadline in range(4):
         if before is not None:
             files.write_table(path, before, "about")
@@ -107,7 +107,7 @@ def test_a_table_agrees_with_its_checksum_whenever_its_writer_dies(tmp_path, mon
             if not left[0]:
                 raise Killed
             left[0] -= 1
-            plain(*arguments)
+            original(*arguments)
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", replace)
@@ -146,10 +146,10 @@ def test_a_table_that_is_damaged_is_not_taken_for_the_old_one(tmp_path, monkeypa
     files.write_table(path, "old\n", "about")
     path.write_text("odd\n")
 
-    def replace(source: Path, target: Path, plain=os.replace) -> None:
+    def replace(source: Path, target: Path, original=os.replace) -> None:
         if target == path:
             raise Killed
-        plain(source, target)
+        original(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(Killed):

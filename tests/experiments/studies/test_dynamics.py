@@ -179,11 +179,11 @@ def test_a_run_goes_on_where_it_was_stopped(results, measured, monkeypatch):
     put(path, table[~stopped])
     path.with_name("dynamics.csv.new").write_text("step,hid")
     traced = []
-    plain = dynamics.trace
+    original = dynamics.trace
 
     def counted(cell, norm, scale, steps, hidden_size, seed):
         traced.append((cell, steps, seed))
-        return plain(cell, norm, scale, steps, hidden_size, seed)
+        return original(cell, norm, scale, steps, hidden_size, seed)
 
     monkeypatch.setattr(dynamics, "trace", counted)
     dynamics.run(results, lambda line: None, **SIZES)

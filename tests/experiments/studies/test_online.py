@@ -178,10 +178,10 @@ def test_cards_flip_with_the_numbers(results):
 def test_a_norm_that_depends_on_the_batch_is_found(monkeypatch, images):
     """A mutant in place of layer norm: statistics over the batch too."""
     network = online.RowReader("layer")
-    plain = online.RowReader.states
+    original = online.RowReader.states
 
     def mixed(self, images):
-        states = plain(self, images)
+        states = original(self, images)
         return states - states.mean(0)
 
     monkeypatch.setattr(online.RowReader, "states", mixed)
@@ -193,11 +193,11 @@ def test_a_norm_that_depends_on_the_batch_is_found(monkeypatch, images):
 
 def test_a_run_goes_on_where_it_was_stopped(results, measured, monkeypatch):
     trained = []
-    plain = online._train
+    original = online._train
 
     def counted(folder, data, network, norm, seed, batch_size, epochs):
         trained.append((network, norm, batch_size))
-        return plain(folder, data, network, norm, seed, batch_size, epochs)
+        return original(folder, data, network, norm, seed, batch_size, epochs)
 
     monkeypatch.setattr(online, "_train", counted)
     path = results / "training.csv"
@@ -217,14 +217,14 @@ def test_a_run_goes_on_where_it_was_stopped(results, measured, monkeypatch):
 
 def test_a_training_goes_on_from_its_checkpoint(results, measured, monkeypatch):
     steps = []
-    plain = online.Trainer.step
+    original = online.Trainer.step
 
     def interrupted(self, cases, stop):
         steps.append(self.update)
         if len(steps) == 2:
             self.save()
             raise KeyboardInterrupt
-        return plain(self, cases, stop)
+        return original(self, cases, stop)
 
     path = results / "training.csv"
     table = pd.read_csv(path)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def problem(monkeypatch) -> convnet.ConvolutionalMnist:
-    """Of random images in MNIST's place."""
+    """Return a problem of random images in MNIST's place."""
 
     def load(cases: int) -> Data:
         return Data(torch.rand(cases, 784), torch.randint(10, (cases,)), torch.rand(9, 784), torch.arange(9))
@@ -47,7 +47,7 @@ def changed(network: nn.Module, index: int, factor: float) -> nn.Module:
 
 @pytest.mark.parametrize(("norm", "invariant"), [("none", False), ("layer", True), ("batch", True)])
 def test_the_norms_stand_after_the_convolutions(norm, invariant):
-    """What is normalized does not care for the scale of its weights (paper, table 1)."""
+    """Normalized outputs do not depend on the scale of the weights (paper, table 1)."""
     network = convnet.network((4, 8), norm).double()
     images = torch.rand(5, 1, 28, 28, dtype=torch.float64)
     convolutions = [i for i, layer in enumerate(network) if isinstance(layer, nn.Conv2d)]
@@ -55,7 +55,7 @@ def test_the_norms_stand_after_the_convolutions(norm, invariant):
     for index in convolutions:
         expected = network(images)
         found = changed(network, index, 100.0)(images)
-        # eps = 1e-5 beside variances about 0.01 is a part in a thousand of them.
+        # eps = 1e-5 next to variances of about 0.01 is a part in a thousand of them.
         assert torch.allclose(found, expected, rtol=0, atol=0.01) is invariant
 
 
@@ -108,6 +108,6 @@ def test_the_cards_of_mnist_follow_the_results():
     large = records(128, none=(90, 4, 2), layer=(90, 3, 2.5), batch=(90, 3, 1))
     small = records(4, none=(90, 4, 2), layer=(90, 2, 1), batch=(90, 4, 3))
     verdicts = [card.verdict for card in mnist.judge(pd.concat([large, small]))]
-    # Robust to small batches; layer norm sooner than batch norm, and than no norm, at one of two sizes.
+    # Robust to small batches; layer norm in fewer updates than batch norm and no norm, at one of two sizes.
     assert verdicts == ["agrees", "partly", "partly"]
     assert [card.verdict for card in mnist.judge(large[large.norm == "none"])] == ["not run"] * 3

@@ -116,13 +116,13 @@ def test_the_cell_without_norm_is_torch_s():
     ("norm", "judge"), [("layer", F.layer_norm), ("rms", lambda a, shape, gain: F.rms_norm(a, shape, gain))]
 )
 def test_the_norm_is_on_the_output_and_the_cell_is_carried_on_without_it(norm, judge):
-    cell, plain = OutputNormLSTMCell(norm, 5, 6), OutputNormLSTMCell("none", 5, 6)
-    plain.gates.load_state_dict(cell.gates.state_dict())
+    cell, unnormalized = OutputNormLSTMCell(norm, 5, 6), OutputNormLSTMCell("none", 5, 6)
+    unnormalized.gates.load_state_dict(cell.gates.state_dict())
     with torch.no_grad():
         for parameter in cell.norm.parameters():
             parameter.normal_()
     inputs, state = torch.randn(4, 5), State(torch.randn(4, 6), torch.randn(4, 6))
-    found, expected = cell((inputs,), state), plain((inputs,), state)
+    found, expected = cell((inputs,), state), unnormalized((inputs,), state)
     torch.testing.assert_close(found.cell, expected.cell)
     gate = expected.hidden / expected.cell.tanh()
     normalized = judge(expected.cell, (6,), *cell.norm.parameters())
@@ -301,11 +301,11 @@ def test_the_task_judges_and_has_the_paper_s_sizes(digits):
         for norm, speed in (("none", 5), ("layer", 10))
         for step in range(5)
     )
-    sooner, better = draw.TASK.judge(results)
+    earlier, better = draw.TASK.judge(results)
     # Four epochs tell nothing about where the bounds end.
-    assert (sooner.verdict, better.verdict) == ("agrees", "partly")
+    assert (earlier.verdict, better.verdict) == ("agrees", "partly")
     assert "After 4 of 200 epochs" in better.remark
-    assert "after 200 updates against 400" in sooner.figure
+    assert "after 200 updates against 400" in earlier.figure
     assert draw.TASK.judge(results.assign(epoch=50 * results.epoch))[1].verdict == "agrees"
     (table,) = draw.TASK.tables(results)
     assert [list(row) for row in table.rows] == [

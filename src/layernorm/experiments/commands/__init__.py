@@ -1,1 +1,1 @@
-"""What the commands of the experiments do."""
+"""The commands of the experiments."""

@@ -2,8 +2,8 @@
 
 A folder holds ``config.json``, ``results.csv`` and ``results.parquet``, ``curves.png`` and ``curves.svg``,
 ``report.html``, the pictures of ``samples/``, and in ``runs/`` one CSV file for each finished run and a
-checkpoint for an unfinished one. Every file is replaced whole. The same command goes on where an earlier one
-was stopped.
+checkpoint for an unfinished one. Every file is replaced whole. The same command continues where an
+earlier one was stopped.
 """
 
 from __future__ import annotations
@@ -26,10 +26,8 @@ from layernorm.arguments import say
 from layernorm.experiments import registry
 from layernorm.experiments.commands.progress import Display
 from layernorm.experiments.errors import ExperimentError
-from layernorm.experiments.report import drawing
-from layernorm.experiments.report import page as report
-from layernorm.experiments.results import folder
-from layernorm.experiments.results import table as results
+from layernorm.experiments.report import drawing, page
+from layernorm.experiments.results import folder, results_table
 from layernorm.experiments.results.comparison import FIXED, Comparison, command, finished, together
 from layernorm.experiments.run import checkpoints, processes
 from layernorm.experiments.run.training import Interrupted, Record, Run, Trainer
@@ -76,7 +74,7 @@ def compare(comparison: Comparison, console: Console, sweep: Sweep | None = None
             # What is finished is in the table, however this ends.
             table = _table(finished(comparison.out, whole.settings, task, say=lambda text: None))
             if not table.empty:
-                results.write(table, comparison.out)
+                results_table.write(table, comparison.out)
         return _report(whole, task, table, console)
 
 
@@ -125,11 +123,11 @@ def _train_missing(
 
 def _report(comparison: Comparison, task: Task, table: pd.DataFrame, console: Console) -> Path:
     path = comparison.out / "report.html"
-    shown = results.section(comparison.out, task, folder.read(comparison.out), table)
+    shown = results_table.section(comparison.out, task, folder.read(comparison.out), table)
     drawing.save(shown.charts[0], comparison.out)
-    report.write(path, f"layernorm compare {task.name}", [shown])
+    page.write(path, f"layernorm compare {task.name}", [shown])
     metric = task.metrics[0]
-    results.show(console, results.summarize(table, comparison.preset.norms, metric), metric)
+    results_table.show(console, results_table.summarize(table, comparison.preset.norms, metric), metric)
     say(console, f"Report: {path}")
     return path
 
@@ -194,7 +192,7 @@ def read(path: Path) -> Section:
     """
     config = folder.read(path)
     task = registry.find(config["task"])
-    return results.section(path, task, config, records(path))
+    return results_table.section(path, task, config, records(path))
 
 
 def records(path: Path) -> pd.DataFrame:

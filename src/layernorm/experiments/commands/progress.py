@@ -100,7 +100,7 @@ class Display:
         self._say(run, f"best {self._value(best)}, {spent} of training")
 
     def say(self, run: Run, text: str) -> None:
-        """Something else about a run."""
+        """Show something else about a run."""
         self._say(run, text)
 
     def _value(self, value: float) -> str:

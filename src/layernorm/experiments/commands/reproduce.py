@@ -2,7 +2,7 @@
 
 ``DIR/NAME/`` is the folder of an experiment as its own command makes it; ``DIR/results.csv`` and
 ``results.parquet`` hold the records of all comparisons, ``DIR/report.html`` shows everything. The same
-command goes on where an earlier one was stopped. An experiment whose data cannot be had is left out.
+command continues where an earlier one was stopped. An experiment whose data cannot be had is left out.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from layernorm.experiments.commands import compare, study
 from layernorm.experiments.commands.compare import Comparison, Sweep
 from layernorm.experiments.commands.progress import duration
 from layernorm.experiments.errors import DamagedFile, ExperimentError, MissingData, reason
-from layernorm.experiments.report import page as report
-from layernorm.experiments.results import folder
-from layernorm.experiments.results import table as results
+from layernorm.experiments.report import page
+from layernorm.experiments.results import folder, results_table
 from layernorm.experiments.section import Card, Section
 from layernorm.experiments.storage import files
 
@@ -102,9 +101,9 @@ def write(out: Path, path: Path | None = None) -> Path:
         places = [place for place in (_folders(out) if several else [out]) if "task" in folder.read(place)]
         if places:
             found = [_records(place) if several else compare.records(place) for place in places]
-            results.write(pd.concat(found, ignore_index=True), out)
+            results_table.write(pd.concat(found, ignore_index=True), out)
     title = "Layer normalization, reproduced" if several else sections[0].title
-    return report.write(path or out / "report.html", title, sections)
+    return page.write(path or out / "report.html", title, sections)
 
 
 def read(out: Path) -> list[Section]:

@@ -14,10 +14,8 @@ from rich.text import Text
 
 from layernorm.arguments import say
 from layernorm.experiments import registry
-from layernorm.experiments.report import drawing
-from layernorm.experiments.report import page as report
-from layernorm.experiments.results import folder
-from layernorm.experiments.results import table as results
+from layernorm.experiments.report import drawing, page
+from layernorm.experiments.results import folder, results_table
 from layernorm.experiments.section import Card, Section, Table
 
 
@@ -51,7 +49,7 @@ def run(
         section = read(out)
         for chart in section.charts:
             drawing.save(chart, out)
-        path = report.write(out / "report.html", f"layernorm {name}", [section])
+        path = page.write(out / "report.html", f"layernorm {name}", [section])
     for table in section.tables:
         show(console, table)
     show_cards(console, section.cards)
@@ -71,7 +69,7 @@ def read(out: Path) -> Section:
         **{
             **vars(section),
             "command": config["command"],
-            "facts": (*section.facts, *results.facts(config)),
+            "facts": (*section.facts, *results_table.facts(config)),
         }
     )
 

@@ -11,7 +11,7 @@ from layernorm.experiments.commands import compare
 from layernorm.experiments.commands.compare import Comparison
 from layernorm.experiments.commands.progress import Display
 from layernorm.experiments.errors import DamagedFile, ExperimentError
-from layernorm.experiments.results import table as results
+from layernorm.experiments.results import results_table
 from layernorm.experiments.run.training import Run
 from layernorm.experiments.storage import files
 from layernorm.experiments.task import Task
@@ -23,8 +23,8 @@ _RETRIES = 3
 class RaySweep:
     """Trains runs side by side.
 
-    A lost worker's run is given to another one. It goes on from its checkpoint where ``out`` is storage that
-    all machines see, and from its start elsewhere. What a run has written comes back to
+    A lost worker's run is given to another one. It continues from its checkpoint where ``out`` is storage
+    that all machines see, and from its start elsewhere. What a run has written comes back to
     the machine that asked.
 
     Args:
@@ -68,7 +68,7 @@ class RaySweep:
                 (done,), _ = ray.wait(list(pending), num_returns=1)
                 run = pending.pop(done)
                 try:
-                    self._take(comparison, run, ray.get(done), display)
+                    self._keep(comparison, run, ray.get(done), display)
                 except (ray.exceptions.RayError, ExperimentError) as error:
                     reason = str(error).strip().splitlines()[-1]
                     failed[run.name] = reason
@@ -85,8 +85,8 @@ class RaySweep:
             )
 
     @staticmethod
-    def _take(comparison: Comparison, run: Run, written: dict[str, bytes], display: Display) -> None:
-        """Write what a run has written, where its machine does not share this one's storage."""
+    def _keep(comparison: Comparison, run: Run, written: dict[str, bytes], display: Display) -> None:
+        """Keep the files that a run has written, where its machine does not share this one's storage."""
         for name, content in written.items():
             path = comparison.out / name
             if path.is_file() and path.read_bytes() == content:
@@ -94,7 +94,7 @@ class RaySweep:
             files.make_folder(path.parent)
             files.write(path, content)
         task = registry.find(comparison.task)
-        table = results.read(comparison.path(run, ".csv"), task, comparison.about(run))
+        table = results_table.read(comparison.path(run, ".csv"), task, comparison.about(run))
         display.finish(run, [{str(k): v for k, v in row.items()} for row in table.to_dict("records")])
 
 
@@ -131,7 +131,7 @@ def _is_finished(comparison: Comparison, run: Run, task: Task) -> bool:
     if not comparison.path(run, ".csv").exists():
         return False
     try:
-        results.read(comparison.path(run, ".csv"), task, comparison.about(run))
+        results_table.read(comparison.path(run, ".csv"), task, comparison.about(run))
     except DamagedFile:
         return False
     return True

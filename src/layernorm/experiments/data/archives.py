@@ -23,8 +23,8 @@ _SMALL: Final = 1 << 24
 _BLOCK: Final = 512
 
 
-def plain(path: Path) -> bytes:
-    """Return what is in a file as it is."""
+def stored(path: Path) -> bytes:
+    """Return the bytes of a file as they are stored."""
     with path.open("rb") as file:
         return _read(file)
 

@@ -100,7 +100,7 @@ def text_lines(path: Path) -> list[str]:
         ExperimentError: it is no text.
     """
     with reading(path):
-        return lines(archives.plain(path))
+        return lines(archives.stored(path))
 
 
 def entries(path: Path, suffix: str) -> Iterator[tuple[PurePosixPath, bytes]]:
@@ -113,7 +113,7 @@ def entries(path: Path, suffix: str) -> Iterator[tuple[PurePosixPath, bytes]]:
         for file in sorted(path.rglob(f"*{suffix}")):
             if not file.name.startswith("._") and file.is_file():  # "._*": macOS adds such files
                 with reading(file):
-                    content = archives.plain(file)
+                    content = archives.stored(file)
                 yield PurePosixPath(file.relative_to(path).as_posix()), content
         return
     members = archives.members(path, suffix)
@@ -150,7 +150,7 @@ def check_part(part: str, parts: Sequence[str]) -> None:
 
 
 def decoded(content: bytes) -> str:
-    """Text in UTF-8, or else in Windows-1252, as the older data sets are."""
+    """Decode text in UTF-8, or else in Windows-1252, as the older data sets are."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""What people drew and wrote, as the strokes of their pens."""
+"""Drawings and handwriting as the strokes of pens."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def iam_ondb(part: str = "all") -> list[WrittenLine]:
     M. Liwicki and H. Bunke, IAM-OnDB: an on-line English sentence database, 2005.
 
     Args:
-        part: "all", or where the lists of its benchmark (IAM-OnDB-t1) lie beside it "train", "valid",
+        part: "all", or where the lists of its benchmark (IAM-OnDB-t1) lie next to it "train", "valid",
             "valid2" or "test".
 
     Returns:
@@ -120,7 +120,7 @@ def _drawings(content: bytes) -> bytes:
 
 
 def _drawing(path: str, *lines: str) -> Drawing:
-    """Out of a path, alphabet/character01/0108_01.txt, and lines: START, points x,y,milliseconds, BREAK."""
+    """Read a drawing alphabet/character01/0108_01.txt: lines START, points x,y,milliseconds, BREAK."""
     alphabet, character, name = path.split("/")
     strokes: list[list[list[float]]] = [[]]
     for line in lines:

@@ -14,7 +14,7 @@ class Question(NamedTuple):
 
     Attributes:
         passage: words with spaces between.
-        query: likewise, with "@placeholder" for what is asked.
+        query: a text of the same form, with "@placeholder" for what is asked.
         answer: the marker in the gap.
         candidates: all markers of the passage and the query.
     """

@@ -1,4 +1,4 @@
-"""What data sets there are: whose, under which licence, where from, where looked for."""
+"""The data sets: their authors, licences, addresses, and the places where each is looked for."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from layernorm.experiments.data import finding, sources
 
 
 def tiny_shakespeare() -> str:
-    """About a third of Shakespeare's plays, 1,115,394 characters.
+    """Return about a third of Shakespeare's plays, 1,115,394 characters.
 
     Speeches stand one after another, each after the speaker's name and a colon, with an empty line between.
 

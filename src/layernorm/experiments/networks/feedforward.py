@@ -16,7 +16,7 @@ NORMS: Final = ("none", "batch", "layer", "rms", "weight")
 
 
 def network(sizes: tuple[int, ...], norm: str) -> nn.Sequential:
-    """Linear layers of these sizes with ReLU between them.
+    """Return linear layers of these sizes with ReLU between them.
 
     Layer and RMS norm are on the hidden layers and not on the logits; batch norm is on all layers
     (paper §6.6), with running mean and variance by momentum for inference; weight norm is on the

@@ -90,7 +90,7 @@ class SentenceEncoder(nn.Module):
         self.gru = gru(norm, embedding, units)
 
     def forward(self, sentences: PackedSequence) -> Tensor:
-        """Packed indices of words of N sentences to their last states (N, H)."""
+        """Map packed indices of words of N sentences to their last states (N, H)."""
         embedded = sentences._replace(data=self.words(sentences.data))
         _, state = self.gru(embedded)
         return cast(Tensor, state[0])

@@ -29,7 +29,7 @@ _PLACES: Final = {"none": 0, "batch": 1, "layer": 2, "rms": 3, "weight": 4}
 
 
 class Look(NamedTuple):
-    """How a line is drawn.
+    """The style of a line.
 
     Attributes:
         colour: as #RRGGBB.

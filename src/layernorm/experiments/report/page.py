@@ -1,4 +1,4 @@
-"""What experiments found, as one HTML page that needs nothing else: no network, no other file.
+"""The results of experiments as one HTML page that needs nothing else: no network, no other file.
 
 The page is ``report.html.j2`` with ``report.css`` and ``report.js`` in it. Its charts are drawn from their
 data by plotly.js, which is in the page too; without JavaScript and on paper the pictures of ``drawing`` stand
@@ -52,12 +52,12 @@ def write(path: Path, title: str, sections: Sequence[Section]) -> Path:
 
     Examples:
         >>> import pathlib, tempfile
-        >>> from layernorm.experiments.report import page as report
+        >>> from layernorm.experiments.report import page
         >>> from layernorm.experiments.section import Card, Section
         >>> card = Card("Layer norm trains faster.", "§6.6", "2.1 times fewer updates.", "agrees")
         >>> section = Section("mnist", "MNIST", "784-1000-1000-10", "layernorm compare mnist", [card])
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = report.write(pathlib.Path(folder) / "report.html", "The evidence", [section])
+        ...     path = page.write(pathlib.Path(folder) / "report.html", "The evidence", [section])
         ...     "2.1 times fewer updates." in path.read_text("utf-8")
         True
     """

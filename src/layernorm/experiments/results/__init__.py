@@ -1,1 +1,1 @@
-"""What a folder of results holds, and the verdicts on it."""
+"""The contents of a folder of results, and the verdicts on them."""

@@ -15,7 +15,7 @@ import torch
 
 from layernorm.experiments import registry
 from layernorm.experiments.errors import DamagedFile, ExperimentError
-from layernorm.experiments.results import table as results
+from layernorm.experiments.results import results_table
 from layernorm.experiments.run.training import Precision, Run
 from layernorm.experiments.task import Preset, Task
 
@@ -90,8 +90,8 @@ class Comparison:
 
 def identity(settings: Mapping[str, Any]) -> str:
     """Return the settings that a folder holds one value of, as ``config.json`` has them, in one line."""
-    plain = json.loads(json.dumps({name: settings[name] for name in FIXED}))
-    return " ".join(f"{name}={value}" for name, value in plain.items())
+    in_json = json.loads(json.dumps({name: settings[name] for name in FIXED}))
+    return " ".join(f"{name}={value}" for name, value in in_json.items())
 
 
 def finished(
@@ -120,18 +120,18 @@ def finished(
         if run is None or run.norm not in task.norms:
             continue
         try:
-            found[run] = results.read(path, task, f"{identity(settings)} {run.name}")
+            found[run] = results_table.read(path, task, f"{identity(settings)} {run.name}")
         except ExperimentError as error:
-            again = run in asked and isinstance(error, DamagedFile)
-            if say is None or (run in asked and not again):
+            retried = run in asked and isinstance(error, DamagedFile)
+            if say is None or (run in asked and not retried):
                 raise
             what = str(error).partition("; delete it")[0]
-            say(f"{what}; this run is {'trained again' if again else 'left out until a command names it'}")
+            say(f"{what}; this run is {'trained again' if retried else 'left out until a command names it'}")
     return {run: found[run] for run in sorted(found, key=lambda run: _place(run, settings))}
 
 
 def together(comparison: Comparison, there: Iterable[Run]) -> Comparison:
-    """Return the comparison with what a folder has beside it: norms, batch sizes, seeds."""
+    """Return the comparison with the other norms, batch sizes and seeds that a folder has."""
     there = list(there)
     preset = comparison.preset
     norms = dict.fromkeys((*preset.norms, *(run.norm for run in there)))
@@ -150,15 +150,15 @@ def command(comparison: Comparison) -> str:
     """Return the command that makes a comparison: what was typed, or what could have been."""
     if comparison.command:
         return comparison.command
-    plain = registry.find(comparison.task).presets.get(comparison.preset_name)
+    preset = registry.find(comparison.task).presets.get(comparison.preset_name)
     words = ["layernorm", "compare", comparison.task, "--preset", comparison.preset_name]
     for field in dataclasses.fields(Preset):
         value = getattr(comparison.preset, field.name)
-        if plain is None or value == getattr(plain, field.name):
+        if preset is None or value == getattr(preset, field.name):
             continue
         if field.name == "sizes":
             for name, size in value.items():
-                words += ["--size", f"{name}={size}"] if plain.sizes.get(name) != size else []
+                words += ["--size", f"{name}={size}"] if preset.sizes.get(name) != size else []
             continue
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         words += [f"--{field.name.replace('_', '-')}", text]

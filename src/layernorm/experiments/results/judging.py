@@ -1,4 +1,4 @@
-"""From a comparison's results to cards: who is better, and who is there sooner."""
+"""Cards from a comparison's results: which norm is better, and which needs fewer updates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def first_at(run: pd.DataFrame, metric: Metric, value: float) -> pd.Series | Non
     return there.iloc[0] if len(there) else None
 
 
-def sooner(
+def fewer_updates(
     results: pd.DataFrame,
     metric: Metric,
     *,
@@ -43,7 +43,7 @@ def sooner(
         metric: what is compared.
         claim: the paper's.
         section: of the paper.
-        norm: the one that should be sooner.
+        norm: the one that should need fewer updates.
         than: the one whose best is to be reached.
         batch_sizes: those to look at; None for all.
         remark: why it is not as the paper has it, shown only then.
@@ -88,7 +88,7 @@ def better(
 ) -> Card:
     """Return the card that says whether a norm's best value is better than another one's.
 
-    Arguments as of ``sooner``; the values are means over the seeds.
+    The arguments are those of ``fewer_updates``; the values are means over the seeds.
     """
     verdicts, texts = {}, []
     for batch_size, runs in _by_batch_size(results, (norm, than), batch_sizes):

@@ -63,6 +63,6 @@ def read(
         raise kind(f"{path} is damaged ({reason(error)}); {remedy}") from error
 
 
-def again(error: DamagedFile) -> str:
-    """Return the line that says that what a damaged file held is measured again."""
+def will_be_repeated(error: DamagedFile) -> str:
+    """Return the line that says that the contents of a damaged file are measured again."""
     return f"{str(error).partition('; ')[0]}; it is measured again"

@@ -1,6 +1,6 @@
 """Data parallel training: the processes that ``torchrun`` started, and what they share.
 
-Without ``torchrun`` there is one process, and everything here is the identity.
+Without ``torchrun`` only one process runs, and everything here is the identity.
 """
 
 from __future__ import annotations

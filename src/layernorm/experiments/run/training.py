@@ -43,7 +43,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """What distinguishes one run of a comparison from another."""
+    """The settings that distinguish one run of a comparison from another."""
 
     norm: str
     batch_size: int
@@ -51,7 +51,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As in file names."""
+        """The name of the run in file names."""
         return f"{self.norm}-batch{self.batch_size}-seed{self.seed}"
 
     @classmethod

@@ -170,7 +170,7 @@ class OtherTableError(ValueError):
 
 
 class UnknownTableError(ValueError):
-    """A table is not by this program: it has no checksum beside it, or begins with something else."""
+    """A table is not by this program: it has no checksum file, or begins with something else."""
 
 
 def checksum(path: Path) -> Path:
@@ -232,7 +232,7 @@ def unsealed(content: bytes) -> bytes | None:
 
 
 def _fresh(path: Path) -> tuple[Path, int]:
-    """Make a file beside ``path`` that nobody else writes to; its lock says that its process lives."""
+    """Make a file next to ``path`` that nobody else writes to; its lock says that its process lives."""
     fresh = path.with_name(path.name + _SUFFIX)
     while True:
         try:
@@ -260,7 +260,7 @@ def _flush(path: Path) -> None:
 
 
 def _encoded(text: str) -> bytes:
-    """UTF-8; of a name that is not UTF-8 itself its bytes as escapes."""
+    """Return text in UTF-8; of a name that is not UTF-8 itself the bytes, as escapes."""
     return text.encode("utf-8", "backslashreplace")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import layernorm
 from layernorm.experiments.errors import DamagedFile, ExperimentError
-from layernorm.experiments.results import study_tables as tables
+from layernorm.experiments.results import study_tables
 from layernorm.experiments.section import Card, Chart, Line, Panel, Section, Table, Verdict
 from layernorm.experiments.task import Study
 
@@ -132,7 +132,7 @@ def run(
         try:
             measured.append(_load(path, about))
         except DamagedFile as error:
-            say(tables.again(error))
+            say(study_tables.will_be_repeated(error))
     done = {case for table in measured for case in table[_CASE].itertuples(index=False, name=None)}
     for case in _cases(lengths):
         if case in done:
@@ -142,11 +142,11 @@ def run(
         traces = [trace(cell, norm, scale, steps, hidden_size, seed) for seed in range(seeds)]
         rows = pd.DataFrame(_rows(traces, steps))
         measured.append(rows.assign(cell=cell, norm=norm, scale=scale, steps=steps))
-        tables.write(path, pd.concat(measured, ignore_index=True), about)
+        study_tables.write(path, pd.concat(measured, ignore_index=True), about)
 
 
 def read(folder: Path) -> Section:
-    """Cards, tables and charts of the lengths of ``dynamics.csv`` that are finished.
+    """Return cards, tables and charts of the lengths of ``dynamics.csv`` that are finished.
 
     Raises:
         ExperimentError: the file is missing or damaged, or no length is finished.
@@ -183,7 +183,7 @@ def _load(path: Path, about: str | None = None) -> pd.DataFrame:
         types = {"step": int, "hidden": float, "gradient": float}
         return table.astype({**types, "cell": str, "norm": str, "scale": float, "steps": int})
 
-    return tables.read(path, parse, "delete it, and the same command measures it again", about)
+    return study_tables.read(path, parse, "delete it, and the same command measures it again", about)
 
 
 def _cases(lengths: Sequence[int]) -> Iterator[tuple[str, str, float, int]]:

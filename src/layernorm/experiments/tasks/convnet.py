@@ -32,7 +32,7 @@ def network(channels: Sequence[int], norm: str) -> nn.Sequential:
 
     Layer norm takes mean and variance over all channels and places of an image, as in the paper all hidden
     units of a layer share them, with one gain and bias for each channel: ``torch.nn.GroupNorm`` of one group.
-    RMS norm takes the root mean square likewise and has no bias.
+    RMS norm divides by the root mean square over the same values and has no bias.
     Batch norm takes them for each channel over all images and places. Weight norm is on the weights of all
     layers. Where a norm has a bias of its own, its convolution has none.
 
@@ -83,7 +83,7 @@ class ConvolutionalMnist(Classification):
     Args:
         width: channels of the first pair of convolutions; the second has twice, the third four times as many.
         cases: training cases, at most 55,000.
-        held_out: the first so many of the 10,000 test cases.
+        held_out: the number of test cases, from the first of the 10,000.
 
     Raises:
         ExperimentError: a size is not possible.
@@ -112,9 +112,9 @@ class ConvolutionalMnist(Classification):
 
 
 def judge(results: pd.DataFrame) -> Sequence[Card]:
-    """Layer norm is sooner than no norm, and batch norm still better."""
+    """Judge whether layer norm needs fewer updates than no norm, and batch norm is better still."""
     return (
-        judging.sooner(
+        judging.fewer_updates(
             results,
             TEST_ERROR,
             claim="In a convolutional network layer norm is a speedup over the baseline without a norm.",
@@ -129,7 +129,7 @@ def judge(results: pd.DataFrame) -> Sequence[Card]:
             section="§6.7",
             remark="few test cases tell little: a case of 2,000 is 0.05 %; see the training loss",
         ),
-        judging.sooner(
+        judging.fewer_updates(
             results,
             TRAIN_LOSS,
             norm="batch",

@@ -51,9 +51,9 @@ def problem() -> Classification:
 
 
 def judge(results: pd.DataFrame) -> Sequence[Card]:
-    """Layer norm is sooner than no norm."""
+    """Judge whether layer norm needs fewer updates than no norm."""
     return (
-        judging.sooner(
+        judging.fewer_updates(
             results,
             TEST_ERROR,
             claim="A recurrent network with layer norm needs fewer updates than one without.",

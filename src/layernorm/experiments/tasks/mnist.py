@@ -22,7 +22,7 @@ def load(cases: int = 55_000) -> Data:
     validation cases of the customary split and stay unused.
 
     Raises:
-        ExperimentError: there are not so many cases, or MNIST cannot be had.
+        ExperimentError: MNIST has fewer cases, or cannot be had.
     """
     if not 0 < cases <= 55_000:
         raise ExperimentError(f"cases must be 1 to 55000, got {cases}")
@@ -37,12 +37,12 @@ def load(cases: int = 55_000) -> Data:
 
 
 def problem(cases: int = 55_000) -> Classification:
-    """MNIST and the paper's network."""
+    """Return MNIST and the paper's network as a problem."""
     return Classification(load(cases), partial(feedforward.network, (784, 1000, 1000, 10)))
 
 
 def judge(results: pd.DataFrame) -> Sequence[Card]:
-    """Layer norm is better than batch norm at small batches, and trains sooner than it and than no norm."""
+    """Judge whether layer norm is better than batch norm at small batches, and in fewer updates than both."""
     small = min(results.batch_size)
     return (
         judging.better(
@@ -53,14 +53,14 @@ def judge(results: pd.DataFrame) -> Sequence[Card]:
             claim="Layer norm is robust to small batches, batch norm is not.",
             section="§6.6, figure 6",
         ),
-        judging.sooner(
+        judging.fewer_updates(
             results,
             TRAIN_LOSS,
             than="batch",
             claim="Training with layer norm converges faster than with batch norm on all layers.",
             section="§6.6, figure 6",
         ),
-        judging.sooner(
+        judging.fewer_updates(
             results,
             TEST_ERROR,
             claim="A network with layer norm needs fewer updates than one without.",

@@ -89,8 +89,8 @@ class PixelByPixel(Problem):
         hidden: units of the LSTM.
         down: the side of the squares of pixels that are replaced by their mean: 1, 2 or 4, for 784, 196 or 49
             steps.
-        cases: the first so many training cases.
-        held_out: the first so many of the validation cases and of the test cases.
+        cases: the number of training cases, from the first.
+        held_out: the number of validation cases and of test cases, each from the first.
 
     Raises:
         ExperimentError: a size is not possible.
@@ -133,7 +133,7 @@ class PixelByPixel(Problem):
         return PixelReader(norm, self.hidden, self._sets["train"][0].size(1))
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
-        """Cross-entropy in nats, by case; the initial hidden state is noisy, for all norms alike."""
+        """Compute the cross-entropy in nats, by case; the initial hidden state is noisy with every norm."""
         pixels, classes = self._sets["train"]
         logits = network(_steps(pixels[batch.cases]), NOISE * batch.normal(self.hidden))
         return Loss(F.cross_entropy(logits, classes[batch.cases], reduction="sum"), len(batch.cases))
@@ -213,18 +213,18 @@ def task(name: str, title: str, permuted: bool, small: Preset) -> Task:
 
 
 def judge(results: pd.DataFrame) -> Sequence[Card]:
-    """Layer norm and batch norm against no norm."""
+    """Judge layer norm and batch norm against no norm."""
     section = "Cooijmans et al. §5.1"
     claim = "An LSTM with {} that reads pixel by pixel needs fewer updates than one without."
     return (
-        judging.sooner(
+        judging.fewer_updates(
             results,
             VALIDATION_ERROR,
             claim=claim.format("layer norm"),
             section="§3.1, with their task",
             remark="of a single number as input the norm leaves the sign: grey pixels become black or white",
         ),
-        judging.sooner(
+        judging.fewer_updates(
             results,
             VALIDATION_ERROR,
             claim=claim.format("recurrent batch norm"),

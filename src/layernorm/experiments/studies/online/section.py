@@ -1,4 +1,4 @@
-"""What the study of batches and steps measured, as cards, tables and charts."""
+"""The results of the study of batches and steps as cards, tables and charts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NETWORKS: Final = ("LSTM", "feed-forward")
 
 
 def cards(results: Mapping[str, pd.DataFrame]) -> list[Card]:
-    """Return the paper's claims beside ``training.csv`` and ``inference.csv``, by their names."""
+    """Return the paper's claims, each with what ``training.csv`` and ``inference.csv`` hold on it."""
     inference, training = results["inference"], results["training"]
     return [
         _modes(inference),
@@ -160,7 +160,7 @@ def _error(seeds: pd.DataFrame) -> str:
 
 
 def charts(results: Mapping[str, pd.DataFrame]) -> Sequence[Chart]:
-    """Deviation and test error by the batch size of inference; test error by that of training."""
+    """Chart deviation and test error by the batch size of inference; test error by that of training."""
     inference, training = results["inference"], results["training"]
     whole = inference[(inference.steps == "whole") & inference.norm.isin(("none", "batch", "layer"))]
     whole = whole.assign(

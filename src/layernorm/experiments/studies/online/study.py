@@ -22,11 +22,11 @@ from layernorm import LayerNormLSTM, backends
 from layernorm.experiments.classification import TEST_ERROR, Classification, Data
 from layernorm.experiments.errors import DamagedFile, ExperimentError
 from layernorm.experiments.networks import feedforward
-from layernorm.experiments.results import study_tables as tables
+from layernorm.experiments.results import study_tables
 from layernorm.experiments.run import checkpoints
 from layernorm.experiments.run.training import Run, Trainer
 from layernorm.experiments.section import Section
-from layernorm.experiments.studies.online import section as online_section
+from layernorm.experiments.studies.online import section
 from layernorm.experiments.task import Preset, Study
 from layernorm.experiments.tasks import digits, digits_rows
 
@@ -82,7 +82,7 @@ class RowReader(digits_rows.RowReader):
 
 
 class Subject(NamedTuple):
-    """What is asked whether it is one function.
+    """A network of which the study asks whether it is one function.
 
     Attributes:
         network: in a copy for each way.
@@ -101,7 +101,7 @@ class Subject(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How the outputs are computed: network in training or evaluation mode, whole or online, batch size."""
+    """The way outputs are computed: in training or evaluation mode, whole or online, the batch size."""
 
     mode: str
     steps: str
@@ -114,10 +114,10 @@ def measure(subject: Subject, targets: Tensor, batch_sizes: Sequence[int]) -> li
     Args:
         subject: what is measured.
         targets: classes (cases).
-        batch_sizes: those to try besides all cases in one batch.
+        batch_sizes: those to try in addition to all cases in one batch.
 
     Returns:
-        A row for each way with, besides its fields: ``deviation``, the greatest difference of a logit (of an
+        A row for each way with its fields and ``deviation``, the greatest difference of a logit (of an
         output where there are no logits); ``bits``, whether all bits of the outputs are equal; ``changed``,
         the number of predictions that are other ones; ``test_error`` in percent; ``by_mode`` and
         ``mode_bits``, the same as the first two against evaluation mode in the same batches; and ``problem``,
@@ -186,7 +186,7 @@ def run(
 ) -> None:
     """Train both networks with each norm and batch size, and measure those of the greatest one.
 
-    Writes ``training.csv`` and ``inference.csv`` after each training; one that was stopped goes on from its
+    Writes ``training.csv`` and ``inference.csv`` after each training; one that was stopped continues from its
     checkpoint.
 
     Args:
@@ -222,7 +222,7 @@ def _done(folder: Path, say: Callable[[str], None], about: str) -> set[Any]:
     try:
         found = {name: _load(folder, name, about) for name in _FILES if (folder / f"{name}.csv").exists()}
     except DamagedFile as error:
-        say(tables.again(error))
+        say(study_tables.will_be_repeated(error))
         for name in _FILES:
             (folder / f"{name}.csv").unlink(missing_ok=True)
         return set()
@@ -276,8 +276,8 @@ def _subjects(
         if norm == "layer":
             yield "LSTM", "layer (reference)", reader, "reference"
         return
-    plain = Subject(trained, data.test_inputs, _called, None, lambda net, outputs: outputs)
-    yield "feed-forward", norm, plain, None
+    classifier = Subject(trained, data.test_inputs, _called, None, lambda net, outputs: outputs)
+    yield "feed-forward", norm, classifier, None
     if norm != "none":
         # The norm by itself, on the summed inputs of the first hidden layer as one product made them.
         linear, layer = trained.get_submodule("0"), trained.get_submodule("1")
@@ -303,11 +303,11 @@ def _add(folder: Path, name: str, rows: list[dict[str, Any]], about: str) -> Non
     parts.append(pd.DataFrame(rows, columns=list(_FILES[name])))
     known = list({"training": _TRAINED, "inference": _MEASURED}[name])
     together = pd.concat([part.astype(object) for part in parts], ignore_index=True)
-    tables.write(path, together.drop_duplicates(known, keep="last"), about)
+    study_tables.write(path, together.drop_duplicates(known, keep="last"), about)
 
 
 def read(folder: Path) -> Section:
-    """Cards, tables and charts from the files that ``run`` wrote.
+    """Return cards, tables and charts from the files that ``run`` wrote.
 
     Raises:
         ExperimentError: a file is missing, damaged or unfinished.
@@ -329,9 +329,9 @@ def read(folder: Path) -> Section:
         title=STUDY.title,
         summary=STUDY.summary,
         command="layernorm online",
-        cards=online_section.cards(results),
-        tables=online_section.tables(results),
-        charts=online_section.charts(results),
+        cards=section.cards(results),
+        tables=section.tables(results),
+        charts=section.charts(results),
     )
 
 
@@ -344,7 +344,7 @@ def _load(folder: Path, name: str, about: str | None = None) -> pd.DataFrame:
         return table.astype(dict.fromkeys(numbers, float)).fillna({"problem": ""})
 
     remedy = "delete training.csv and inference.csv, and the same command measures both again"
-    return tables.read(folder / f"{name}.csv", parse, remedy, about, dtype={"problem": object})
+    return study_tables.read(folder / f"{name}.csv", parse, remedy, about, dtype={"problem": object})
 
 
 STUDY: Final = Study(

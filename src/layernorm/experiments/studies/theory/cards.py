@@ -1,4 +1,4 @@
-"""The statements of the paper's analysis (§5 and the supplement) beside what the study measured."""
+"""The statements of the paper's analysis (§5 and the supplement) and what the study measured of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the study of the paper's analysis measured, as tables and charts beside the paper's."""
+"""The results of the study of the paper's analysis as tables and charts, next to the paper's own."""
 
 from __future__ import annotations
 

@@ -14,10 +14,9 @@ from sklearn.datasets import load_digits
 from layernorm import theory
 from layernorm.experiments.errors import DamagedFile
 from layernorm.experiments.networks import feedforward
-from layernorm.experiments.results import study_tables as tables
+from layernorm.experiments.results import study_tables
 from layernorm.experiments.section import Section
-from layernorm.experiments.studies.theory import cards as theory_cards
-from layernorm.experiments.studies.theory import section as theory_section
+from layernorm.experiments.studies.theory import cards, section
 from layernorm.experiments.studies.theory.section import CHARTED
 from layernorm.experiments.task import Study
 from layernorm.theory.models import NORMS
@@ -26,7 +25,7 @@ Say = Callable[[str], None]
 # By what the initial weights of the hidden layers are multiplied before training.
 _INITIAL: Final = (0.25, 1.0, 4.0)
 _LEARNING_RATE: Final = 0.1
-# Of so many stretches of a training the means are kept.
+# The number of stretches of a training whose means are kept.
 _WINDOWS: Final = 40
 # The files, and the columns of each.
 _FILES: Final = {
@@ -50,7 +49,7 @@ def run(
     widths: Sequence[int],
     updates: int,
 ) -> None:
-    """Measures, and writes one CSV file for each part; a part whose file is there is not done again.
+    """Measure, and write one CSV file for each part; a part whose file is there is not repeated.
 
     Args:
         folder: where the files go.
@@ -80,7 +79,7 @@ def run(
             try:
                 _file(path, _FILES[name], about)
             except DamagedFile as error:
-                say(tables.again(error))
+                say(study_tables.will_be_repeated(error))
             else:
                 say(f"{title}: measured before")
                 continue
@@ -90,7 +89,7 @@ def run(
             rows += [
                 {"seed": seed, **(row if isinstance(row, dict) else asdict(row))} for row in measure(seed)
             ]
-        tables.write(path, pd.DataFrame(rows), about)
+        study_tables.write(path, pd.DataFrame(rows), about)
 
 
 def _blocks(outputs: int, inputs: int, seed: int) -> Iterable[dict[str, Any]]:
@@ -164,7 +163,7 @@ def _growth(updates: int, seed: int) -> Iterable[dict[str, Any]]:
 
 
 def read(folder: Path) -> Section:
-    """Cards, tables and charts from the files that ``run`` wrote.
+    """Return cards, tables and charts from the files that ``run`` wrote.
 
     Raises:
         ExperimentError: a file is missing or damaged.
@@ -175,9 +174,9 @@ def read(folder: Path) -> Section:
         title=STUDY.title,
         summary=STUDY.summary,
         command="layernorm theory",
-        cards=theory_cards.cards(results),
-        tables=theory_section.tables(results),
-        charts=theory_section.charts(results),
+        cards=cards.cards(results),
+        tables=section.tables(results),
+        charts=section.charts(results),
     )
 
 
@@ -188,7 +187,7 @@ def _file(path: Path, columns: Sequence[str], about: str | None = None) -> pd.Da
             raise ValueError(f"no column {missing[0]!r}")
         return table
 
-    return tables.read(path, parse, "delete it, and the same command measures this part again", about)
+    return study_tables.read(path, parse, "delete it, and the same command measures this part again", about)
 
 
 STUDY = Study(

@@ -31,7 +31,7 @@ def who_speaks(text: str, speeches: int = 5, length: int = 8) -> list[Question]:
     Args:
         text: speeches with an empty line between, each after the speaker's name, a colon and a line's end.
         speeches: in a passage.
-        length: the first so many words of each speech are kept.
+        length: the number of words kept from the start of each speech.
 
     Examples:
         >>> from layernorm.experiments.tasks.attentive_reader.cloze import who_speaks

@@ -192,7 +192,7 @@ class Reading(Problem):
         )
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
-        """Cross-entropy in nats over all markers, by question."""
+        """Compute the cross-entropy in nats over all markers, by question."""
         numbers = batch.uniform(self.markers).argsort(1)
         part = self._train.part(batch.cases).renumbered(numbers, self.words)
         return Loss(F.cross_entropy(_logits(network, part), part.answers, reduction="sum"), len(part))
@@ -226,10 +226,10 @@ def _logits(network: nn.Module, part: cloze.Cloze) -> Tensor:
 
 
 def judge(results: pd.DataFrame) -> Sequence[Card]:
-    """Layer norm against no norm, against both batch norms, and its gains' start."""
+    """Judge layer norm against no norm and both batch norms, and the values its gains start from."""
     section = "§6.2, figure 2"
     return (
-        judging.sooner(
+        judging.fewer_updates(
             results,
             VALIDATION_ERROR,
             claim="An attentive reader with layer norm in its LSTMs trains faster than the baseline.",

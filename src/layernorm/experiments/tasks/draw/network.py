@@ -28,7 +28,7 @@ NORMS: Final = tuple(_MODULES)
 
 
 class State(NamedTuple):
-    """Of an LSTM: what it puts out and what it carries on, each (cases, hidden)."""
+    """The state of an LSTM: its output h and its cell c, each (cases, hidden)."""
 
     hidden: Tensor
     cell: Tensor
@@ -81,7 +81,7 @@ class OutputNormLSTMCell(nn.Module):
 
 
 class Grid(NamedTuple):
-    """Where size x size Gaussian filters are on a square picture (Gregor et al., eq. 21-24).
+    """The place of size x size Gaussian filters on a square picture (Gregor et al., eq. 21-24).
 
     Pixels are counted from 1; x is before y.
 
@@ -283,7 +283,7 @@ class DRAW(nn.Module):
 
 
 class _Hand(NamedTuple):
-    """Where the network reads next, where it writes, and what, a patch (cases, size, size)."""
+    """The places where the network reads next and writes, and the patch (cases, size, size) written."""
 
     reading: Grid
     writing: Grid
@@ -291,7 +291,7 @@ class _Hand(NamedTuple):
 
 
 def divergence(mean: Tensor, log_deviation: Tensor) -> Tensor:
-    """KL of normal distributions from the standard one, in nats, summed over the last dimension.
+    """Compute KL of normal distributions from the standard one, in nats, summed over the last dimension.
 
     Examples:
         >>> import torch

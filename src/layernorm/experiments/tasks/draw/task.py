@@ -81,7 +81,7 @@ class DigitDrawing(Problem):
         )
 
     def network(self, norm: str) -> DRAW:
-        """DRAW with this norm on the cells of both LSTMs."""
+        """Make DRAW with this norm on the cells of both LSTMs."""
         return DRAW(norm, side=SIDE, **self._sizes)
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
@@ -116,7 +116,7 @@ class DigitDrawing(Problem):
         return {"digits": _mosaic(samples), "stages": stages}
 
     def _bound(self, network: nn.Module, digits: Tensor) -> tuple[float, float]:
-        """Reconstruction and divergence by case."""
+        """Compute reconstruction and divergence by case."""
         parts = digits.split(_AT_ONCE)
         sums = torch.zeros(2, dtype=torch.float64)
         for part, noise in zip(parts, self._noise(_EVALUATION_SEED, map(len, parts)), strict=True):
@@ -165,8 +165,8 @@ def _frame(mosaic: Figure, row: int, column: int, windows: Grid, extent: int) ->
 
 
 def judge(results: pd.DataFrame) -> Sequence[Card]:
-    """Layer norm reaches no norm's bound in fewer updates, and ends with a better one."""
-    sooner = judging.sooner(
+    """Judge whether layer norm reaches no norm's bound in fewer updates, and ends with a better one."""
+    earlier = judging.fewer_updates(
         results,
         VALID_BOUND,
         claim="Over the first 100 epochs DRAW with layer norm converges almost twice as fast.",
@@ -182,7 +182,7 @@ def judge(results: pd.DataFrame) -> Sequence[Card]:
     if better.verdict == "agrees" and epochs < PUBLISHED_EPOCHS:
         remark = f"After {epochs:g} of {PUBLISHED_EPOCHS} epochs this tells who is ahead, not where both end."
         better = replace(better, verdict="partly", remark=remark)
-    return (sooner, better)
+    return (earlier, better)
 
 
 def tables(results: pd.DataFrame) -> Sequence[Table]:

@@ -69,7 +69,7 @@ def sample(parameters: Tensor, generator: torch.Generator, bias: float = 0.0) ->
     first, second = normal.to(parameters.dtype).split(1, 1)
     correlation = torch.tanh(slant)
     x = mean_x + torch.exp(log_x - bias) * first
-    beside = correlation * first + torch.sqrt(1.0 - correlation.square()) * second
-    y = mean_y + torch.exp(log_y - bias) * beside
+    standard = correlation * first + torch.sqrt(1.0 - correlation.square()) * second
+    y = mean_y + torch.exp(log_y - bias) * standard
     end = uniform < torch.sigmoid(parameters[:, -1:])
     return torch.cat((x, y, end.to(x.dtype)), 1)

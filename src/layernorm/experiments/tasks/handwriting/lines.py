@@ -97,7 +97,7 @@ class Corpus:
     deviation: Tensor
 
     def offsets(self, pen: Tensor) -> Tensor:
-        """Standardized steps (..., 3) as offsets (..., 2) in the units of the data."""
+        """Turn standardized steps (..., 3) into offsets (..., 2) in the units of the data."""
         return pen[..., :2] * self.deviation.to(pen.device) + self.mean.to(pen.device)
 
 

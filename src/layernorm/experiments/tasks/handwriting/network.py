@@ -26,7 +26,7 @@ PEN: Final = 3
 
 
 class Reading(NamedTuple):
-    """Where the first layer is between two steps.
+    """The state of the first layer between two steps.
 
     Attributes:
         hidden: its state h (N, H).
@@ -84,7 +84,7 @@ class WindowedLSTM(nn.Module):
 
     From its output h_t it finds for each component of the window a weight α, a sharpness β and a step:
     κ_t = κ_{t-1} + exp(κ̂_t). The window is w_t = Σ_u φ(t, u) c_u with φ(t, u) = Σ α exp(-β (κ_t - u)²) and
-    c_u the character u = 0, 1, ..., one of K. The next step reads w_t beside its input.
+    c_u the character u = 0, 1, ..., one of K. The next step reads w_t together with its input.
 
     Args:
         norm: a key of ``NORMS``.
@@ -92,7 +92,7 @@ class WindowedLSTM(nn.Module):
         characters: K.
         hidden_size: H.
         components: of the window.
-        pace: characters that a fresh network goes on in a step.
+        pace: the characters by which a fresh network advances in a step.
 
     Examples:
         >>> import torch
@@ -193,7 +193,7 @@ class HandwritingNetwork(nn.Module):
         hidden_size: H of each layer.
         mixtures: bivariate Gaussians in the output.
         components: Gaussians in the window.
-        pace: characters that a fresh network goes on in a step.
+        pace: the characters by which a fresh network advances in a step.
 
     Raises:
         ExperimentError: there is no such norm.
@@ -244,7 +244,7 @@ class HandwritingNetwork(nn.Module):
 
     @torch.no_grad()
     def write(self, text: Tensor, steps: int, generator: torch.Generator, bias: float = 0.0) -> list[Tensor]:
-        """Handwriting of texts, drawn step by step; a line ends where the window has left its text.
+        """Write texts by hand, step by step; a line ends where the window has left its text.
 
         Args:
             text: as for ``forward``, (N, U).

@@ -69,18 +69,18 @@ class Handwriting(Problem):
         self._train, self._valid = self._train.to(device), self._valid.to(device)
 
     def network(self, norm: str) -> HandwritingNetwork:
-        """Graves' network with this norm; its window begins at the pace of the training lines."""
+        """Make Graves' network with this norm; its window begins at the pace of the training lines."""
         alphabet = self._corpus.alphabet
         characters = int((self._corpus.train.text < len(alphabet)).sum())
         pace = characters / int(self._corpus.train.steps.sum())
         return HandwritingNetwork(norm, len(alphabet), **self._sizes, pace=pace)
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
-        """Negative log likelihood of the lines, by step."""
+        """Compute the negative log likelihood of the lines, by step."""
         return _loss(network, self._train[batch.cases])
 
     def evaluate(self, network: nn.Module) -> Mapping[str, float]:
-        """Negative log likelihood by line and by step."""
+        """Compute the negative log likelihood by line and by step."""
         cases = torch.arange(len(self._valid), device=self._valid.steps.device)
         parts = [_loss(network, self._valid[part]) for part in cases.split(_AT_ONCE)]
         total = sum(part.total.item() for part in parts)
@@ -106,7 +106,7 @@ class Handwriting(Problem):
         return {"handwriting": _figure(rows)}
 
     def _strokes(self, pen: Tensor) -> list[Tensor]:
-        """Standardized steps (steps, 3) as strokes (points, 2) on the page."""
+        """Turn standardized steps (steps, 3) into strokes (points, 2) on the page."""
         offsets = self._corpus.offsets(pen).cpu()
         offsets[0] = 0.0
         points = offsets.cumsum(0)
@@ -149,7 +149,7 @@ def _figure(rows: Sequence[tuple[str, list[Tensor]]]) -> Figure:
 
 def _judge(results: pd.DataFrame) -> Sequence[Card]:
     return [
-        judging.sooner(
+        judging.fewer_updates(
             results,
             LINE,
             claim="Layer norm converges faster, to a log likelihood comparable to the baseline's",

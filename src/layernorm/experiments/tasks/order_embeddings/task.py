@@ -140,7 +140,7 @@ class OrderEmbedding(nn.Module):
         nn.init.zeros_(self.images.bias)
 
     def forward(self, captions: PackedSequence, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed captions and the features (N, F) of their images to points (N, D) and (N, D)."""
+        """Map packed captions and the features (N, F) of their images to points (N, D) and (N, D)."""
         return _point(self.captions(captions)), self.image_points(features)
 
     def caption_points(self, captions: Sentences) -> Tensor:
@@ -234,9 +234,9 @@ class OrderEmbeddings(Problem):
 
 
 def judge(results: pd.DataFrame) -> Sequence[Card]:
-    """Layer norm against none: sooner, and better."""
+    """Judge layer norm against none: its updates, and its best."""
     return (
-        judging.sooner(
+        judging.fewer_updates(
             results,
             MEAN_RECALL,
             claim="Order-embeddings with layer norm converge in 60 % of the time that the baseline takes.",

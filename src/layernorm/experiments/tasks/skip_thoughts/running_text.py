@@ -18,7 +18,7 @@ _SENTENCE_END: Final = re.compile(r"(?<=[.!?])\s+")
 
 
 def load(text: str) -> list[list[list[str]]]:
-    """Documents, each a list of sentences, each a list of words.
+    """Return documents, each a list of sentences, each a list of words.
 
     Args:
         text: "shakespeare" (one document, the speakers' names left out) or "books" (a document for each file

@@ -1,4 +1,4 @@
-"""What sentence vectors are worth, by linear models on them: relatedness and classification (paper §6.3)."""
+"""Tests of sentence vectors by linear models on them: relatedness and classification (paper §6.3)."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class SentenceTests:
             sentences.to(device)
 
     def scores(self, encode: Encoder) -> dict[str, float]:
-        """Pearson's r, Spearman's ρ and the mean squared error on SICK, and the sets' accuracies in percent.
+        """Return r, ρ and the mean squared error on SICK, and the sets' accuracies in percent.
 
         Returns:
             Values named ``sick_pearson``, ``sick_spearman``, ``sick_mse``, and as ``SETS`` in lower case.
@@ -107,7 +107,7 @@ def related(first: Tensor, second: Tensor, scores: np.ndarray) -> Related:
 
 
 def relatedness(train: Related, trial: Related, test: Related) -> tuple[float, float, float]:
-    """Pearson's r, Spearman's ρ and the mean squared error of predicted scores on the test pairs.
+    """Return Pearson's r, Spearman's ρ and the mean squared error of predicted scores on the test pairs.
 
     The score is the mean of a distribution over 1 to 5, predicted by logistic regression; the penalty is the
     one with the least error on the trial pairs.

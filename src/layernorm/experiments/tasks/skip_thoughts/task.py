@@ -76,7 +76,7 @@ class SkipThoughts(nn.Module):
         Args:
             sentences: packed indices of words.
             previous: of the sentences before, each with ``PAD`` before its words.
-            next: of the sentences after, likewise.
+            next: of the sentences after, in the same form.
         """
         vectors = self.encoder(sentences).unsqueeze(0)
         return self._said(self.previous, vectors, previous), self._said(self.next, vectors, next)
@@ -175,9 +175,9 @@ def _middles(documents: Sequence[Sequence[Sequence[str]]]) -> Tensor:
 
 
 def judge(results: pd.DataFrame) -> Sequence[Card]:
-    """Layer norm against none: sooner while training, better in what the vectors are good for."""
+    """Judge layer norm against none: its updates in training, and the use of its vectors in other tasks."""
     return (
-        judging.sooner(
+        judging.fewer_updates(
             results,
             VALIDATION_LOSS,
             claim="Layer norm speeds up the training of skip-thoughts.",

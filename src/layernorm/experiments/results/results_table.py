@@ -20,7 +20,7 @@ from layernorm.experiments.section import Chart, Line, Panel, Picture, Section, 
 from layernorm.experiments.storage import files
 from layernorm.experiments.task import TRAIN_LOSS, Metric, Task
 
-#: The optional table beside ``results.csv``.
+#: The optional table next to ``results.csv``.
 PARQUET: Final = "results.parquet"
 
 
@@ -264,7 +264,7 @@ def _described(config: Mapping[str, Any]) -> str:
 
 
 def facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Versions, machine and date of a ``config.json``."""
+    """Return versions, machine and date of a ``config.json``."""
     machine = config["machine"]
     where = f"{machine['processor']}, {machine['system']}, {machine['threads']} threads"
     training = [("trained", f"on {config['device']} in {config['precision']}")] if "device" in config else []
