@@ -13,9 +13,9 @@ from torch import Tensor
 
 from layernorm.pytorch_internals import FakeTensor, FunctionalTensor
 
-#: What vectors want of an address, in bytes, and of a width or stride, in elements.
+#: What an address, in bytes, and a width or stride, in elements, must be a multiple of to be read by vectors.
 ALIGNED: Final = 16
-#: Makes of a kernel what a traced program can hold: ``torch.library.wrap_triton``; None outside of one.
+#: Wraps a kernel for a traced program: ``torch.library.wrap_triton``; None outside of one.
 Wrap = Callable[[Any], Any] | None
 
 
@@ -43,7 +43,7 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """List launches within the ``with`` block, where nothing runs."""
+    """List the launches within the ``with`` block instead of running them."""
     launches: list[Launch] = []
     token = _recorded.set(launches)
     try:

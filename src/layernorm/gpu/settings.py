@@ -1,8 +1,8 @@
 """How the Triton kernels are launched, as data: nothing is tuned when a program runs.
 
 The tile, and with it the order of every sum, follows from the width and the architecture alone, so a row's
-bits do not depend on its batch. ``docs/gpu.md`` has what chose the numbers: so far registers and spills of
-the compiled kernels and the bytes in flight, for no device has been measured yet.
+bits do not depend on its batch. ``docs/gpu.md`` says what the numbers were chosen by: so far registers and
+spills of the compiled kernels and the bytes in flight, since no device has been measured yet.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ class Settings:
 
     Attributes:
         forward: rows and warps by the block's size; a wider row is looped over.
-        backward: likewise; of a wider row the sums are formed first and the columns split.
+        backward: rows and warps by the block's size; of a wider row the sums are formed first and the columns
+            split.
         looped_forward: block and warps for a row that no block holds.
-        looped_sums: likewise for the sums of backward.
+        looped_sums: block and warps for the sums of backward over such a row.
         columns: block and warps for the columns of such a row.
         multiprocessors: of the device, to which the parts of the sums over rows are fitted.
         least_rows: of such a part.
@@ -69,7 +70,7 @@ DEFAULT: Final = Settings(
     least_rows=4,
 )
 
-#: By compute capability; DEFAULT serves any other. A100 has 108 multiprocessors, H100 and H200 132, B200 148.
+#: By compute capability; DEFAULT is for any other. A100 has 108 multiprocessors, H100 and H200 132, B200 148.
 BY_ARCHITECTURE: Final[dict[tuple[int, int], Settings]] = {
     (8, 0): replace(DEFAULT, multiprocessors=108),
     (9, 0): DEFAULT,
@@ -111,11 +112,11 @@ _WARPS_WHOLE: Final = 16
 _WARPS_OF_COLUMNS: Final = 32
 
 #: The architectures on which ``python -m benchmarks gpu`` found these kernels at least as fast as PyTorch's,
-#: and the operators and dtypes it found that for. Elsewhere PyTorch's serve.
+#: and the operators and dtypes it found that for. Elsewhere PyTorch's are used.
 FASTER: Final[dict[tuple[int, int], frozenset[tuple[str, str]]]] = {}
 
 #: By compute capability, for each cell the hidden sizes up to which ``python -m benchmarks gpu`` found the
-#: persistent kernel faster than the steps' own launches, forward and backward. Elsewhere those serve.
+#: persistent kernel faster than the steps' own launches, forward and backward. Elsewhere those are used.
 PERSISTENT: Final[dict[tuple[int, int], dict[str, tuple[int, int]]]] = {}
 
 

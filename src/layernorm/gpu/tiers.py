@@ -1,4 +1,4 @@
-"""Which kernels on a GPU are worth their while, as measured on devices of its architecture."""
+"""The choice among kernels on a GPU, by what was measured on devices of its architecture."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Backward:
 
 
 class Kept:
-    """The reference's steps of a case, with values rounded where they are kept, and all that comes by."""
+    """The reference's steps of a case, with values rounded where they are kept, and what they compute."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.dtype = case, DTYPES[case.plan.dtype]
@@ -30,11 +30,11 @@ class Kept:
         self.steps = collections.defaultdict(list)
 
     def rounded(self, a):
-        """With the gradient of what was rounded."""
+        """Return the rounded value, with the gradient of what was rounded."""
         return a + (a.to(self.dtype).double() - a).detach()
 
     def normalized(self, a, counts, gain, bias, spec, *, of_cell):
-        """Do what the reference's does, and keep what comes by."""
+        """Do what the reference's function does, and keep what it computes."""
         if of_cell:
             a = self.rounded(a)
         a.retain_grad()
@@ -55,7 +55,7 @@ class Kept:
         return result
 
     def cell(self, step, x, state, weights):
-        """As ``scan`` wants it."""
+        """Take one step, as ``scan`` calls it."""
         x = x + torch.zeros_like(x, requires_grad=True)
         x.retain_grad()
 
@@ -74,13 +74,13 @@ class Kept:
             self.steps[name].append(tensor)
 
     def whole(self, name, *, grad=False):
-        """Of all steps, in the order of the data."""
+        """Return what was kept of all steps, or its gradient, in the order of the data."""
         order = reversed if self.case.reverse else list
         return torch.cat([t.grad if grad else t.detach() for t in order(self.steps[name])])
 
 
 def prepare(case: Case) -> Backward:
-    """By autograd of the reference in float64."""
+    """Return a case with what backward should find, by autograd of the reference in float64."""
     plan, dtype, kept = case.plan, DTYPES[case.plan.dtype], Kept(case)
     lstm, summed = plan.cell == "lstm", case.spec.products == "summed"
     state, output, final = scan(case, kept.cell, grad=True)

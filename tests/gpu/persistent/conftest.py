@@ -14,6 +14,7 @@ from tests.gpu.persistent.cases import builder
 
 @pytest.fixture(scope="session")
 def compiler() -> str:
+    """Return a C++ compiler."""
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if found is None:
         pytest.skip("there is no C++ compiler")
@@ -22,12 +23,13 @@ def compiler() -> str:
 
 @pytest.fixture(scope="session")
 def emulator(compiler, tmp_path_factory):
+    """Return what builds the emulator of a plan."""
     return builder(compiler, tmp_path_factory.mktemp("emulator"))
 
 
 @pytest.fixture
 def emulated(emulator, monkeypatch):
-    """Runs what is launched in the emulator: the list of (plan, clusters, groups, device)."""
+    """Run in the emulator what is launched, and list it: (plan, clusters, groups, device)."""
     runs = []
 
     def launch(loaded, plan, clusters, arguments, device):

@@ -1,5 +1,6 @@
-"""The persistent recurrent kernel without a GPU: its very source compiled for a CPU, where ``tests/emulator``
-runs a cluster's threads in a random order; and compiled by NVRTC.
+"""The persistent kernels' forward without a GPU: the same source, compiled for a CPU.
+
+``emulator`` runs a cluster's threads there, in a random order.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ PLANS = {
 ALL = [plan for plans in PLANS.values() for plan in plans]
 
 
-def called(case, *, keep=True):
+def forward_tensors(case, *, keep=True):
     """Return the tensors for ``persistent.forward``, with NaN in what it writes."""
     plan, spec = case.plan, case.spec
     rows, batch = sum(case.lengths), len(case.lengths)
@@ -82,7 +83,7 @@ def written(case, given):
 
 def emulate(emulator, case, *, keep=True, plan=None, **options):
     """Return what the kernel writes, run by the emulator."""
-    given = called(case, keep=keep)
+    given = forward_tensors(case, keep=keep)
     steps = len(case.batch_sizes)
     arguments = persistent.make_arguments(case.spec, given, steps=steps, reverse=case.reverse)
     emulator(plan or case.plan).run(arguments, **options)
@@ -90,7 +91,7 @@ def emulate(emulator, case, *, keep=True, plan=None, **options):
 
 
 def expected(case):
-    """Return the same by the reference in float64, with states rounded where the kernel rounds them."""
+    """Return what the reference finds in float64, with states rounded where the kernel rounds them."""
     spec, dtype = case.spec, DTYPES[case.plan.dtype]
     kept = {name: [] for name in ("saved_c", "normalized", "stats")}
     groups = [count * case.plan.hidden for count in spec.groups]
@@ -297,14 +298,14 @@ def test_forward_launches_its_plan(emulated):
     plan = persistent_plan.plan("gru", 32, "float16", 90, 9, 2)
     assert isinstance(plan, Plan)
     case = make(plan, "gru", Variant(), 9, 2, packed=True, resets=True)
-    given = called(case)
+    given = forward_tensors(case)
     persistent.forward(case.spec, given, steps=2, reverse=False)
     assert emulated == [(plan, 2, 2, 0)]
     check(written(case, given), case)
     given["h0"] = torch.zeros(9 * 32 + 1, dtype=torch.float16)[1:].view(9, 32)
     with pytest.raises(ValueError, match="h0 must begin at a multiple of 16 bytes"):
         persistent.forward(case.spec, given, steps=2, reverse=False)
-    given = called(make(plan, "gru", Variant(), 2, 1))
+    given = forward_tensors(make(plan, "gru", Variant(), 2, 1))
     given |= {
         name: t[:0] for name, t in given.items() if t is not None and name not in ("h0", "hn", "weight_hh")
     }

@@ -1,4 +1,4 @@
-"""The persistent recurrent kernel's backward without a GPU, as ``test_persistent`` has forward."""
+"""The persistent kernels' backward without a GPU, as ``test_persistent`` tests forward."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ PLANS = {
 ALL = [plan for plans in PLANS.values() for plan in plans]
 
 
-def called(problem: Backward, done: int, count: int, again: bool, carried):
-    """Return a chunk's rows, its place, and the tensors for ``backward``, NaN in what it writes."""
+def chunk_tensors(problem: Backward, done: int, count: int, recomputed: bool, carried):
+    """Return a chunk's rows, its place, and the tensors for ``backward``, with NaN in what it writes.
+
+    ``recomputed``: x, saved_h and stats begin with the chunk, as those that backward computes anew do.
+    """
     case, plan, given = problem.case, problem.case.plan, dict(problem.given)
     sizes = torch.tensor(case.batch_sizes)
     offsets = sizes.cumsum(0) - sizes
@@ -57,16 +60,16 @@ def called(problem: Backward, done: int, count: int, again: bool, carried):
         )
 
     given |= {name: part(given[name]) for name in ("h_before", "cell_stats")}
-    if again:
+    if recomputed:
         given |= {name: part(given[name]) for name in ("x", "saved_h", "stats")}
     given |= {name: empty(name, plan.gates * plan.hidden) for name in ("grad_gates", "grad_wh")}
     given |= {name: empty(name, plan.hidden) for name in ("grad_own", "grad_cell", "normalized_cell")}
     given |= {"batch_sizes": sizes, "step_offsets": offsets} if case.packed else {}
     given |= carried
-    return slice(begin, begin + rows), ChunkPlace(done, count, begin, begin if again else 0), given
+    return slice(begin, begin + rows), ChunkPlace(done, count, begin, begin if recomputed else 0), given
 
 
-def emulate(emulator, problem: Backward, *, chunks=None, again=False, plan=None, **options):
+def emulate(emulator, problem: Backward, *, chunks=None, recomputed=False, plan=None, **options):
     """Return what the kernel finds, in chunks of these numbers of steps."""
     case = problem.case
     steps, done = len(case.batch_sizes), 0
@@ -74,7 +77,7 @@ def emulate(emulator, problem: Backward, *, chunks=None, again=False, plan=None,
     carried = {name: problem.given[name] for name in ("grad_h", "grad_c")}
     carried = {name: None if t is None else t.clone() for name, t in carried.items()}
     for count in chunks or [steps]:
-        rows, chunk, given = called(problem, done, count, again, carried)
+        rows, chunk, given = chunk_tensors(problem, done, count, recomputed, carried)
         options_of_call = {"steps": steps, "reverse": case.reverse, "chunk": chunk}
         arguments = persistent.make_backward_arguments(case.spec, given, **options_of_call)
         emulator(plan or case.plan).run(arguments, **options)
@@ -174,8 +177,8 @@ def test_chunks_have_the_bits_of_the_whole(emulator, plan):
         options = {"packed": packed, "reverse": reverse}
         problem = prepare(make(plan, cells_of(plan)[0], Variant(), plan.rows + 1, 5, resets=True, **options))
         whole = emulate(emulator, problem)
-        for chunks, again in (([2, 1, 2], True), ([1, 4], False)):
-            for name, tensor in emulate(emulator, problem, chunks=chunks, again=again).items():
+        for chunks, recomputed in (([2, 1, 2], True), ([1, 4], False)):
+            for name, tensor in emulate(emulator, problem, chunks=chunks, recomputed=recomputed).items():
                 assert torch.equal(tensor, whole[name]), (name, options)
 
 
@@ -253,7 +256,7 @@ def test_backward_launches_its_plan(emulator, emulated, monkeypatch):
     assert isinstance(plan, BackwardPlan)
     problem = prepare(make(PLANS["gru"][1], "gru", Variant(), 9, 2, packed=True, resets=True))
     grad_h, spec = problem.given["grad_h"].clone(), problem.case.spec
-    _, chunk, given = called(problem, 0, 2, False, {"grad_h": grad_h})
+    _, chunk, given = chunk_tensors(problem, 0, 2, False, {"grad_h": grad_h})
     persistent.backward(spec, given, steps=2, reverse=False, chunk=chunk)
     assert emulated == [(plan, -(-9 // plan.rows), 2, 0)]
     whole = emulate(emulator, problem)

@@ -1,4 +1,4 @@
-"""The recurrent kernels in Triton: the cases and promises of the compiled ones, interpreted and on a GPU."""
+"""The Triton kernels of recurrent layers: the promises of the compiled ones, interpreted and on a GPU."""
 
 from __future__ import annotations
 

@@ -65,37 +65,11 @@ def norm_forward(
         _check("residual", residual, input, input.shape)
     output = input.new_empty(input.shape)
     total = None if residual is None else residual.new_empty(input.shape)
-    kinds = 2 if centred else 1
-    stats = input.new_empty((kinds, rows), dtype=torch.float32) if with_stats else None
+    stats = input.new_empty((2 if centred else 1, rows), dtype=torch.float32) if with_stats else None
     if rows > 0 and width > 0:
-        x = rows_of(input, leading, width)
         other = NO_ROWS if residual is None else rows_of(residual, leading, width)
-        tile = settings.forward_tile(_settings(input), width)
-        launch(
-            forward_kernels.forward,
-            (-(-rows // tile.rows),),
-            input,
-            x.tensor,
-            other.tensor,
-            gain,
-            offset,
-            output,
-            total,
-            stats,
-            rows,
-            width,
-            eps,
-            *x.places,
-            *other.places,
-            CENTRED=centred,
-            NESTED=x.is_nested or other.is_nested,
-            WHOLE=tile.whole,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            CHUNK=chunk(tile),
-            num_warps=tile.warps,
-            wrap=wrap,
-        )
+        call = _Forward(input, rows_of(input, leading, width), other, rows, width, eps, centred, wrap)
+        call.run(gain, offset, output, total, stats)
     elif stats is not None:
         stats.zero_()
     return output, _or_nothing(total, input), _or_nothing(stats, input)
@@ -137,8 +111,7 @@ def norm_backward(
         _check("grad_sum", grad_sum, input, input.shape)
     if wanted[2] and not centred:
         raise RuntimeError("layernorm: RMS norm has no bias")
-    kinds = 2 if centred else 1
-    if tuple(stats.shape) != (kinds, rows) or stats.dtype != torch.float32:
+    if tuple(stats.shape) != (2 if centred else 1, rows) or stats.dtype != torch.float32:
         raise RuntimeError("layernorm: stats must be those that norm_forward returned")
     gain = _parameter("weight", weight, input, normalized_shape)
     offset = _parameter("bias", bias, input, normalized_shape)
@@ -149,25 +122,65 @@ def norm_backward(
     grad_input = input.new_empty(input.shape) if wanted[0] else None
     found = (grad_input, like(gain, wanted[1]), like(offset, wanted[2]))
     if rows > 0 and width > 0:
-        call = _Backward(
-            input,
-            rows_of(grad, leading, width),
-            rows_of(input, leading, width),
-            NO_ROWS if grad_sum is None else rows_of(grad_sum, leading, width),
-            stats.contiguous(),
-            gain,
-            rows,
-            width,
-            centred,
-            wrap,
-        )
-        call.run(*found)
+        of_output, x = rows_of(grad, leading, width), rows_of(input, leading, width)
+        of_sum = NO_ROWS if grad_sum is None else rows_of(grad_sum, leading, width)
+        held = stats.contiguous()
+        _Backward(input, of_output, x, of_sum, held, gain, rows, width, centred, wrap).run(*found)
     else:
         for parameter in found[1:]:
             if parameter is not None:
                 parameter.zero_()
     of_input, of_gain, of_bias = (_or_nothing(tensor, input) for tensor in found)
     return of_input, of_gain, of_bias
+
+
+class _Forward(NamedTuple):
+    """A call of forward, whose tensors have been checked."""
+
+    input: Tensor
+    x: Rows
+    residual: Rows
+    rows: int
+    width: int
+    eps: float
+    centred: bool
+    wrap: Wrap
+
+    def run(
+        self,
+        gain: Tensor | None,
+        bias: Tensor | None,
+        output: Tensor,
+        total: Tensor | None,
+        stats: Tensor | None,
+    ) -> None:
+        """Launch the kernel, which writes output, and sum and statistics where they have a tensor."""
+        tile = settings.forward_tile(_settings(self.input), self.width)
+        launch(
+            forward_kernels.forward,
+            (-(-self.rows // tile.rows),),
+            self.input,
+            self.x.tensor,
+            self.residual.tensor,
+            gain,
+            bias,
+            output,
+            total,
+            stats,
+            self.rows,
+            self.width,
+            self.eps,
+            *self.x.places,
+            *self.residual.places,
+            CENTRED=self.centred,
+            NESTED=self.x.is_nested or self.residual.is_nested,
+            WHOLE=tile.whole,
+            ROWS=tile.rows,
+            BLOCK=tile.block,
+            CHUNK=chunk(tile),
+            num_warps=tile.warps,
+            wrap=self.wrap,
+        )
 
 
 class _Backward(NamedTuple):

@@ -11,7 +11,13 @@ from layernorm.gpu.launching import ALIGNED, is_aligned
 
 
 class Rows(NamedTuple):
-    """A tensor whose rows can be read in place, and where they lie: see ``_places``."""
+    """A tensor whose rows can be read in place, and where they lie.
+
+    Attributes:
+        tensor: None stands for no tensor.
+        inner: rows of the inner dimension.
+        outer, stride: elements between rows of the outer dimension, and of the inner.
+    """
 
     tensor: Tensor | None
     inner: int
@@ -52,7 +58,9 @@ def _strides(tensor: Tensor, leading: int, width: int) -> tuple[int, int, int] |
             if tensor.stride(dim) != expected:
                 return None
             expected *= tensor.size(dim)
-    dims: list[tuple[int, int]] = []  # size and stride from the innermost out, those that go on as one
+    dims: list[
+        tuple[int, int]
+    ] = []  # size and stride from the innermost out, those that continue one another as one
     for dim in range(leading - 1, -1, -1):
         size, stride = tensor.size(dim), tensor.stride(dim)
         if size == 1:

@@ -23,7 +23,7 @@ _CELL_NORMS: Final = ("none", "output", "carried")
 
 
 class _Layer(ctypes.Structure):
-    """What both directions are given, as ``layout.cuh`` has it."""
+    """The arguments of both directions, as ``layout.cuh`` declares them."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "c0", "weight_hh", *VECTORS, "resets")),
@@ -36,13 +36,13 @@ class _Layer(ctypes.Structure):
 
 
 class Arguments(_Layer):
-    """What the kernel is given, as ``forward.cuh`` has it."""
+    """The arguments of forward, as ``forward.cuh`` declares them."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("h0", "output", "hn", "cn", "normalized"))
 
 
 class BackwardArguments(_Layer):
-    """What the backward kernel is given, as ``backward.cuh`` has it."""
+    """The arguments of backward, as ``backward.cuh`` declares them."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("saved_h", "grad_output", "h_before", "cell_stats")),
@@ -74,7 +74,7 @@ class ChunkPlace(NamedTuple):
 def make_arguments(
     spec: LayerSpec, tensors: Mapping[str, Tensor | None], *, steps: int, reverse: bool
 ) -> Arguments:
-    """Return the kernel's arguments; ``launches`` has what they are, and the names of ``tensors``.
+    """Return the kernel's arguments; ``launches`` describes ``tensors``.
 
     Raises:
         ValueError: a tensor is not contiguous, or one of ``_ALIGNED`` does not begin at a multiple of 16

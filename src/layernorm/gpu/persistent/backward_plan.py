@@ -1,6 +1,6 @@
 """How the persistent kernel's backward is laid out on a GPU, as data, and the cost model that chooses.
 
-As ``plan`` for forward, of ``backward.cu``. A block multiplies the gradients of its own
+``plan`` does the same for forward; the kernel is ``backward.cu``. A block multiplies the gradients of its own
 gates with its rows of W_hh, for all units, and the blocks add up their parts.
 
 A row's bits follow from the cell, the hidden size and ``units``, which a plan has from no batch: ``rows``,
@@ -150,7 +150,7 @@ def plan(
         >>> plan("lstm", 512, "bfloat16", 90).blocks
         16
     """
-    why_not = persistent_plan.unserved(hidden, dtype, architecture)
+    why_not = persistent_plan.unsupported(hidden, dtype, architecture)
     if why_not is not None:
         return why_not
     return persistent_plan.best(
@@ -176,7 +176,7 @@ def _alike(plan: BackwardPlan, groups: int, rows: tuple[int, ...]) -> Iterator[B
 
 
 #: Registers that a thread needs besides weights and the product's sums, as the compiler has it: for one eight
-#: of rows, and for each more. See test_persistent_backward.py.
+#: of rows, and for each more. See test_plans.py.
 _BESIDES: Final[Mapping[Cell, tuple[int, int]]] = {"lstm": (104, 60), "gru": (90, 46), "rnn": (84, 34)}
 
 

@@ -1,4 +1,4 @@
-"""Compiling the persistent kernels by NVRTC, its cache on disk, and its launch by the driver.
+"""The compilation of the persistent kernels by NVRTC, its cache on disk, and their launch by the driver.
 
 ``cuda-bindings`` is imported by the first call that needs it. A compiled kernel is kept in the folder that
 ``LAYERNORM_CACHE`` names, or in the user's cache folder; where that cannot be written there is no cache.
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -28,13 +29,15 @@ _COMMON: Final = ("device.cuh", "layout.cuh", "exchange.cuh", "gates.cuh")
 #: Of each direction, in the order in which they are compiled as one.
 SOURCES: Final[Mapping[type[Layout], tuple[str, ...]]] = {
     Plan: (*_COMMON, "forward.cuh", "cells.cuh", "forward.cu"),
-    BackwardPlan: (
-        *(*_COMMON, "backward.cuh", "backward_cells.cuh"),
-        "backward.cu",
-    ),
+    BackwardPlan: (*_COMMON, "backward.cuh", "backward_cells.cuh", "backward.cu"),
 }
 _DIGEST_BYTES: Final = 32
 _PORTABLE_BLOCKS: Final = 8
+
+
+@functools.cache
+def _binding(name: str) -> ModuleType:
+    return importlib.import_module(f"cuda.bindings.{name}")
 
 
 def problem(architecture: int) -> str | None:
@@ -51,7 +54,7 @@ def problem(architecture: int) -> str | None:
 @functools.cache
 def _nvrtc_architectures() -> frozenset[int] | str:
     try:
-        nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+        nvrtc = _binding("nvrtc")
     except ImportError:
         return "the package cuda-bindings is not installed: pip install 'layernorm[cuda]'"
     try:
@@ -62,7 +65,7 @@ def _nvrtc_architectures() -> frozenset[int] | str:
 
 
 def _nvrtc_version() -> tuple[int, int]:
-    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+    nvrtc = _binding("nvrtc")
     _, major, minor = nvrtc.nvrtcVersion()
     return major, minor
 
@@ -103,7 +106,7 @@ def compile(plan: Layout, architecture: int) -> bytes:
 
 
 def _compile(text: str, options: list[str]) -> bytes:
-    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+    nvrtc = _binding("nvrtc")
 
     def checked(result: tuple[Any, ...], program: Any = None) -> Any:
         error, *values = result
@@ -197,7 +200,7 @@ def load(plan: Layout, device: int, groups: int) -> Loaded:
     Raises:
         RuntimeError: it cannot be compiled, or the device has no room for the cluster.
     """
-    driver = importlib.import_module("cuda.bindings.driver")
+    driver = _binding("driver")
     attribute = driver.CUfunction_attribute
     context = _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
     _checked(driver.cuCtxSetCurrent(context))
@@ -220,7 +223,7 @@ def load(plan: Layout, device: int, groups: int) -> Loaded:
 
 def launch(loaded: Loaded, plan: Layout, clusters: int, arguments: ctypes.Structure, device: int) -> None:
     """Launch a kernel on the device's current stream; the arguments are copied."""
-    driver = importlib.import_module("cuda.bindings.driver")
+    driver = _binding("driver")
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     with torch.cuda.device(device):
         # A thread that has not used the device has no context; PyTorch's is the device's own.

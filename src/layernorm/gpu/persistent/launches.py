@@ -1,7 +1,7 @@
 """The persistent recurrent kernels: which layers they take, and their launches.
 
-``forward.cu`` is compiled when a shape is met first, by NVRTC (``compiling``), for the plan that
-``plan`` finds. It needs the package ``cuda-bindings``, which is imported by the first call that
+``forward.cu`` is compiled by NVRTC (``compiling``) when a shape is first used, for the plan that ``plan``
+finds. It needs the package ``cuda-bindings``, which is imported by the first call that
 launches, and a device of compute capability 9.0 or later. It keeps what backward needs, whose time loop is
 ``backward.cu``, with plans of its own: a size may fit forward and not backward.
 

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from layernorm.variants import GATES, Cell
 
-#: The dtypes served, by their names in ``torch``.
+#: The dtypes that the kernels take, by their names in ``torch``.
 DTYPES: Final = ("bfloat16", "float16")
 #: The architectures that have what is below: of H100 and H200, B200 and B300.
 ARCHITECTURES: Final = (90, 100, 103)
@@ -312,7 +312,7 @@ def plan(
         >>> plan("lstm", 512, "bfloat16", 80)
         'compute capability 8.0 has no thread block clusters'
     """
-    why_not = unserved(hidden, dtype, architecture)
+    why_not = unsupported(hidden, dtype, architecture)
     if why_not is not None:
         return why_not
     return best(
@@ -323,7 +323,7 @@ def plan(
     ) or too_large(hidden)
 
 
-def unserved(hidden: int, dtype: str, architecture: int) -> str | None:
+def unsupported(hidden: int, dtype: str, architecture: int) -> str | None:
     """Return why no plan of any direction can take these, or None."""
     if architecture not in ARCHITECTURES:
         capability = f"{architecture // 10}.{architecture % 10}"
@@ -376,8 +376,8 @@ def _filled(plan: Plan, groups: int) -> Plan | None:
     """Return the plan with as many weights in registers as fit; None where the rest has no room."""
     if plan.threads > THREADS:
         return None
-    # What a thread needs besides, as the compiler has it: see test_persistent.py. An mma's fragment is four
-    # registers in a row, so that a GRU's candidate takes as many as two gates.
+    # Registers that a thread needs for all else, as the compiler reports them: see test_plans.py. An mma's
+    # fragment is four registers in a row, so that a GRU's candidate takes as many as two gates.
     tiles = plan.rows // 8
     besides = (
         (104 if plan.cell == "gru" else 84)

@@ -17,6 +17,8 @@ from layernorm.spec import PARAMETERS, LayerSpec
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 #: The vectors among the operators' weights in their order, as the kernels call them.
 VECTORS: Final = PARAMETERS[3:]
+# Those of H elements; the others have G·H.
+_OF_UNITS: Final = ("bias_hn", "gain_cell", "bias_cell")
 
 
 class Saved(NamedTuple):
@@ -101,22 +103,16 @@ class Layer:
         def held(name: str, tensor: Tensor | None, *shape: int) -> Tensor | None:
             return None if tensor is None else _held(name, tensor, shape, input.dtype, input)
 
-        sizes = {"bias_hn": hidden, "gain_cell": hidden, "bias_cell": hidden}
         vectors = {
-            name: held(name, vector, sizes.get(name, width))
+            name: held(name, vector, hidden if name in _OF_UNITS else width)
             for name, vector in zip(VECTORS, weights[3:], strict=True)
         }
         held_h0 = _held("h", h, (batch, output), input.dtype, input)
         if spec.cell == "lstm" and c is None:
             raise RuntimeError("layernorm: an LSTM needs the state c")
-        mask = None
         if resets is not None:
-            mask = _held("resets", resets, tuple(input.shape[:-1]), torch.bool, input).view(torch.uint8)
+            resets = _held("resets", resets, tuple(input.shape[:-1]), torch.bool, input).view(torch.uint8)
         offsets = [0, *accumulate(counts)][:-1] if counts else None
-        device_sizes, device_offsets = (
-            None if numbers is None else torch.tensor(numbers, device=input.device)
-            for numbers in (counts, offsets)
-        )
         return cls(
             spec=spec,
             reverse=reverse,
@@ -130,9 +126,9 @@ class Layer:
             weight_hh=_held("weight_hh", weight_hh, (width, output), input.dtype, input),
             weight_hr=held("weight_hr", weight_hr, output, hidden),
             vectors=vectors,
-            resets=mask,
-            batch_sizes=device_sizes,
-            offsets=device_offsets,
+            resets=resets,
+            batch_sizes=_on_device(counts, input),
+            offsets=_on_device(offsets, input),
             counts=counts,
             steps=steps,
             batch=batch,
@@ -276,6 +272,10 @@ def _steps(input: Tensor, batch_sizes: Sequence[int] | None) -> tuple[tuple[int,
     if steps == 0:
         raise RuntimeError("layernorm: Expected sequence length to be larger than 0 in RNN")
     return counts, steps, batch, sum(counts) if counts else steps * batch
+
+
+def _on_device(numbers: Sequence[int] | None, input: Tensor) -> Tensor | None:
+    return None if numbers is None else torch.tensor(numbers, device=input.device)
 
 
 def _held(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, input: Tensor) -> Tensor:

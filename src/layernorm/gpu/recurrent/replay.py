@@ -1,9 +1,9 @@
 """The time loop's launches: one after another, or captured in CUDA graphs and replayed.
 
 A graph holds the launches of some steps, a power of four; longer sequences are put together from them, so
-a few graphs serve sequences of any length. What they work on comes from a table (see ``table_kernels``).
-The first call for a layer and batch size launches directly, which also compiles the kernels; graphs are
-captured after that.
+a few graphs are enough for sequences of any length. They read their tensors' addresses from a table (see
+``table_kernels``). The first call for a layer and batch size launches directly, which also compiles the
+kernels; graphs are captured after that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from layernorm.gpu.recurrent import table_kernels as table
 from layernorm.gpu.recurrent.layer import Layer
 from layernorm.gpu.recurrent.products import precision
 
-#: Steps of the graphs. What is left over is launched step by step.
+#: The numbers of steps of the graphs. What is left over is launched step by step.
 SIZES: Final = (64, 16, 4)
 #: Layers and batch sizes whose graphs are kept, those that were used last.
 KEPT: Final = 32
@@ -65,8 +65,8 @@ def run(
     Args:
         layer: what they are of.
         name: of the loop.
-        tensors: those of the table.
-        numbers: likewise; ``done`` among them.
+        tensors: whose addresses go into the table.
+        numbers: those of the table; ``done`` is among them.
         count: of steps.
         step: launches one.
     """
@@ -111,7 +111,7 @@ class Captured:
         self._compiled = False
 
     def run(self, count: int, step: Callable[[int], None]) -> None:
-        """Launch ``count`` steps, from the one on that the table says."""
+        """Launch ``count`` steps, beginning with the one that the table names."""
         for size in sizes(count):
             graph = self._graphs.get(size)
             if graph is None and self._compiled and size > 1:
@@ -130,7 +130,7 @@ class Captured:
     def _capture(self, launches: Callable[[], None]) -> Any:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(torch.cuda.Stream(self.table.device)):
-            # Other threads may go on allocating; nothing is allocated here.
+            # Other threads may allocate meanwhile; nothing is allocated here.
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 launches()
