@@ -32,6 +32,7 @@ from layernorm.experiments.results import results_table
 from layernorm.experiments.run.training import Interrupted
 from layernorm.experiments.task import Preset
 from layernorm.variants import PRESETS
+from tests.experiments.commands.cases import records, refused, silent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FILES = {"config.json", "results.csv", "results.parquet", "curves.png", "curves.svg", "report.html", "runs"}
@@ -40,14 +41,6 @@ FILES = {"config.json", "results.csv", "results.parquet", "curves.png", "curves.
 def small(out: Path, **changes) -> Comparison:
     preset = Preset(epochs=2, batch_sizes=(128, 64), norms=("none", "layer"), seeds=2)
     return Comparison("digits", dataclasses.replace(preset, **changes), out)
-
-
-def silent() -> Console:
-    return Console(file=io.StringIO(), width=120)
-
-
-def records(out: Path) -> pd.DataFrame:
-    return pd.read_csv(out / "results.csv").drop(columns="seconds")
 
 
 def test_it_writes_the_table_the_curves_and_the_report(tmp_path):
@@ -186,19 +179,6 @@ def test_norms_are_where_the_paper_has_them():
     assert sizes == [(784, 1000), (1000, 1000), (1000, 10)]
 
 
-def refused(capsys, *arguments: str) -> str:
-    """The one line with which the command refuses."""
-    try:
-        code = main(["compare", *arguments])
-    except SystemExit as end:
-        code = end.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -231,23 +211,23 @@ def refused(capsys, *arguments: str) -> str:
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(arguments, message, capsys, tmp_path):
-    assert message in refused(capsys, *arguments, "--out", str(tmp_path / "out"))
+    assert message in refused(capsys, "compare", *arguments, "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unwritable_folder_is_refused(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "--out: cannot write into" in refused(capsys, "--out", str(tmp_path / "file" / "out"))
+    assert "--out: cannot write into" in refused(capsys, "compare", "--out", str(tmp_path / "file" / "out"))
 
 
 def test_a_folder_of_another_comparison_is_refused(capsys, tmp_path):
     compare(small(tmp_path, seeds=1), silent())
-    message = refused(capsys, "--epochs", "3", "--out", str(tmp_path))
+    message = refused(capsys, "compare", "--epochs", "3", "--out", str(tmp_path))
     assert "holds an experiment with epochs 2, and 3 is asked for; choose another --out" in message
-    message = refused(capsys, "--epochs", "2", "--learning-rate", "0.01", "--out", str(tmp_path))
+    message = refused(capsys, "compare", "--epochs", "2", "--learning-rate", "0.01", "--out", str(tmp_path))
     assert "holds an experiment with learning rate 0.001, and 0.01 is asked for" in message
     (tmp_path / "config.json").write_text("{")
-    assert "config.json is damaged" in refused(capsys, "--out", str(tmp_path))
+    assert "config.json is damaged" in refused(capsys, "compare", "--out", str(tmp_path))
 
 
 def test_damaged_files_are_named(capsys, tmp_path):
@@ -266,7 +246,7 @@ def test_damaged_files_are_named(capsys, tmp_path):
     (tmp_path / "runs").mkdir()
     checkpoint = tmp_path / "runs/none-batch128-seed0.checkpoint"
     checkpoint.write_bytes(b"half a checkpoint")
-    message = refused(capsys, *arguments)
+    message = refused(capsys, "compare", *arguments)
     assert str(checkpoint) in message
     assert "delete it to train this run from its start" in message
     checkpoint.unlink()

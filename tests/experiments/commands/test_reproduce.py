@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from rich.console import Console
 
 from layernorm.cli import main
 from layernorm.experiments import registry
 from layernorm.experiments.commands import reproduce
 from layernorm.experiments.section import Card, Section
 from layernorm.experiments.task import MissingData, Preset, Study, Task
+from tests.experiments.commands.cases import refused, silent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,17 +74,10 @@ def test_everything_into_one_report(tmp_path, experiments, capsys):
 
 
 def test_the_sections_are_in_the_order_of_the_experiments(tmp_path, experiments):
-    reproduce.reproduce(("digits",), tmp_path, Console(file=io.StringIO()))
-    reproduce.reproduce(("theory", "mnist"), tmp_path, Console(file=io.StringIO()))
+    reproduce.reproduce(("digits",), tmp_path, silent())
+    reproduce.reproduce(("theory", "mnist"), tmp_path, silent())
     assert [section.name for section in reproduce.read(tmp_path)] == ["theory", "digits", "mnist"]
     assert [section.cards[0].verdict for section in reproduce.read(tmp_path)][::2] == ["agrees", "not run"]
-
-
-def refused(capsys, *arguments: str) -> str:
-    assert main(list(arguments)) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    return message
 
 
 def test_what_cannot_be_reported_is_named(tmp_path, capsys, experiments):
@@ -94,7 +86,7 @@ def test_what_cannot_be_reported_is_named(tmp_path, capsys, experiments):
     assert "unknown experiment 'drwa'; expected some of theory, digits" in refused(
         capsys, "reproduce", "drwa"
     )
-    reproduce.reproduce(("theory",), tmp_path, Console(file=io.StringIO()))
+    reproduce.reproduce(("theory",), tmp_path, silent())
     config = json.loads((tmp_path / "theory/config.json").read_text())
     for change, message in (
         ({"format": 1}, "was made by another version of layernorm"),

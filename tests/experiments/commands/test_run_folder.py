@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import io
 import itertools
 import json
 import multiprocessing
@@ -18,7 +17,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from rich.console import Console
 
 from layernorm.cli import main
 from layernorm.experiments import registry
@@ -28,14 +26,11 @@ from layernorm.experiments.report import drawing, page
 from layernorm.experiments.run import training
 from layernorm.experiments.storage import locks
 from layernorm.experiments.task import Preset
+from tests.experiments.commands.cases import records, silent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = ("compare", "digits", "--batch-sizes", "128", "--epochs", "1", "--seeds", "1")
 ARGUMENTS = (*SETTINGS, "--norms", "none,layer")
-
-
-def records(out: Path) -> pd.DataFrame:
-    return pd.read_csv(out / "results.csv").drop(columns="seconds")
 
 
 @pytest.fixture
@@ -251,7 +246,7 @@ def test_a_worker_that_was_only_thought_lost_stops_before_it_writes(tmp_path):
     with pytest.raises(ExperimentError, match=r"trains layer-batch128-seed0 now; this process stops"):
         train(comparison, run, problem, None, taken_over)
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {f"{run.name}.csv", f"{run.name}.csv.sha256"}
-    compare(comparison, Console(file=io.StringIO()))
+    compare(comparison, silent())
     assert len(records(tmp_path)) == 5
 
 
@@ -318,7 +313,7 @@ def _compare_until_killed(out: Path, calls: int = 0) -> None:
     for name in ("fsync", "replace", "unlink") if calls else ():
         setattr(os, name, counted(getattr(os, name)))
     preset = dataclasses.replace(_preset(), epochs=2, batch_sizes=(16,))
-    compare(Comparison("digits", preset, out), Console(file=io.StringIO()))
+    compare(Comparison("digits", preset, out), silent())
 
 
 def test_a_comparison_killed_twenty_times_ends_with_the_table_of_an_undisturbed_one(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import threading
@@ -14,10 +13,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from rich.console import Console
 
 from layernorm.experiments.commands.compare import Comparison, compare
 from layernorm.experiments.task import ExperimentError, Preset
+from tests.experiments.commands.cases import records, silent
 
 ray = pytest.importorskip("ray")
 
@@ -65,15 +64,12 @@ def test_a_lost_worker_changes_nothing(tmp_path, sweep):
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    console = Console(file=io.StringIO(), width=120)
+    console = silent()
     compare(Comparison("digits", PRESET, tmp_path / "ray", save_weights=True), console, sweep)
     killer.join()
     assert lost
-    compare(Comparison("digits", PRESET, tmp_path / "here", save_weights=True), Console(file=io.StringIO()))
-    one, other = (
-        pd.read_csv(tmp_path / place / "results.csv").drop(columns="seconds") for place in ("ray", "here")
-    )
-    pd.testing.assert_frame_equal(one, other)
+    compare(Comparison("digits", PRESET, tmp_path / "here", save_weights=True), silent())
+    pd.testing.assert_frame_equal(records(tmp_path / "ray"), records(tmp_path / "here"))
     for norm in PRESET.norms:
         here, there = (
             torch.load(tmp_path / place / f"runs/{norm}-batch64-seed0.pt") for place in ("here", "ray")
@@ -87,7 +83,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path, sweep):
     out = tmp_path / "out"
     (out / "runs").mkdir(parents=True)
     (out / "runs/none-batch64-seed0.checkpoint").write_bytes(b"damaged")
-    console = Console(file=io.StringIO(), width=200)
+    console = silent(200)
     with pytest.raises(ExperimentError, match=r"1 of 2 runs were lost, none-batch64-seed0 first .*delete it"):
         compare(Comparison("digits", PRESET, out), console, sweep)
     assert set(pd.read_csv(out / "results.csv").norm) == {"layer"}
