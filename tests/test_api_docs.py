@@ -1,4 +1,4 @@
-"""Everything public is on the page of the reference."""
+"""The reference page lists everything public."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wheels with and without compiled kernels. No network: the build runs in the present environment."""
+"""Wheels with and without compiled kernels, built in the current environment without a network."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from layernorm import ops
 
 ROOT = Path(__file__).parents[1]
 EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-pytest.importorskip("scikit_build_core", reason="the build backend is of the extra dev")
+pytest.importorskip("scikit_build_core", reason="the build backend is in the extra dev")
 
 
 def build(folder: Path, build_folder: str = "", **environment: str) -> tuple[int, str, list[str]]:
-    """Builds a wheel into ``folder``; the exit code, what was printed, and the wheel's files."""
+    """Build a wheel in ``folder``; return the exit code, the output, and the names of the wheel's files."""
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
     command += ["-w", str(folder), "-C", f"build-dir={build_folder or folder / 'build'}", str(ROOT)]
     env = {k: v for k, v in os.environ.items() if k != "LAYERNORM_NATIVE"} | environment

@@ -14,7 +14,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
 class StepByStep:
-    """The batch-normalized LSTM of one layer by PyTorch's own batch norm, step by step."""
+    """A batch-normalized LSTM of one layer that uses PyTorch's batch norm step by step."""
 
     def __init__(self, lstm: BatchNormLSTM, suffix: str = "_l0") -> None:
         self.weights = {n.removesuffix(suffix): p for n, p in lstm.named_parameters() if n.endswith(suffix)}
@@ -24,7 +24,7 @@ class StepByStep:
     def norm(self, t: int, name: str, x: Tensor, training: bool, bias: Tensor | None = None) -> Tensor:
         gain = self.weights[f"gain_{name}"]
         if training:
-            # The same batch always: running statistics are its own.
+            # The batch is always the same, so its statistics are the running ones.
             self.seen[t][name] = (x.mean(0).detach(), x.var(0).detach())
             return nn.functional.batch_norm(x, None, None, gain, bias, True, 0.0, self.eps)
         mean, var = self.seen[min(t, len(self.seen) - 1)][name]
@@ -94,7 +94,7 @@ def test_gradients_of_layers_directions_and_packed_sequences(training, monkeypat
 
     inputs = [t.requires_grad_() for t in (draw(3, 3, 2), draw(4, 3, 2), draw(4, 3, 2))]
     outputs(*inputs)
-    # Running statistics serve the one row of step 3 in training too; they must not move in between.
+    # The single row of step 3 uses running statistics in training too; they must not move in between.
     monkeypatch.setattr(module, "_track", lambda *_: None)
     module.train(training)
     assert torch.autograd.gradcheck(outputs, inputs)
@@ -104,8 +104,8 @@ def test_packed_sequences_of_equal_length_are_the_padded_batch_in_both_direction
     module = lstm(bidirectional=True)
     x = draw(5, 3, 3)
     output, state = module(x)
-    again, others = module(pack_padded_sequence(x, torch.tensor([5, 5, 5])))
-    assert torch.equal(pad_packed_sequence(again)[0], output)
+    packed, others = module(pack_padded_sequence(x, torch.tensor([5, 5, 5])))
+    assert torch.equal(pad_packed_sequence(packed)[0], output)
     assert all(map(torch.equal, state, others))
 
 

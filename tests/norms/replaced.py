@@ -12,7 +12,7 @@ TWINS = {nn.LayerNorm: layernorm.LayerNorm, nn.RMSNorm: layernorm.RMSNorm}
 
 
 class Extended(nn.LayerNorm):
-    """Extends the norm without changing what it computes."""
+    """A subclass that adds a method and leaves what the norm computes."""
 
     def doubled(self, x):
         return 2 * super().forward(x)

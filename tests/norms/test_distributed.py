@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch.distributed as dist
+from tests.processes import needs_gloo, run_two
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo"
-)
+pytestmark = needs_gloo
 
 PROGRAM = """
 import sys
@@ -180,21 +176,7 @@ dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path: Path):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "store")],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    run_two(PROGRAM, tmp_path)
 
 
 def test_plain_tensors_know_nothing_of_it():

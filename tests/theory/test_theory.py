@@ -1,4 +1,4 @@
-"""The paper's analysis: table 1, the Fisher information against its definition, the growth of weights."""
+"""The paper's analysis: table 1, the Fisher information compared with its definition, growing weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_cell_of_table_1():
         assert len(cells) == 30
         for cell in cells:
             assert cell.paper is None or cell.invariant == cell.paper, cell
-            # Either rounding or a change that can be seen, nothing between.
+            # Either rounding or a visible change, nothing in between.
             assert cell.deviation < 1e-13 if cell.invariant else cell.deviation > 1e-2, cell
     rms = [cell.invariant for cell in cells if cell.norm == "rms"]
     assert rms == [True, False, False, True, False, True]
@@ -106,7 +106,7 @@ def test_the_models_normalize_as_the_operators_do():
 
 @pytest.mark.parametrize("family", ["Bernoulli", "categorical"])
 def test_fisher_is_the_mean_outer_product_of_the_scores(family):
-    """Equation 9, the expectation over y taken over all values of y."""
+    """Check equation 9, with the expectation taken over all values of y."""
     inputs = theory.features(cases=6, inputs=2)
     values = (
         torch.eye(3) if family == "categorical" else torch.tensor([*itertools.product((0.0, 1.0), repeat=3)])
