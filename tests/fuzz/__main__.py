@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz``: the fuzz for as long as is asked, or one case again."""
+"""``python -m tests.fuzz``: the fuzz for a given time, or one case repeated."""
 # ruff: noqa: T201
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .parts import PARTS, TOGETHER, failure_of, failures_of
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts in turn, each as long as the others; returns 1 if a case failed."""
+    """Run the parts in turn, each for the same time; return 1 if a case failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"one or more of {', '.join(PARTS)}; default: all"
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(parts: list[str], seed: int, seconds: float) -> int:
-    """Run rounds of cases until the time is over; returns 1 if a case failed."""
+    """Run rounds of cases until the time is over; return 1 if a case failed."""
     cases, wrong, spent = (collections.Counter[str]() for _ in range(3))
     begin = time.monotonic()
     for _ in itertools.count():
@@ -60,7 +60,7 @@ def run(parts: list[str], seed: int, seconds: float) -> int:
 
 
 def failed(found: list[str]) -> int:
-    """Print failures; returns how many there are."""
+    """Print failures and return how many there are."""
     for failure in found:
         print(failure, flush=True)
     return len(found)

@@ -1,9 +1,9 @@
-"""Wrong arguments for every public call and every raw operator: PyTorch's types of exceptions, never a crash.
+"""Wrong arguments for every public call and every raw operator: PyTorch's exceptions, never a crash.
 
 The calls run in a process of their own, which says before each what it is about to do; where it dies, that
 call is the failure. TypeError, ValueError and RuntimeError may come, NotImplementedError among them.
 """
-# ruff: noqa: T201 - the process speaks to the one that started it
+# ruff: noqa: T201 - the process reports to the one that started it
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHILD = (
 
 
 def wrong_tensor(draw: Draw, t: Tensor) -> Any:
-    """Return something in a tensor's place: often no longer a tensor, or of another kind, size or layout."""
+    """Return a wrong value for a tensor: often not a tensor, or one of another kind, size or layout."""
     shape = tuple(t.shape)
     ways: list[Callable[[], Any]] = [
         lambda: None,
@@ -71,7 +71,7 @@ class Subclass(Tensor):
 
 
 def wrong(draw: Draw, value: Any) -> Any:
-    """Return something in a value's place."""
+    """Return a wrong value for an argument that is not a tensor."""
     if isinstance(value, Tensor):
         return wrong_tensor(draw, value)
     anything = (
@@ -134,11 +134,11 @@ def wrong_dict(draw: Draw, values: dict[Any, Any]) -> Any:
     return values
 
 
-# ---- in the process of its own ----
+# ---- in the separate process ----
 
 
 def call_of(seed: int) -> tuple[str, Callable[[], Any]]:
-    """Draw a call; returns what it is, and the call."""
+    """Draw a call; return its description and the call."""
     draw = Draw("arguments", seed)
     torch.manual_seed(seed)
     subject = draw.choice(SUBJECTS)
@@ -153,7 +153,7 @@ def call_of(seed: int) -> tuple[str, Callable[[], Any]]:
 
 
 def described(value: Any) -> str:
-    """Say in short what a value is."""
+    """Return a short description of a value."""
     if isinstance(value, Tensor):
         try:
             return (
@@ -169,7 +169,7 @@ def described(value: Any) -> str:
 
 
 def child(first: int, last: int) -> None:
-    """Run calls; says each before it is made, and what came of it where that is wrong."""
+    """Run calls; print each before it is made, and its outcome where that is wrong."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for seed in range(first, last):
@@ -191,7 +191,7 @@ def child(first: int, last: int) -> None:
 
 
 def failures(first: int, last: int) -> list[tuple[int, str]]:
-    """Return the seeds of [first, last) whose calls did what they must not, and what that was."""
+    """Return the seeds in [first, last) whose calls misbehaved, and how."""
     found = []
     while first < last:
         command = [sys.executable, "-c", CHILD, str(Path(__file__).parents[2]), str(first), str(last)]
@@ -218,7 +218,7 @@ def failures(first: int, last: int) -> list[tuple[int, str]]:
 
 
 def run(seed: int, count: int = 1) -> float:
-    """Make calls in a process of their own."""
+    """Make calls in a separate process."""
     if found := failures(seed, seed + count):
         raise Failure("\n".join(f"arguments {at}: {what}" for at, what in found))
     return 0.0

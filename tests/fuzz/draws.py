@@ -56,13 +56,13 @@ class Draw(random.Random):
         return torch.randn(shape, generator=self._generator, dtype=torch.float64)
 
     def size(self, most: int = 130) -> int:
-        """Return a small size more often than a large one, and often the neighbour of a vector's."""
+        """Return a small size more often than a large one, and often one next to the size of a vector."""
         if self.chance(0.3):
             return max(1, min(most, self.choice(EDGES[:5]) + self.randint(-1, 1)))
         return self.randint(1, self.choice((4, 20, most)))
 
     def exponent(self, dtype: torch.dtype) -> int:
-        """Return the power of two that a row of this dtype is scaled by."""
+        """Draw the power of two by which a row of this dtype is scaled."""
         least, most = finite_exponents(dtype)
         if self.chance(0.3):
             return self.randint(-3, 3)
@@ -72,7 +72,7 @@ class Draw(random.Random):
         return self.randint(least, most)
 
     def tensor(self, dtype: torch.dtype, *shape: int, extremes: bool = True, spread: int = 0) -> Tensor:
-        """Return normal numbers of one magnitude, ordinary or not, plus or minus ``spread`` binary orders."""
+        """Draw normal numbers of one magnitude, ordinary or not, plus or minus ``spread`` binary orders."""
         a = self.normal(*shape)
         if spread:
             a = a * torch.exp2(torch.randint(-spread, spread + 1, shape, generator=self._generator).double())
@@ -81,7 +81,7 @@ class Draw(random.Random):
         return rounded(a, dtype)
 
     def laid(self, a: Tensor) -> Tensor:
-        """Return the same values in some layout."""
+        """Return the same values in a drawn layout."""
         kind = self.choice(("plain", "plain", "column-major", "sliced", "rows apart", "offset", "wide"))
         if kind == "column-major" and a.dim() > 1:
             a = a.transpose(0, -1).contiguous().transpose(0, -1)
@@ -97,7 +97,7 @@ class Draw(random.Random):
 
 
 def finite_exponents(dtype: torch.dtype) -> tuple[int, int]:
-    """Return the powers of two between which normal numbers, times 8, are finite; denormals included."""
+    """Return the powers of two whose products with normal numbers times 8 are finite, denormals included."""
     info = torch.finfo(dtype)
     least = math.frexp(info.tiny)[1] + round(math.log2(info.eps))
     return max(least, -1073), math.frexp(info.max)[1] - 4
@@ -115,7 +115,7 @@ def unit(dtype: torch.dtype) -> float:
 
 
 def computed(dtype: torch.dtype) -> torch.dtype:
-    """Return what rows of this dtype are computed in."""
+    """Return the dtype in which rows of this dtype are computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -21,18 +21,18 @@ from torch import Tensor
 
 Array = NDArray[longdouble]
 
-#: Whether this machine has numbers wider than float64, without which there is no judge of that.
+#: Whether this machine has numbers wider than float64; float64 results cannot be judged without them.
 IS_WIDER = np.finfo(longdouble).nmant > 60
 
 
 def wide(a: Tensor) -> Array:
-    """Return the same numbers in the judge's type."""
+    """Return the same numbers in the wide type of the judge."""
     return a.detach().double().numpy().astype(longdouble)
 
 
 @dataclass
 class Exact:
-    """An exact number, and how far from it a kernel's may be before it is rounded."""
+    """An exact number, and the allowed error of a kernel's number before it is rounded."""
 
     value: Array
     bound: Array
@@ -62,7 +62,7 @@ class Normalized:
 
 
 def mean(a: Array) -> Array:
-    """Return the means of rows, by way of the first element: exact for rows of equal ones."""
+    """Return the means of rows about their first element: exact for rows of equal elements."""
     first = a[:, :1]
     return first + (a - first).sum(1, keepdims=True) / a.shape[1]
 
@@ -136,7 +136,7 @@ def of_gain(s: Normalized, g: Array) -> Exact:
 
 @dataclass
 class Tangent:
-    """How n and rstd move when the rows move along v."""
+    """The derivatives of n and rstd when the rows move along v."""
 
     n: Exact
     ratio: Exact  # of rstd, to rstd

@@ -1,4 +1,4 @@
-"""``lstm_gates``: values and gradients against the reference in float64, whose rows are of any magnitude."""
+"""``lstm_gates``: values and gradients of rows of any magnitude, compared with the reference in float64."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def case_of(seed: int) -> tuple[Draw, Case]:
 
 
 def run(seed: int) -> float:
-    """Draw a case, run it and judge it; returns the largest share of what is allowed."""
+    """Draw a case, run it and judge it; return the largest share of what is allowed."""
     return run_case(case_of(seed), judged)
 
 

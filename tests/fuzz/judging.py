@@ -1,4 +1,4 @@
-"""How far a recurrent layer's numbers may be from the reference's in float64.
+"""The allowed difference between a recurrent layer and the reference in float64.
 
 That follows from how far these move when the reference rounds everything on the way at random (``noise``):
 32 times the mean of a few such moves, since that of a single number may be small by chance, and a few units
@@ -29,7 +29,7 @@ def largest_share(
     allowed: Mapping[str, Tensor],
     dtype: torch.dtype,
 ) -> float:
-    """Fail unless results of these names are as exact as they must be; return the largest share."""
+    """Fail unless the named results are exact enough; return the largest share of what is allowed."""
     return max(within(name, found[name].double(), expected[name], allowed[name], dtype) for name in names)
 
 
@@ -52,7 +52,7 @@ def moved_by_roundings(
     compute: Callable[[list[Tensor], torch.dtype], Mapping[str, Tensor]],
     squashed: bool = True,
 ) -> dict[str, Tensor]:
-    """Return what each row of the expected numbers is allowed.
+    """Return the allowed error of each row of the expected numbers.
 
     ``compute`` gives them for other seeds, in float64; or in float32, where rows that differ may be equal.
     """
@@ -108,7 +108,7 @@ def second_order(
 
 
 def within(name: str, found: Tensor, expected: Tensor, allowed: Tensor, dtype: torch.dtype) -> float:
-    """Fail unless each row is as exact as it must be; return the largest share of what is allowed."""
+    """Fail unless each row is exact enough; return the largest share of what is allowed."""
     info = torch.finfo(dtype)
     away = torch.where((found == expected) | (found.isnan() & expected.isnan()), 0, found - expected)
     away = torch.where(expected.abs() > info.max / 8, 0, away)

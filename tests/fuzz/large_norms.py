@@ -1,4 +1,4 @@
-"""Norms of many or wide rows, which take other paths: some rows judged, all gradients of parameters."""
+"""Norms of many or wide rows, which take other paths; judges some rows and all gradients of parameters."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from .draws import HALVES, Draw, check, run_case, same_bits, unit
 from .norm_cases import OPERATORS, Case
 from .norms import Judge, judge
 
-#: Bytes from which a tensor is written past the caches, and its neighbours.
+#: The size in bytes from which a tensor is written past the caches, and sizes next to it.
 BYTES = (1 << 20, 8 << 20, 9 << 20)
 
 
 def run(seed: int) -> float:
-    """Draw a large case, run it and judge it; returns the largest share of a bound."""
+    """Draw a large case, run it and judge it; return the largest share of a bound."""
     draw = Draw("large norms", seed)
     dtype = draw.choice((torch.float32, torch.float64, *HALVES))
     size = torch.finfo(dtype).bits // 8

@@ -1,4 +1,4 @@
-"""Recurrent layers: outputs, states and gradients against the reference in float64.
+"""Recurrent layers: outputs, states and gradients, compared with the reference in float64.
 
 float64 is judged by the reference in float64, whose errors are of the same kind. Beyond the range of its
 squares a norm without eps is the same function of rows times a power of two: the reference gets them without.
@@ -42,7 +42,7 @@ class Case:
 
 
 def variant_of(draw: Draw, cell: str) -> str | Variant:
-    """Draw a preset that has this cell, or any spec."""
+    """Draw a preset that has this cell, or any variant."""
     if draw.chance(0.4):
         return draw.choice([name for name, cells in PRESETS.items() if cell in cells])
     return Variant(
@@ -67,7 +67,7 @@ def case_of(seed: int, part: str = "layers") -> tuple[Draw, Case]:
         options["proj_size"] = draw.randint(1, hidden - 1)
     if cell == "rnn":
         options["nonlinearity"] = draw.choice(("tanh", "relu"))
-    # Of several layers a relu's pattern could not be seen.
+    # With several layers the pattern of the relu could not be seen.
     options["num_layers"] = 1 if options.get("nonlinearity") == "relu" else draw.choice((1, 1, 2))
     module = SEQUENCES[cell](features, hidden, variant=variant, dtype=torch.float64, **options)
     steps, rows = draw.choice((1, 2, 3, 5, 9)), draw.choice((1, 1, 2, 3, 4, 5, 8, 13))
@@ -152,7 +152,7 @@ def arguments(case: Case, tensors: dict[str, Tensor], draw: Draw | None = None) 
 
 
 def leaves_of(case: Case, module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return those that need a gradient, by name."""
+    """Return the tensors that need a gradient, by name."""
     named = tensors | dict(module.named_parameters())
     chosen = {
         "all": lambda i, name: True,
@@ -218,13 +218,13 @@ def enlarged(case: Case, module: nn.Module) -> nn.Module:
 
 
 def named(outcome: Result) -> dict[str, Tensor]:
-    """Return all of a result by name."""
+    """Return all tensors of a result by name."""
     outputs = {("output", "output h", "output c")[i]: t for i, t in enumerate(outcome.outputs)}
     return {name: t.double() for name, t in (outputs | outcome.grads).items()}
 
 
 def run(seed: int) -> float:
-    """Draw a case, run it and judge it; returns the largest share of what is allowed."""
+    """Draw a case, run it and judge it; return the largest share of what is allowed."""
     return run_case(case_of(seed), judged)
 
 
@@ -249,7 +249,7 @@ def judged(draw: Draw, case: Case) -> float:
 
 
 def judgement(draw: Draw, case: Case, seeds: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return what is right, and how far from it a result may be."""
+    """Return the right results, and the allowed differences from them."""
 
     def by_seeds(seeds: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         tensors = {name: t.to(dtype) for name, t in case.tensors.items()}

@@ -1,6 +1,6 @@
-"""The formulas of ``layernorm.variants`` as they stand there, one row and one step at a time, in NumPy.
+"""The formulas of ``layernorm.variants``, literally, one row and one step at a time, in NumPy.
 
-What judges the layers is the reference; this is what judges the reference.
+The reference judges the layers; these formulas judge the reference.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def products(row: Array, h: Array, weights: Mapping[str, Array]) -> tuple[Array,
 
 
 def gates_of(cell: str, a: Array, b: Array, weights: Mapping[str, Array], variant: Variant) -> Array:
-    """Return all gates where they are made alike."""
+    """Return all gates where all are computed in the same way."""
     bias = weights.get("bias", 0)
     if variant.inputs == "separate":
         of_x = by_groups(a, cell, variant) * weights.get("gain_ih", 1)

@@ -1,4 +1,4 @@
-"""The reference with random roundings: how far a result moves by them is how far another's may be off.
+"""The reference with random roundings: the changes that they cause are the errors that others may have.
 
 Within ``roundings`` every product, norm and activation of ``layernorm.reference.recurrent`` is off by random
 units of roundoff of what it is given and of what it returns, and so are its derivative and what that keeps.
@@ -24,7 +24,7 @@ Noise = Callable[[Tensor], Tensor]
 
 @contextmanager
 def roundings(draw: Draw, u: float, most: float) -> Iterator[None]:
-    """Let the reference round to a unit ``u``; a gradient beyond ``most`` becomes NaN."""
+    """Make the reference round to a unit ``u``; a gradient beyond ``most`` becomes NaN."""
 
     def off(a: Tensor) -> Tensor:
         return a * (1 + u * draw.normal(*a.shape))

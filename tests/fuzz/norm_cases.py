@@ -38,12 +38,12 @@ class Case:
         return "layer" in self.operator
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what the operator takes, by name."""
+        """Return the operator's tensors by name."""
         named = {name: getattr(self, name) for name in ("input", "residual", "weight", "bias")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def call(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Return output and, where there is a residual, the sum."""
+        """Return the output and, with a residual, the sum."""
         parameters = [tensors.get("weight"), *([tensors.get("bias")] if self.centred else [])]
         first = [tensors["input"], *([tensors["residual"]] if "residual" in tensors else [])]
         if self.entry == "operator":
@@ -133,7 +133,7 @@ def sizes_of(draw: Draw) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
 
 
 def rows_of(draw: Draw, dtype: torch.dtype, rows: int, width: int) -> Tensor:
-    """Return rows of one magnitude, some of them of another kind."""
+    """Draw rows of one magnitude, some of them special."""
     base = draw.exponent(dtype)
     ordinary = draw.choice((0.0, 0.5, 0.9, 1.0))
     a = rounded(torch.ldexp(draw.normal(rows, width), torch.tensor(base)), dtype)
@@ -148,7 +148,7 @@ def rows_of(draw: Draw, dtype: torch.dtype, rows: int, width: int) -> Tensor:
 
 
 def special_row(draw: Draw, kind: str, dtype: torch.dtype, width: int) -> Tensor:
-    """Return a row of such a kind."""
+    """Return a special row of this kind."""
     a = draw.tensor(dtype, width)
     info = torch.finfo(dtype)
     at = draw.randrange(width)
@@ -173,7 +173,7 @@ def special_row(draw: Draw, kind: str, dtype: torch.dtype, width: int) -> Tensor
 
 
 def gradient_of(draw: Draw, dtype: torch.dtype, rows: int, width: int) -> Tensor:
-    """Return a gradient, most often of ordinary magnitude."""
+    """Draw a gradient, most often of ordinary magnitude."""
     kind = draw.choice(("plain",) * 6 + ("scaled", "ones", "zero rows", "one-hot"))
     if kind == "ones":
         return torch.ones((), dtype=dtype).expand(rows, width)

@@ -1,4 +1,4 @@
-"""The norm operators: values, gradients, second derivatives, and rows that are the same in any company."""
+"""The norm operators: values, gradients, second derivatives, and rows that are the same in any batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .norm_cases import Case, case_of
 
 
 class Wrong(Failure):
-    """A number too far from the exact one, in this row."""
+    """A number in this row is too far from the exact one."""
 
     def __init__(self, row: int | None, message: str) -> None:
         super().__init__(message)
@@ -23,7 +23,7 @@ class Wrong(Failure):
 
 
 def judge(name: str, found: Tensor, exact: Exact, dtype: torch.dtype) -> float:
-    """Fail unless the number found is the exact one rounded, within its bound; returns the share of it."""
+    """Fail unless the number is the exact one, rounded, within its bound; return the share of the bound."""
     first = not name.startswith("second")
     value, bound = exact.value, np.where(np.isnan(exact.bound), np.inf, exact.bound)
     a = wide(found).reshape(value.shape)
@@ -61,7 +61,7 @@ def least(dtype: torch.dtype) -> float:
 
 @dataclass
 class Judge:
-    """The exact results of a case, whose rows are those that were normalized."""
+    """The exact results of a case for the rows that were normalized."""
 
     case: Case
     rows: Array
@@ -114,7 +114,7 @@ class Judge:
         return Exact(grad, 8 * unit(computed(self.case.input.dtype)) * np.abs(grad))
 
     def in_graph(self, name: str) -> Exact:
-        """Return the gradient of the named tensor by PyTorch's operators, whose means are sums first."""
+        """Return the gradient of the named tensor by PyTorch's operators, which compute means from sums."""
         found = self.first(name)
         if name in ("weight", "bias"):
             return found
@@ -168,7 +168,7 @@ class Judge:
 
 
 def run(seed: int) -> float:
-    """Draw a case, run it and judge it; returns the largest share of a bound."""
+    """Draw a case, run it and judge it; return the largest share of a bound."""
     draw, case = case_of(seed)
     try:
         with setting(draw), np.errstate(all="ignore"):
@@ -179,7 +179,7 @@ def run(seed: int) -> float:
 
 
 def described(case: Case, row: int) -> str:
-    """Say what a row holds."""
+    """Describe the content of a row."""
     with np.errstate(all="ignore"):
         judge_of = Judge.of(case)
     s = judge_of.stats
@@ -223,7 +223,7 @@ def judged(draw: Draw, case: Case) -> float:
 
 
 def in_company(draw: Draw, case: Case, outputs: tuple[Tensor, ...], grads: dict[str, Tensor]) -> None:
-    """Fail unless a few rows have the same bits by themselves."""
+    """Fail unless a few rows are bit-identical when computed by themselves."""
     rows = outputs[0].numel() // case.width
     if rows == 0:
         return

@@ -1,4 +1,4 @@
-"""The parts of the fuzz, each a function of a seed, and how a failure is told."""
+"""The parts of the fuzz, each a function of a seed, and the messages of failures."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PARTS: dict[str, Callable[[int], float]] = {
     "promises": promises.run,
     "arguments": arguments.run,
 }
-#: Cases that share what a part costs to start.
+#: The number of cases that share the cost of starting a part.
 TOGETHER = {"arguments": 500}
 
 
 def failure_of(part: str, seed: int) -> str | None:
-    """Run a case; returns what is wrong and how to see it again."""
+    """Run a case; return what is wrong and the command that repeats it."""
     try:
         PARTS[part](seed)
     except Exception as error:
@@ -28,12 +28,12 @@ def failure_of(part: str, seed: int) -> str | None:
 
 
 def failures_of(part: str, seeds: range) -> list[str]:
-    """Run cases; returns what is wrong with each that fails."""
+    """Run cases; return what is wrong with each that fails."""
     if part in TOGETHER:
         return [told(part, seed, what) for seed, what in arguments.failures(seeds.start, seeds.stop)]
     return [found for seed in seeds if (found := failure_of(part, seed)) is not None]
 
 
 def told(part: str, seed: int, what: str) -> str:
-    """Return a failure with the command that runs it again."""
+    """Return a failure with the command that repeats it."""
     return f"{what}\n  again: python -m tests.fuzz {part} --case {seed}"

@@ -1,4 +1,4 @@
-"""The promises of recurrent layers to the bit: in streams, packed sequences, cells, batches and threads."""
+"""Bit-identical results that recurrent layers promise: in streams, packed sequences, batches and threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(seed: int) -> float:
 
 
 def judged(draw: Draw, case: Case) -> float:
-    """Check three promises, each of a module of its own."""
+    """Check three promises, each with its own module."""
     chosen = draw.sample(PROMISES, 3)
     draw.note(promises=[promise.__name__ for promise in chosen])
     for promise in chosen:
@@ -50,7 +50,7 @@ def widened(draw: Draw, case: Case) -> None:
 
 
 def padded(case: Case, **changes: Any) -> Case:
-    """Return the case with changes and without a packed sequence."""
+    """Return the case changed and without a packed sequence."""
     return Case(**vars(case) | {"lengths": None} | changes)
 
 
@@ -66,7 +66,7 @@ def with_gradients(draw: Draw, case: Case, module: torch.nn.Module) -> Result:
 
 
 def all_alike(a: Result, b: Result, what: str) -> None:
-    """Fail unless two results have the same bits."""
+    """Fail unless two results are bit-identical."""
     check(same_bits(a.outputs, b.outputs), f"{what}: outputs of other bits")
     for name in a.grads:
         check(same_bits([a.grads[name]], [b.grads[name]]), f"{what}: gradient of {name} of other bits")
@@ -76,7 +76,7 @@ def all_alike(a: Result, b: Result, what: str) -> None:
 
 
 def check_rows(case: Case, a: Result, b: Result, rows_of_a: Tensor, rows_of_b: Tensor, what: str) -> None:
-    """Fail unless some rows of two results have the same bits, gradients of input and state included."""
+    """Fail unless some rows of two results, including gradients of input and state, are bit-identical."""
     axis = 0 if case.module.batch_first else 1
     axes = [axis, *[1] * (len(a.outputs) - 1), *[1] * len(case.tensors)]
     names = [f"output {i}" for i in range(len(a.outputs))] + [f"d {name}" for name in case.tensors]
@@ -179,7 +179,7 @@ def streamed(draw: Draw, case: Case, module: torch.nn.Module) -> None:
 
 
 def strided_out(draw: Draw, case: Case, module: torch.nn.Module) -> None:
-    """Check that an ``out`` takes the result, in memory of its own or the input's, or is refused."""
+    """Check that an ``out`` receives the result, in its own memory or the input's, or is refused."""
     if module.bidirectional:
         return
     x = case.tensors["input"][0].contiguous()
@@ -255,7 +255,7 @@ def without_gradients(draw: Draw, case: Case, module: torch.nn.Module) -> None:
 
 
 def differentiable_again(draw: Draw, case: Case, module: torch.nn.Module) -> None:
-    """Check, though not to the bit, that the second derivative is the reference's."""
+    """Check that the second derivative is the reference's, up to rounding."""
     if module.variant.kind != "none" and module.variant.eps < 1e-5:
         return
     twin = copy.deepcopy(case.module)

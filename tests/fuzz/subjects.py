@@ -23,7 +23,7 @@ STEPS, ROWS, FEATURES, HIDDEN = 3, 2, 4, 5
 
 
 def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function under a name for the message, its result differentiated where it can be."""
+    """Return the function under a name for messages; it differentiates its result where possible."""
 
     def call(**arguments: Any) -> Any:
         result = function(**arguments)
@@ -235,7 +235,7 @@ def others(draw: Draw) -> Call:
     )
 
 
-#: Each as often as it stands here.
+#: The subjects, repeated according to how often they are drawn.
 SUBJECTS = (
     *(norm_function, norm_module, cell_module, gates_function, constructor, variant_or_resolve, others),
     *(norm_operator, sequence_function, sequence_module, stream, gates_operators) * 2,

@@ -1,4 +1,4 @@
-"""The short form of the fuzz; and checks that its judges are right and see what is wrong.
+"""The short form of the fuzz, and tests that its judges are right and notice errors.
 
 The long form is ``python -m tests.fuzz --minutes 10``; see ``CONTRIBUTING.md``.
 """
@@ -98,7 +98,7 @@ def first_failure(part: str, count: int = 60) -> str | None:
 
 @pytest.mark.usefixtures("native")
 def test_a_wrong_gradient_of_a_norm_is_seen(monkeypatch):
-    # As it was once for rows of more than 1e9: RMS norm's gradient as if there were a mean.
+    # A former bug for rows above 1e9: the gradient of RMS norm as if there were a mean.
     def broken(input, normalized_shape, weight=None, eps=None):
         output = LF.layer_norm(input, normalized_shape, weight, None, 1e-5)
         return output + (right(input, normalized_shape, weight, eps) - output).detach()
