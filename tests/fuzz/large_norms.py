@@ -1,4 +1,4 @@
-"""Norms of many or wide rows, which take other paths; judges some rows and all gradients of parameters."""
+"""Norms of many or wide rows, which take other paths: some rows and all parameter gradients are judged."""
 
 from __future__ import annotations
 
