@@ -140,7 +140,7 @@ def test_statistics_average_at_first_and_then_forget():
     products = [(x @ module.weight_ih_l0.t()).detach() for x in batches]
     for x in batches:
         module(x)
-    # Shares 1, 1/2, 0.4 in place of 1/3, 0.4.
+    # The shares are 1, 1/2, 0.4 (instead of 1/3), 0.4.
     mean = 0.36 * (products[0] + products[1]) / 2 + 0.24 * products[2] + 0.4 * products[3]
     torch.testing.assert_close(module.running_mean_ih_l0, mean.mean(1)[:2], **CLOSE)
     var = [p.var(1)[:2] for p in products]

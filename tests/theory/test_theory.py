@@ -73,7 +73,7 @@ def test_an_eps_is_seen(monkeypatch, eps):
     if eps == 0.1:
         assert not theory.invariance("layer", "dataset re-scaling").invariant
         assert theory.invariance("layer", "weight matrix re-centering").invariant
-    else:  # too much for rounding, too little for a clear no
+    else:  # more than rounding, but not clearly a change
         with pytest.raises(ArithmeticError, match="neither rounding"):
             theory.invariance("layer", "dataset re-scaling")
 
@@ -142,7 +142,7 @@ def test_blocks_agree_with_the_equations_where_the_statistics_are_a_neurons_own(
             assert not wrong
             continue
         weight = ("weight", "weight"), ("weight", "bias"), ("weight", "gain")
-        # With independent outputs a bias or gain meets only its own neuron's part of the weights.
+        # With independent outputs a bias or gain has a block only with the weights of its own neuron.
         own = weight if family == "categorical" else weight[:1]
         assert wrong == {(pair, False) for pair in weight} | {(pair, True) for pair in own}
 
@@ -274,7 +274,7 @@ def results(measured, tmp_path):
     return tmp_path
 
 
-def test_the_study_shows_the_paper_beside_what_it_measured(measured):
+def test_the_study_compares_the_paper_with_what_it_measured(measured):
     section = registry.find_study("theory").read(measured)
     assert [card.verdict for card in section.cards if card.section == "§5.1, table 1"] == ["agrees"] * 3
     assert {card.verdict for card in section.cards} == {"agrees", "partly"}

@@ -88,15 +88,25 @@ def weight_growth(
         loss = F.cross_entropy(network(inputs[cases]), targets[cases])
         optimizer.zero_grad()
         loss.backward()
-        before, gradient = weight.detach().double().clone(), weight.grad
+        before = weight.detach().double().clone()
         optimizer.step()
-        assert gradient is not None  # noqa: S101 - of a parameter that the loss depends on
-        after, gradient = weight.detach().double(), gradient.double()
-        length = float(before.norm())
-        cosine = float((before * gradient).sum() / (before.norm() * gradient.norm()))
-        rate = learning_rate / length**2
-        steps.append(Step(update, loss.item(), length, _angle(before, after), cosine, rate))
+        steps.append(_step(update, loss.item(), before, weight, learning_rate))
     return steps
+
+
+def _step(update: int, loss: float, before: Tensor, weight: Tensor, learning_rate: float) -> Step:
+    """Return what an update did to a weight, which still has its gradient."""
+    assert weight.grad is not None  # noqa: S101 - the loss depends on it
+    gradient = weight.grad.double()
+    length = float(before.norm())
+    return Step(
+        update=update,
+        loss=loss,
+        norm=length,
+        angle=_angle(before, weight.detach().double()),
+        cosine=float((before * gradient).sum() / (before.norm() * gradient.norm())),
+        effective_rate=learning_rate / length**2,
+    )
 
 
 def _angle(first: Tensor, second: Tensor) -> float:
