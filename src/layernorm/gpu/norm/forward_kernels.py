@@ -158,7 +158,7 @@ def _write(
     rstd,
     CENTRED: tl.constexpr,
 ):
-    """Output = (x·scale - mean - rest)·rstd·gain + bias, and the sum where there is one."""
+    """Store output = (x·scale - mean - rest)·rstd·gain + bias, and the sum unless ``total`` is None."""
     if total is not None:
         tl.store(total + at[:, None] + column, x.to(total.dtype.element_ty), mask)
     if CENTRED:
@@ -197,7 +197,7 @@ def forward(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Output, sum and statistics of ROWS rows.
+    """Compute output, sum and statistics of ROWS rows.
 
     ``residual``, ``gain``, ``bias``, ``total`` and ``stats`` may be None. ``stats`` holds the means, where
     CENTRED, then the rstds. ``CHUNK`` is what rows that float32 cannot hold are read in.

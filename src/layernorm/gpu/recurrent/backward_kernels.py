@@ -17,6 +17,7 @@ from layernorm.gpu.recurrent.gate_kernels import (
 from layernorm.gpu.recurrent.row_kernels import (
     candidate_value,
     gate_value,
+    kept_gates,
     normalized_cell,
     passes_on,
     row_of_step,
@@ -25,13 +26,11 @@ from layernorm.gpu.recurrent.row_kernels import (
 )
 from layernorm.gpu.recurrent.table_kernels import BASE, KEPT, address, has, slot
 
-X = slot("x")
 GAIN_IH = slot("gain_ih")
 GAIN_HH = slot("gain_hh")
 GAIN_CELL = slot("gain_cell")
 HIDDEN = slot("hidden")
 OUTPUT = slot("output")
-SAVED_H = slot("saved_h")
 SAVED_C = slot("saved_c")
 SAVED_STATS = slot("saved_stats")
 H0 = slot("h0")
@@ -97,10 +96,7 @@ def cell_statistics(
     column = tl.arange(0, BLOCK)
     mask = column < H
     kept = row - tl.load(table + KEPT)
-    x0, x1, x2, _ = read_gates(address(table, X, TYPE) + kept * (GATES * H), column, mask, GATES, H)
-    h0, h1, h2 = x0, x1, x2
-    if INPUTS == "separate":
-        h0, h1, h2, _ = read_gates(address(table, SAVED_H, TYPE) + kept * (GATES * H), column, mask, GATES, H)
+    x0, x1, x2, _, h0, h1, h2, _ = kept_gates(table, kept, column, mask, INPUTS, GATES, H, TYPE)
     i = sigmoid(gate_value(table, 0, x0, h0, column, mask, INPUTS, H, TYPE, PRESENT))
     f = sigmoid(gate_value(table, 1, x1, h1, column, mask, INPUTS, H, TYPE, PRESENT))
     g = tanh(gate_value(table, 2, x2, h2, column, mask, INPUTS, H, TYPE, PRESENT))
@@ -143,6 +139,49 @@ def projected_backward(
     tl.store(to, grad.to(TYPE), mask)
 
 
+@triton.jit
+def _through_lstm_cell(
+    table,
+    o,
+    c,
+    grad,
+    of_c,
+    at,
+    column,
+    eps,
+    KIND: tl.constexpr,
+    CELL_NORM: tl.constexpr,
+    H: tl.constexpr,
+    TYPE: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    PRESENT: tl.constexpr,
+):
+    """Return the gradients of an LSTM's c before its norm, and of its output gate before the sigmoid.
+
+    ``grad`` is that of h, ``of_c`` that of c from the step after; ``at`` is where the chunk has this row.
+    """
+    mask = column < H
+    seen, cell, rstd = c, c, grad
+    if CELL_NORM != "none":
+        cell, seen, rstd = normalized_cell(table, c, column, mask, eps, KIND, H, TYPE, PRESENT)
+        if CELL_NORM == "carried":
+            seen = seen.to(TYPE).to(tl.float32)
+    shown = tanh(seen)
+    if PROJECTED:
+        tl.store(address(table, HIDDEN, TYPE) + at, (o * shown).to(TYPE), mask)
+    d = grad * o * (1.0 - shown * shown)
+    if CELL_NORM != "output":
+        d += of_c
+    if CELL_NORM != "none":
+        tl.store(address(table, GRAD_CELL, TYPE) + at, d.to(TYPE), mask)
+        tl.store(address(table, CELL_N, TYPE) + at, cell.to(TYPE), mask)
+        d = tl.where(mask, d * vector(table, GAIN_CELL, PRESENT, TYPE, column, mask, 1.0), 0.0)
+        d, _, _, _ = through_norm(d, d, d, d, cell, cell, cell, cell, rstd, mask, H, 1, KIND == "layer")
+        if CELL_NORM == "output":
+            d += of_c
+    return d, grad * shown * o * (1.0 - o)
+
+
 @triton.jit(do_not_specialize=["step", "batch"])
 def cell_backward(
     table,
@@ -175,22 +214,15 @@ def cell_backward(
     local = row - tl.load(table + BASE)
     at_state = n.to(tl.int64) * H + column
     passed = mask & passes_on(table, t, n, row, batch, REVERSE, PACKED, PRESENT)
-
-    x0, x1, x2, x3 = read_gates(address(table, X, TYPE) + kept * (GATES * H), column, mask, GATES, H)
-    h0, h1, h2, h3 = x0, x1, x2, x3
-    if INPUTS == "separate":
-        h0, h1, h2, h3 = read_gates(
-            address(table, SAVED_H, TYPE) + kept * (GATES * H), column, mask, GATES, H
-        )
-    elif INPUTS == "late":
-        h2 = tl.load(address(table, SAVED_H, TYPE) + kept * H + column, mask, other=0.0).to(tl.float32)
+    x0, x1, x2, x3, h0, h1, h2, h3 = kept_gates(table, kept, column, mask, INPUTS, GATES, H, TYPE)
     if PROJECTED:
         grad = tl.load(address(table, GRAD_HIDDEN, tl.float32) + at_state, mask, other=0.0)
     else:
         grad = tl.load(address(table, GRAD_H, tl.float32) + at_state, passed, other=0.0)
         if has(PRESENT, GRAD_OUTPUT):
-            of_output = address(table, GRAD_OUTPUT, TYPE) + row * H + column
-            grad += tl.load(of_output, mask, other=0.0).to(tl.float32)
+            grad += tl.load(address(table, GRAD_OUTPUT, TYPE) + row * H + column, mask, other=0.0).to(
+                tl.float32
+            )
 
     first_gate = gate_value(table, 0, x0, h0, column, mask, INPUTS, H, TYPE, PRESENT)
     d1, d2, d3 = grad, grad, grad
@@ -205,27 +237,10 @@ def cell_backward(
         c = tl.where(mask, (f * before + i * g).to(TYPE).to(tl.float32), 0.0)
         state = address(table, GRAD_C, tl.float32) + at_state
         of_c = tl.load(state, passed, other=0.0)
-        seen, cell, rstd = c, c, grad
-        if CELL_NORM != "none":
-            cell, seen, rstd = normalized_cell(table, c, column, mask, eps, KIND, H, TYPE, PRESENT)
-            if CELL_NORM == "carried":
-                seen = seen.to(TYPE).to(tl.float32)
-        shown = tanh(seen)
-        if PROJECTED:
-            tl.store(address(table, HIDDEN, TYPE) + local * H + column, (o * shown).to(TYPE), mask)
-        d3 = grad * shown * o * (1.0 - o)
-        d = grad * o * (1.0 - shown * shown)
-        if CELL_NORM == "output":
-            pass
-        else:
-            d += of_c
-        if CELL_NORM != "none":
-            tl.store(address(table, GRAD_CELL, TYPE) + local * H + column, d.to(TYPE), mask)
-            tl.store(address(table, CELL_N, TYPE) + local * H + column, cell.to(TYPE), mask)
-            d = tl.where(mask, d * vector(table, GAIN_CELL, PRESENT, TYPE, column, mask, 1.0), 0.0)
-            d, _, _, _ = through_norm(d, d, d, d, cell, cell, cell, cell, rstd, mask, H, 1, KIND == "layer")
-            if CELL_NORM == "output":
-                d += of_c
+        at = local * H + column
+        d, d3 = _through_lstm_cell(
+            table, o, c, grad, of_c, at, column, eps, KIND, CELL_NORM, H, TYPE, PROJECTED, PRESENT
+        )
         tl.store(state, d * f, mask)
         d0 = d * g * i * (1.0 - i)
         d1 = d * before * f * (1.0 - f)
@@ -238,12 +253,9 @@ def cell_backward(
         tl.store(address(table, GRAD_H, tl.float32) + at_state, grad * z, mask)
         d1 = grad * (before - candidate) * z * (1.0 - z)
         d2 = grad * (1.0 - z) * (1.0 - candidate * candidate)
-        if INPUTS == "late":
-            d0 = d2  # found below, inside of the candidate's norm
-        else:
-            d0 = d2 * of_reset * r * (1.0 - r)
-            if INPUTS == "summed":
-                d2 *= r
+        d0 = d2 * of_reset * r * (1.0 - r)  # late: found below instead, inside of the candidate's norm
+        if INPUTS == "summed":
+            d2 *= r
     elif CELL == "rnn_tanh":
         a = tanh(first_gate)
         d0 = grad * (1.0 - a * a)

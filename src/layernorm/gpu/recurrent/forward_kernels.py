@@ -182,7 +182,7 @@ def normalize_rows(
     STATS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """W_ih x of one row, normalized in place; rstd of its groups to ``stats``, unless that is None."""
+    """Normalize W_ih x of one row in place; store rstd of its groups in ``stats``, unless that is None."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < H

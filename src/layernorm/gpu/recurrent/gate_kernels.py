@@ -216,7 +216,7 @@ def through_norms(
 
 @triton.jit
 def read_gates(row, column, mask, GATES: tl.constexpr, H: tl.constexpr):
-    """GATES vectors of a row in float32; the others are the first."""
+    """Load GATES vectors of a row in float32; the others are the first."""
     a = tl.load(row + column, mask, other=0.0).to(tl.float32)
     b, c, d = a, a, a
     if GATES > 1:
@@ -230,7 +230,7 @@ def read_gates(row, column, mask, GATES: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def write_gates(row, column, mask, a, b, c, d, GATES: tl.constexpr, H: tl.constexpr):
-    """GATES vectors to a row of the row's own type."""
+    """Store GATES vectors to a row, in its own type."""
     TYPE: tl.constexpr = row.dtype.element_ty
     tl.store(row + column, a.to(TYPE), mask)
     if GATES > 1:

@@ -60,7 +60,7 @@ def product(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out (rows, COLUMNS) = a (rows, DEPTH) times b, plus the bias where there is one."""
+    """Compute out (rows, COLUMNS) = a (rows, DEPTH) times b, plus the bias unless that is None."""
     tiles: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -3,14 +3,14 @@
 A program takes one row of one step, all its gates in registers. A row of a step goes through
 
 - ``step_product`` (``product_kernels``): W_hh h of all rows of the step, in float32;
-- ``cell_forward`` (``recurrent_forward_kernels``): norms, gates, cell and state.
+- ``cell_forward`` (``forward_kernels``): norms, gates, cell and state.
 
-Backward ``cell_backward`` (``recurrent_backward_kernels``) takes the gradients of the gates, and through the
+Backward ``cell_backward`` (``backward_kernels``) takes the gradients of the gates, and through the
 norm of W_hh h, and a product takes them to the step before. What no step waits for comes after a chunk of
 steps, for all its rows at once.
 
-The words are those of ``layernorm.variants``; INPUTS has a third value beside them, "late", for a GRU whose
-candidate is summed after the reset, and says "summed" or, for a GRU, "separate" where there is no norm.
+The words are those of ``layernorm.variants``, but INPUTS is ``LayerSpec.products``: "late" for a GRU whose
+candidate is summed after the reset; and without a norm "summed" or, for a GRU, "separate".
 PRESENT has a bit for each slot of the table that holds a tensor.
 """
 
@@ -194,6 +194,29 @@ def gate_inputs(
 
 
 @triton.jit
+def kept_gates(
+    table,
+    kept,
+    column,
+    mask,
+    INPUTS: tl.constexpr,
+    GATES: tl.constexpr,
+    H: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """Load what ``gate_inputs`` kept in this row, and return it as that does."""
+    at_x = address(table, X, TYPE) + kept * (GATES * H)
+    x0, x1, x2, x3 = read_gates(at_x, column, mask, GATES, H)
+    h0, h1, h2, h3 = x0, x1, x2, x3
+    if INPUTS == "separate":
+        at_h = address(table, SAVED_H, TYPE) + kept * (GATES * H)
+        h0, h1, h2, h3 = read_gates(at_h, column, mask, GATES, H)
+    elif INPUTS == "late":
+        h2 = tl.load(address(table, SAVED_H, TYPE) + kept * H + column, mask, other=0.0).to(tl.float32)
+    return x0, x1, x2, x3, h0, h1, h2, h3
+
+
+@triton.jit
 def gate_value(
     table,
     which: tl.constexpr,
@@ -253,7 +276,7 @@ def normalized_cell(
     TYPE: tl.constexpr,
     PRESENT: tl.constexpr,
 ):
-    """N(c), with gain and bias, and rstd."""
+    """Return N(c), N(c) with gain and bias, and rstd."""
     n, _, _, _, rstd = normalized(c, c, c, c, mask, eps, H, 1, KIND == "layer")
     gain = vector(table, GAIN_CELL, PRESENT, TYPE, column, mask, 1.0)
     return n, n * gain + vector(table, BIAS_CELL, PRESENT, TYPE, column, mask, 0.0), rstd

@@ -63,10 +63,10 @@ def slot(name: str) -> tl.constexpr:
     return tl.constexpr(SLOTS.index(name))
 
 
-DONE = slot("done")  # steps that are behind the kernels' first one, in the order of the loop
+DONE = slot("done")  # steps of the loop before the kernels' first one
 STEPS = slot("steps")
 BASE = slot("base")  # the row of all steps with which buffers of a chunk begin
-KEPT = slot("kept")  # likewise x, saved_h and saved_stats
+KEPT = slot("kept")  # the row of all steps with which x, saved_h and saved_stats begin
 BATCH_SIZES = slot("batch_sizes")
 OFFSETS = slot("offsets")
 
