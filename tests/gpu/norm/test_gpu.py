@@ -1,4 +1,4 @@
-"""The norms on a GPU beside what else goes on there; ``make gpu`` runs these where there is one.
+"""The norms on a GPU with graphs, streams, autocast and compiled programs; ``make gpu`` runs these.
 
 ``test_norm_kernels.py`` has their numerics there.
 """
@@ -123,7 +123,7 @@ def test_the_same_bits_in_every_run_and_batch(width):
     assert torch.equal(grad_alone[7], runs[0][0][7])
 
 
-def test_a_float32_residual_stream_beside_half_inputs():
+def test_a_float32_residual_stream_with_half_inputs():
     x, _, weight, _ = tensors()
     residual = torch.randn(33, 1000)
     output, total = LF.add_rms_norm(x, residual, (1000,), weight)

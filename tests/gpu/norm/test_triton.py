@@ -1,4 +1,4 @@
-"""The Triton norms: what the CPU's kernels do not have, in Triton's interpreter; and compiled without a GPU.
+"""The Triton norms: what only they have, in Triton's interpreter; and compiled without a GPU.
 
 ``test_norm_kernels.py`` has their numerics, interpreted and on a GPU.
 """
@@ -68,10 +68,10 @@ def test_operators_pass_opcheck(grad):
 @pytest.mark.usefixtures("looped")
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("width", [7, 64, 600])
-def test_a_float32_residual_stream_beside_half_inputs(width, centred):
+def test_a_float32_residual_stream_with_half_inputs(width, centred):
     # The operators themselves: on the CPU the functions give such sums to the reference.
     norm = getattr(torch.ops.layernorm, "add_layer_norm" if centred else "add_rms_norm")
-    plain = reference.layer_norm if centred else reference.rms_norm
+    definition = reference.layer_norm if centred else reference.rms_norm
     for dtype, wide_gain in itertools.product(HALVES, (False, True)):
         x, residual = torch.randn(3, width).to(dtype), torch.randn(3, width)
         weight = torch.randn(width).to(torch.float32 if wide_gain else dtype)
@@ -84,7 +84,7 @@ def test_a_float32_residual_stream_beside_half_inputs(width, centred):
         torch.autograd.backward((output, total), grads)
         doubles = [leaf(t.double()) for t in (x, residual, weight)]
         exact_total = doubles[0] + doubles[1]
-        exact = plain(exact_total, (width,), doubles[2], eps=0.1)
+        exact = definition(exact_total, (width,), doubles[2], eps=0.1)
         torch.autograd.backward((exact, exact_total), [g.double() for g in grads])
         unit = torch.finfo(dtype).eps
         # One rounding to the dtype; in float32 about 16 roundings of values of order 10.
@@ -161,7 +161,7 @@ def test_gradients_of_gain_and_bias_have_the_same_bits_each_time(width):
 
 
 def in_triton(program: str) -> subprocess.CompletedProcess[str]:
-    """Runs a program in which Triton compiles what it interprets here."""
+    """Run a program in which Triton compiles what it interprets here."""
     return subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"TRITON_INTERPRET": "0"},

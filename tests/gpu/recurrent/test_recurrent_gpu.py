@@ -31,14 +31,14 @@ some_functions = of_functions(FUNCTIONS[::2])
 
 @pytest.fixture(params=["interpreted", "on_gpu"])
 def place(request) -> str:
-    """Where the Triton kernels run: every tensor that is made lies there."""
+    """Name where the Triton kernels run: every tensor that is made lies there."""
     request.getfixturevalue(request.param)
     return request.param
 
 
 @pytest.fixture(params=["interpreted", "gpu"])
 def kernel(request) -> str:
-    """The name of what serves the cases of ``test_recurrent_kernels``."""
+    """Return the kernel's name by which the cases of ``test_recurrent_kernels`` know what computes them."""
     request.getfixturevalue(request.param)
     return "native" if request.param == "interpreted" else "triton"
 
@@ -98,8 +98,8 @@ def test_with_what_forward_kept_and_recomputed(cell, variant, place):
     layer = Layer(cell, variant, 9, 33)
     x, state, seeds = torch.randn(5, 3, 9), layer.state(3), seeds_like(layer, 5, 3)
     resets = torch.rand(5, 3) < 0.2
-    kept, again = (layer(x, state, seeds, resets=resets, recompute=r) for r in (False, True))
-    for a, b in zip(kept, again, strict=True):
+    kept, recomputed = (layer(x, state, seeds, resets=resets, recompute=r) for r in (False, True))
+    for a, b in zip(kept, recomputed, strict=True):
         assert same(a, b)
 
 
@@ -173,10 +173,10 @@ def test_operators_pass_opcheck(place):
     for (cell, variant), packed in zip((FUNCTIONS[0], FUNCTIONS[7]), (True, False), strict=True):
         given = operator_arguments(cell, variant, packed=packed)
         torch.library.opcheck(torch.ops.layernorm.recurrent.default, (), given)
-        plain = detached(given)
+        inputs = detached(given)
         forward = torch.ops.layernorm.recurrent_forward.default
-        torch.library.opcheck(forward, (), plain)
-        backward = backward_arguments(plain, forward(**plain))
+        torch.library.opcheck(forward, (), inputs)
+        backward = backward_arguments(inputs, forward(**inputs))
         torch.library.opcheck(torch.ops.layernorm.recurrent_backward.default, (), backward)
 
 
