@@ -54,8 +54,8 @@ sanitize: install
 	@$(SANITIZED_PYTHON) -c 'from layernorm import ops; path = ops.native.__file__; \
 		assert b"__asan_init" in open(path, "rb").read(), path; print("sanitized:", path)'
 	$(SANITIZED_PYTHON) -m pytest -n auto --exitfirst --capture sys $(wildcard tests/norms/test_norm*.py) \
-		$(wildcard tests/recurrent/test_recurrent_*.py) $(addprefix tests/recurrent/test_,activations.py gates.py resets.py) \
-		tests/streaming/test_streaming.py -k 'not (interpreted or looped or test_float32 or opcheck or both_orders)'
+		$(wildcard tests/recurrent/test_recurrent_*.py) $(addprefix tests/recurrent/test_,activations.py gates.py resets.py spec.py) \
+		$(wildcard tests/streaming/test_streaming*.py) -k 'not (interpreted or looped or test_float32 or opcheck or both_orders)'
 
 # Where there is a GPU: its tests, again under NVIDIA's checkers of memory and races where
 # they are installed, and the benchmark, which writes the published files.

@@ -85,7 +85,17 @@ print(*sys.modules, file=sys.stderr)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = done.stderr.splitlines()[-1].split()
     assert "layernorm.cli" in loaded
-    heavy = ("layernorm.experiments", "benchmarks", "pandas", "matplotlib", "rich", "sklearn", "triton")
+    heavy = (
+        "layernorm.experiments",
+        "benchmarks",
+        "pandas",
+        "matplotlib",
+        "rich",
+        "sklearn",
+        "triton",
+        "jax",
+        "onnx",
+    )
     assert not [name for name in loaded if name.startswith(heavy)]
 
 

@@ -96,9 +96,7 @@ def layer(name):
 @pytest.fixture(scope="module")
 def graph():
     known = modules()
-    return {
-        name: {other for other in imports(path, known) if other != name} for name, path in known.items()
-    }
+    return {name: {other for other in imports(path, known) if other != name} for name, path in known.items()}
 
 
 def test_there_is_no_circle(graph):

@@ -18,7 +18,7 @@ from benchmarks.core.benchmark import BASE, INSTALL, OURS, PROGRAM, Benchmark, C
 from benchmarks.core.outputs import Outputs, in_checkout, in_folder
 from benchmarks.core.table import Table, TableError, read
 from layernorm import machine
-from layernorm.arguments import Parser, plain, positive, say, some_of
+from layernorm.arguments import Parser, positive, printable, say, some_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -278,5 +278,5 @@ def _stoppable() -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"{PROGRAM}: {plain(message)}\n")
+    sys.stderr.write(f"{PROGRAM}: {printable(message)}\n")
     return code

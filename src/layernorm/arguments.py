@@ -16,15 +16,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the program with code 2."""
-        self.exit(2, f"{self.prog}: error: {plain(message)}\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
 
-def plain(text: str) -> str:
+def printable(text: str) -> str:
     r"""Return a text in one line: of what cannot be printed, or is no character at all, the escapes.
 
     Examples:
-        >>> from layernorm.arguments import plain
-        >>> plain("a\nb\x1b[31m")
+        >>> from layernorm.arguments import printable
+        >>> printable("a\nb\x1b[31m")
         'a\\nb\\x1b[31m'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -41,7 +41,7 @@ def say(console: Console, text: str) -> None:
     """
     from rich.text import Text
 
-    console.print(Text(plain(text)), soft_wrap=True)
+    console.print(Text(printable(text)), soft_wrap=True)
 
 
 def names(text: str) -> tuple[str, ...]:

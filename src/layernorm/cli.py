@@ -14,7 +14,7 @@ import torch
 
 import layernorm
 from layernorm import backends
-from layernorm.arguments import Parser, plain
+from layernorm.arguments import Parser, printable
 
 _EXPERIMENTS: Final = "layernorm.experiments.commands.options"
 
@@ -111,7 +111,7 @@ def _parser(module: Any, name: str | None) -> argparse.ArgumentParser:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"layernorm: {plain(message)}\n")
+    sys.stderr.write(f"layernorm: {printable(message)}\n")
     return code
 
 

@@ -253,8 +253,7 @@ def lstm(
         resets: bool (T, N), or (ΣN_t,) with ``batch_sizes``. Where it is true nothing passes between
             this step and the one before, neither state nor gradient: forward the step starts from a
             state of zeros, whatever came, NaN included; in reverse the step before starts from it.
-        recompute: keep less for backward and compute it again: for the compiled kernels; the
-            reference ignores it, as autograd decides there.
+        recompute: keep less for backward and compute it again (compiled kernels; the reference ignores it).
 
     Returns:
         ``(output, (h, c))``: output (T, N, proj_size or H) or (ΣN_t, ·), and the final state.

@@ -14,6 +14,8 @@ with warnings.catch_warnings():
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+    from torch.nn.utils.parametrizations import _WeightNorm as WeightNormParametrization
     from torch.utils import _python_dispatch
 
 
@@ -54,9 +56,11 @@ def is_flop_counter_mode(mode: Any, counter: Any) -> bool:
 
 
 __all__ = [
+    "BatchNormBase",
     "FakeTensor",
     "FunctionalTensor",
     "FunctionalTensorMode",
+    "WeightNormParametrization",
     "are_transforms_active",
     "context_of_backward",
     "count_dispatch_modes",

@@ -160,6 +160,7 @@ class LayerNormRNNBase(RecurrentParameters):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run all layers over time-major or packed data; every state is (L·D, N, size)."""
         self._check_weights(weights)
+        recompute = checks.flag("recompute", self.recompute)
         finals: list[tuple[Tensor, ...]] = []
         for layer in range(self.num_layers):
             outputs = []
@@ -167,7 +168,7 @@ class LayerNormRNNBase(RecurrentParameters):
                 at = len(finals)
                 initial = tuple(s[at] for s in state)
                 output, final = self._compute(
-                    self.spec, data, initial, weights[at], reverse, batch_sizes, resets, self.recompute
+                    self.spec, data, initial, weights[at], reverse, batch_sizes, resets, recompute
                 )
                 outputs.append(output)
                 finals.append(final)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+#: Whether this machine's ``long double`` has more digits than float64, which else nothing here can judge.
+IS_WIDER_THAN_FLOAT64 = np.finfo(np.longdouble).nmant > 60
+
 
 def array(t: torch.Tensor) -> np.ndarray:
     return t.detach().double().cpu().numpy()

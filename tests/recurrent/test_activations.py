@@ -45,6 +45,8 @@ def all_exponents(dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["tanh", "forget gate", "update gate"])
 def test_activations_are_within_three_units_in_the_last_place(name, dtype):
+    if dtype == torch.float64 and np.finfo(np.longdouble).nmant <= 60:
+        pytest.skip("long double is no wider than float64 on this machine")
     x = all_exponents(dtype)
     wide = x.numpy().astype(np.longdouble)
     with np.errstate(over="ignore"):

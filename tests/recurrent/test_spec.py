@@ -139,6 +139,11 @@ def test_every_operator_names_the_code_that_is_unknown(codes, message):
         for operator in (operators.recurrent, operators.recurrent_forward):
             with pytest.raises(RuntimeError, match=message):
                 operator(**lifted)
+        step = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in (*gates, *vectors)]
+        with pytest.raises(RuntimeError, match=message):
+            operators.lstm_gates(*step, codes, 1e-5)
+        with pytest.raises(RuntimeError, match=message):
+            operators.lstm_gates_backward(*step[1:3], *step, codes, 1e-5, [True] * 8)
 
 
 # ---- specs of presets and modules ----

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from layernorm.baselines.statistics import BatchStandardized, Steps, shared
+from layernorm.pytorch_internals import BatchNormBase
 
 
-class BatchNorm(_BatchNorm):
+class BatchNorm(BatchNormBase):
     """Batch normalization of features or channels (Ioffe and Szegedy 2015, arXiv 1502.03167).
 
     In training y = (x - mean)·rstd·weight + bias with the mean and the biased variance of each feature over

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _WeightNorm
+
+from layernorm.pytorch_internals import WeightNormParametrization
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -66,7 +67,7 @@ def _is_weight_normalized(module: nn.Module) -> bool:
     if not parametrize.is_parametrized(module, "weight"):
         return False
     parametrizations = module.get_submodule("parametrizations.weight").children()
-    return any(isinstance(parametrization, _WeightNorm) for parametrization in parametrizations)
+    return any(isinstance(parametrization, WeightNormParametrization) for parametrization in parametrizations)
 
 
 def _initialize(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

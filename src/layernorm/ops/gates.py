@@ -44,16 +44,19 @@ def lstm_gates(
 
 @torch.library.register_fake("layernorm::lstm_gates")
 def _lstm_gates_fake(
-    input_gates: Tensor, hidden_gates: Tensor, c: Tensor, *_: object
+    input_gates: Tensor, hidden_gates: Tensor, c: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     require_tensors(input_gates=input_gates, hidden_gates=hidden_gates, c=c)
+    *_, codes, eps = rest
+    LayerSpec.decode(codes, eps)
     return c.new_empty(c.shape), c.new_empty(c.shape)
 
 
 @torch.library.register_fake("layernorm::lstm_gates_backward")
 def _lstm_gates_backward_fake(grad_hidden: Tensor, grad_cn: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    *_, wanted = rest
+    *_, codes, eps, wanted = rest
     require_tensors(grad_hidden=grad_hidden)
+    LayerSpec.decode(codes, eps)
     return tuple(
         grad_hidden.new_empty(tensor.shape if tensor is not None and want else 0)
         for tensor, want in zip(rest, wanted, strict=False)

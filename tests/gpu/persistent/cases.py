@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +51,8 @@ class Emulator:
 def builder(compiler, folder):
     """Return what builds the emulator of a plan, each once."""
     command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-w"]
+    if sys.platform == "darwin":  # its <ucontext.h> wants this
+        command += ["-D_XOPEN_SOURCE=700", "-D_DARWIN_C_SOURCE"]
 
     @functools.cache
     def build(plan: Layout) -> Emulator:

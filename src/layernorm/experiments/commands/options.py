@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from layernorm.arguments import names, number, plain, positive, positives, say
+from layernorm.arguments import names, number, positive, positives, printable, say
 from layernorm.experiments import registry
 
 _PRESETS: Final = ("small", "paper")
@@ -273,5 +273,5 @@ def _size(text: str) -> tuple[str, str]:
 
 def _fail(message: str, code: int) -> int:
     if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"layernorm: {plain(message)}\n")
+        sys.stderr.write(f"layernorm: {printable(message)}\n")
     return code
