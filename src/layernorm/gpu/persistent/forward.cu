@@ -1,6 +1,6 @@
 // A normalized LSTM, GRU or RNN over a whole sequence in one launch; forward, for sm_90 and later.
-// Compiled behind device.cuh, or for a CPU behind tests/gpu/persistent/emulator/device.hpp, and the other files of
-// compiling.py, with the macros of a plan (plan.py). The words are those of
+// Compiled behind device.cuh, or for a CPU behind tests/gpu/persistent/emulator/device.hpp, and the
+// other files of compiling.py, with the macros of a plan (plan.py). The words are those of
 // csrc/recurrent/recurrent.hpp.
 //
 // A cluster of BLOCKS blocks takes ROWS rows of the batch through all steps. Each block owns UNITS

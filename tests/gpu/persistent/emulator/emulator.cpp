@@ -1,5 +1,6 @@
 // The persistent kernel of a plan's direction for a CPU, as a shared library that
-// tests/gpu/persistent/test_persistent.py and tests/gpu/persistent/test_persistent_backward.py call.
+// tests/gpu/persistent/test_persistent.py and tests/gpu/persistent/test_persistent_backward.py
+// call.
 #include <cstdio>
 
 #include "device.hpp"
