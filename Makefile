@@ -10,7 +10,7 @@ CSRC := $(wildcard csrc/*/*.*)
 CPP := $(CSRC) $(wildcard src/layernorm/gpu/persistent/*.cu*) $(wildcard tests/*/*.cpp tests/gpu/persistent/emulator/*)
 NATIVE_SOURCES := CMakeLists.txt $(CSRC)
 
-.PHONY: install demo test sanitize gpu lint format docs clean
+.PHONY: install demo test sanitize gpu wheel lint format docs clean
 
 install: $(INSTALLED)
 
@@ -18,9 +18,9 @@ install: $(INSTALLED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "layernorm needs Python >= 3.11; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 
-# PyTorch first and pinned: the compiled kernels are built against its headers. In this environment and not
-# in one of pip's, so that what has been compiled is not compiled again.
-BUILD_TOOLS := 'scikit-build-core>=0.11,<2' 'cmake>=3.24' 'ninja>=1.11'
+# PyTorch first and pinned. The kernels are compiled in this environment and not in one of pip's, so that what
+# has been compiled is not compiled again.
+BUILD_TOOLS := 'scikit-build-core>=0.11,<2' 'cmake>=3.26' 'ninja>=1.11'
 $(INSTALLED): .venv/bin/python pyproject.toml $(NATIVE_SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(BUILD_TOOLS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
@@ -34,7 +34,7 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n auto $(OPTIONS)
 
-# The recurrent kernels by several threads under ThreadSanitizer, which wants addresses that are not
+# The recurrent kernels, and loops, by several threads under ThreadSanitizer, which wants addresses that are not
 # random; then the tests of the compiled kernels under AddressSanitizer and
 # UndefinedBehaviorSanitizer. The package built with them is in a folder of its own, and so is the
 # Python that runs it: .venv's would import the editable installation, whatever comes first on its path.
@@ -45,7 +45,7 @@ SANITIZED_PYTHON = PYTHONPATH=$(SANITIZE)/site:$(wildcard $(CURDIR)/.venv/lib/py
 sanitize: install
 	@mkdir -p $(SANITIZE)
 	$(CXX) -std=c++20 -O1 -g1 -fsanitize=thread -DLAYERNORM_ISA=threads -DLAYERNORM_SANITIZE -ffp-contract=off -Wno-psabi -Icsrc \
-		tests/recurrent/threads.cpp $(wildcard csrc/recurrent/*.cpp) -o $(SANITIZE)/threads
+		tests/recurrent/threads.cpp $(addprefix csrc/binding/,parallel.cpp status.cpp) $(wildcard csrc/recurrent/*.cpp) -o $(SANITIZE)/threads
 	setarch $(shell uname -m) -R $(SANITIZE)/threads
 	$(BIN)/python -m venv --without-pip $(SANITIZE)/venv
 	LAYERNORM_NATIVE=1 CXX=$(CXX) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
@@ -55,7 +55,7 @@ sanitize: install
 		assert b"__asan_init" in open(path, "rb").read(), path; print("sanitized:", path)'
 	$(SANITIZED_PYTHON) -m pytest -n auto --exitfirst --capture sys $(wildcard tests/norms/test_norm*.py) \
 		$(wildcard tests/recurrent/test_recurrent_*.py) $(addprefix tests/recurrent/test_,activations.py gates.py resets.py spec.py) \
-		$(wildcard tests/streaming/test_streaming*.py) -k 'not (interpreted or looped or test_float32 or opcheck or both_orders)'
+		$(wildcard tests/streaming/test_streaming*.py) tests/ops/test_extension.py -k 'not (interpreted or looped or test_float32 or opcheck or both_orders or leaks)'
 
 # Where there is a GPU: its tests, again under NVIDIA's checkers of memory and races where
 # they are installed, and the benchmark, which writes the published files.
@@ -69,6 +69,16 @@ gpu: install
 			-k 'on_gpu and (1025 or add_forms or strides)' && \
 		$$check tests/gpu/recurrent tests/gpu/persistent -k 'on_gpu and (packed or kept)' || exit 1; done
 	$(BIN)/python -m benchmarks gpu
+
+# One wheel for every Python from 3.11 and every PyTorch, on Linux with glibc 2.28 (2018) or newer. Built anew,
+# and the same bytes each time.
+wheel: export SOURCE_DATE_EPOCH := $(shell git log -1 --format=%ct)
+wheel: install
+	rm -rf build/wheel dist
+	LAYERNORM_NATIVE=1 CXXFLAGS="$(CXXFLAGS) -ffile-prefix-map=$(CURDIR)=." $(BIN)/python -m pip wheel --quiet --no-deps \
+		--no-build-isolation --wheel-dir build/wheel -C build-dir=build/wheel/cmake \
+		-C cmake.define.LAYERNORM_OLD_GLIBC=ON .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$(shell uname -m) --wheel-dir dist build/wheel/*.whl
 
 lint: install
 	$(BIN)/ruff check .

@@ -229,8 +229,6 @@ def triton_problem(dtype: torch.dtype) -> str | None:
         return "the Triton kernels are for float32, bfloat16 and float16"
     if not _HAS_TRITON:
         return "Triton is not installed"
-    if ops.NATIVE_PROBLEM is not None:
-        return f"no compiled kernels, which have the derivative: {ops.NATIVE_PROBLEM}"
     return None
 
 

@@ -5,6 +5,8 @@ Most are aliases, which cost nothing per call.
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from typing import Any, Final
 
@@ -25,6 +27,8 @@ are_transforms_active: Final = torch._C._are_functorch_transforms_active
 is_any_autocast_enabled: Final = torch._C._is_any_autocast_enabled
 #: How many modes of ``__torch_dispatch__`` are active.
 count_dispatch_modes: Final = torch._C._len_torch_dispatch_stack
+#: A context in which operators are called beneath autograd.
+below_autograd: Final = torch._C._AutoDispatchBelowAutograd
 #: Those modes.
 dispatch_modes: Final = _python_dispatch._get_current_dispatch_mode_stack
 
@@ -32,6 +36,59 @@ dispatch_modes: Final = _python_dispatch._get_current_dispatch_mode_stack
 def is_jit_tracing() -> bool:
     """Return whether ``torch.jit.trace`` records this call."""
     return torch._C._get_tracing_state() is not None
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor holds a batch of gradients (``is_grads_batched``), which no kernel can read."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
+
+
+def saved_tensors_hooks() -> tuple[Any, Any] | None:
+    """Return the hooks that autograd would now pack and unpack saved tensors with, if there are any."""
+    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks
+
+
+def recorder_of(function: type[torch.autograd.Function]) -> Any:
+    """Return ``function.apply`` for calls outside of ``torch.func``'s transforms."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def used_by_the_kernels() -> dict[str, Any]:
+    """Return what the compiled kernels use of PyTorch, by the names that ``csrc/binding`` has for it.
+
+    The symbols are of C functions, but for the one that gives Python's object for a tensor. Where one is
+    missing the kernels do without, and take a little longer.
+    """
+    tensor = torch.Tensor
+    prefix, suffix = {"win32": ("", "dll"), "darwin": ("lib", "dylib")}.get(sys.platform, ("lib", "so"))
+    libraries = os.path.join(os.path.dirname(torch.__file__), "lib", prefix)
+    return {
+        "Tensor": tensor,
+        "Parameter": torch.nn.Parameter,
+        "dtypes": (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool),
+        "strided": torch.strided,
+        **{name: getattr(tensor, name) for name in ("is_neg", "new_empty", "fill_", "contiguous", "to")},
+        "increment_version": torch._C._increment_version,
+        "function_modes": torch._C._len_torch_function_stack,
+        "dispatch_modes": count_dispatch_modes,
+        "is_tracing": torch._C._is_tracing,
+        "transforms": are_transforms_active,
+        "forward_ad": torch.autograd.forward_ad,
+        "grad_mode": torch.is_grad_enabled,
+        "num_threads": torch.get_num_threads,
+        "exchange": getattr(tensor, "__dlpack_c_exchange_api__", None),
+        "cpu_library": f"{libraries}torch_cpu.{suffix}",
+        "parallel_for": "torch_parallel_for",
+        "count_threads": "torch_get_num_threads",
+        "empty_strided": "aoti_torch_empty_strided",
+        "data_of": "aoti_torch_get_data_ptr",
+        "sizes_of": "aoti_torch_get_sizes",
+        "strides_of": "aoti_torch_get_strides",
+        "destroy": "aoti_torch_delete_tensor_object",
+        "python_library": f"{libraries}torch_python.{suffix}",
+        "wrap": "_Z16THPVariable_WrapRKN2at10TensorBaseE",
+    }
 
 
 def is_in_forward_mode() -> bool:
@@ -62,12 +119,17 @@ __all__ = [
     "FunctionalTensorMode",
     "WeightNormParametrization",
     "are_transforms_active",
+    "below_autograd",
     "context_of_backward",
     "count_dispatch_modes",
     "dispatch_modes",
     "global_forward_pre_hooks",
     "is_any_autocast_enabled",
+    "is_batched",
     "is_flop_counter_mode",
     "is_in_forward_mode",
     "is_jit_tracing",
+    "recorder_of",
+    "saved_tensors_hooks",
+    "used_by_the_kernels",
 ]

@@ -31,6 +31,11 @@ CHILD = (
 )
 
 
+def negative_view(t: Tensor) -> Tensor:
+    """Return a view whose memory holds -t: the imaginary part of a conjugate."""
+    return torch.complex(torch.zeros_like(t), -t).conj().imag
+
+
 def wrong_tensor(draw: Draw, t: Tensor) -> Any:
     """Return a wrong value for a tensor: often not a tensor, or one of another kind, size or layout."""
     shape = tuple(t.shape)
@@ -55,7 +60,7 @@ def wrong_tensor(draw: Draw, t: Tensor) -> Any:
         lambda: t.new_zeros(1).expand(shape),
         lambda: t.transpose(0, -1) if shape else t,
         lambda: t.detach().requires_grad_(t.is_floating_point()),
-        lambda: torch._neg_view(t) if t.is_floating_point() else t,
+        lambda: negative_view(t) if t.dtype in (torch.float32, torch.float64) else t,
         lambda: (
             torch.full_like(t, float("nan")) if t.is_floating_point() else ~t if t.dtype == torch.bool else -t
         ),

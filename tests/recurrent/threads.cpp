@@ -8,9 +8,12 @@
 #include <functional>
 #include <latch>
 #include <random>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "binding/parallel.hpp"
 #include "recurrent/recurrent.hpp"
 
 namespace layernorm::threads {
@@ -49,6 +52,31 @@ struct Layer {
     return memory.back().data();
   }
 };
+
+// Loops of this library's own threads, begun by several threads at once, some from inside of
+// others: every part is run, once, and what a part throws comes out.
+void check_pool() {
+  run_threads(3, [](int) {
+    use_own_threads(4);
+    for (int i = 0; i < 200; ++i) {
+      std::vector<int> seen(1000);
+      in_parallel_parts(1000, 10, [&](int64_t begin, int64_t end) {
+        in_parallel_parts(end - begin, 1, [&](int64_t from, int64_t to) {
+          for (int64_t n = from; n < to; ++n) ++seen[begin + n];
+        });
+      });
+      if (std::any_of(seen.begin(), seen.end(), [](int n) { return n != 1; })) std::abort();
+      try {
+        in_parallel_parts(8, 1, [&](int64_t begin, int64_t) {
+          if (begin >= 4) throw std::runtime_error(std::to_string(i));
+        });
+        std::abort();
+      } catch (const std::runtime_error& thrown) {
+        if (std::to_string(i) != thrown.what()) std::abort();
+      }
+    }
+  });
+}
 
 Layer layer(CellKind cell, Inputs inputs, Scope scope) {
   Layer l;
@@ -180,6 +208,7 @@ Floats results(CellKind cell, Inputs inputs, Scope scope, Sharing sharing, int t
 }  // namespace
 
 int main() {
+  check_pool();
   struct Case {
     CellKind cell;
     Inputs inputs;

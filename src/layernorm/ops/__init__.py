@@ -1,8 +1,10 @@
 """The operators: schemas, fake kernels, derivatives of higher order, and the compiled module.
 
 Importing this package defines the operators and loads the compiled module if there is one; Triton waits for
-the first call that needs it. The CPU kernels, the derivatives of all devices and the entries for plain calls
-are in ``csrc/torch``; this is what they are for:
+the first call that needs it. The compiled module (``csrc/binding``) computes plain calls on the CPU, which
+never see PyTorch's dispatcher; where a derivative is wanted it calls the ``torch.autograd.Function`` of this
+package, which serves every device. The registered operators are for all other calls: those that are traced,
+compiled or exported, of subclasses, under modes, and on GPUs:
 
 - ``layer_norm``, ``rms_norm``, ``add_layer_norm``, ``add_rms_norm``: what users call. On tensors that need
   a derivative they record a node and run
@@ -15,7 +17,7 @@ are in ``csrc/torch``; this is what they are for:
   ``lstm_gates_backward`` and ``lstm_gates_composite_backward``.
 """
 
-from layernorm.ops import flops
+from layernorm.ops import flops, gates, norm, recurrent
 from layernorm.ops.gates import lstm_gates
 from layernorm.ops.loading import CAPABILITY_VARIABLE, NATIVE_PROBLEM, native
 from layernorm.ops.norm import NORMS
@@ -23,6 +25,8 @@ from layernorm.ops.recurrent import recurrent_layer
 from layernorm.ops.registration import gpu_kernel
 
 flops.register()
+if native is not None:
+    native.record(norm.RECORDERS | recurrent.RECORDERS | gates.RECORDERS)
 
 __all__ = [
     "CAPABILITY_VARIABLE",

@@ -7,7 +7,7 @@ import os
 from types import ModuleType
 from typing import Final
 
-import torch
+from layernorm.pytorch_internals import used_by_the_kernels
 
 #: The variable that chooses the instruction set of the compiled kernels.
 CAPABILITY_VARIABLE: Final = "LAYERNORM_CPU_CAPABILITY"
@@ -16,18 +16,18 @@ CAPABILITY_VARIABLE: Final = "LAYERNORM_CPU_CAPABILITY"
 def _load() -> ModuleType | str:
     """Return the compiled module, or in one line why it cannot be used."""
     try:
-        built_for = importlib.import_module("layernorm._built_for").TORCH
+        native = importlib.import_module("layernorm._native")
     except ModuleNotFoundError:
         return "this installation was made without them"
-    if torch.__version__.split("+")[0] != built_for:
-        return (
-            f"they were built for PyTorch {built_for} and this is {torch.__version__}; install layernorm "
-            "again with pip's --force-reinstall --no-cache-dir --no-deps"
-        )
-    try:
-        native = importlib.import_module("layernorm._native")
     except ImportError as error:
         return f"they cannot be loaded: {error}"
+    version = importlib.import_module("layernorm").__version__
+    if native.version() != version:
+        return (
+            f"they are of layernorm {native.version()} and this is {version}; install layernorm again with "
+            "pip's --force-reinstall --no-cache-dir --no-deps"
+        )
+    native.connect(used_by_the_kernels())
     capability = os.environ.get(CAPABILITY_VARIABLE)
     if capability and not native.use_capability(capability):
         return (

@@ -1,4 +1,4 @@
-"""The recurrent operators: schemas, fake kernels, derivatives of higher order, and the call of a layer."""
+"""The recurrent operators: schemas, fake kernels, CPU kernels, derivatives, and the call of a layer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,30 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from layernorm import recurrent_checks, reference
 from layernorm.ops import flops
 from layernorm.ops.autocast import autocast
 from layernorm.ops.composite import gradients_of, leaves_of, register_composite
-from layernorm.ops.registration import register_on_gpus, register_vmap, require_tensors
-from layernorm.pytorch_internals import count_dispatch_modes
+from layernorm.ops.loading import native
+from layernorm.ops.registration import (
+    empty_for_none,
+    register_derivative,
+    register_on_cpu,
+    register_on_gpus,
+    register_vmap,
+    require_tensors,
+    run_beneath,
+    wants_composite,
+)
+from layernorm.pytorch_internals import (
+    below_autograd,
+    count_dispatch_modes,
+    is_in_forward_mode,
+    recorder_of,
+    saved_tensors_hooks,
+)
 from layernorm.spec import PARAMETERS, LayerSpec
 
 # weights has PARAMETERS; spec and eps are a LayerSpec's. c, and cn among the results, are an LSTM's; cn has
@@ -37,6 +54,8 @@ for _name, _schema in {
 }.items():
     torch.library.define(f"layernorm::{_name}", _schema)
 _RECURRENT: Final = torch.ops.layernorm.recurrent.default
+_FORWARD: Final = torch.ops.layernorm.recurrent_forward.default
+_BACKWARD: Final = torch.ops.layernorm.recurrent_backward.default
 
 
 def recurrent_layer(
@@ -53,12 +72,14 @@ def recurrent_layer(
 
     ``recompute`` keeps less for backward and computes it again.
     """
-    if not torch.compiler.is_compiling() and count_dispatch_modes() > 0:
+    if not is_compiling() and count_dispatch_modes() > 0:
         flops.register()
     tensors = [input, state[0], state[1] if len(state) > 1 else None, *spec.listed(weights)]
     x, h, c, *parameters = autocast(tensors, input.device)
     sizes = None if batch_sizes is None else list(batch_sizes)
-    output, hn, cn = _RECURRENT(x, h, c, parameters, resets, sizes, spec.codes, spec.eps, reverse, recompute)
+    arguments = (x, h, c, parameters, resets, sizes, spec.codes, spec.eps, reverse, recompute)
+    found = NotImplemented if native is None or is_compiling() else native.recurrent(*arguments)
+    output, hn, cn = _RECURRENT(*arguments) if found is NotImplemented else found
     return output, (hn, cn) if len(state) > 1 else (hn,)
 
 
@@ -176,6 +197,149 @@ def _composite_backward(
     return found[0], found[1], found[2], found[3:]
 
 
+class _Output:
+    """The output as backward needs it: kept as autograd keeps tensors, but not lost if changed in place.
+
+    ``nn.ReLU(inplace=True)`` may follow a layer. Backward computes again what was changed since.
+    """
+
+    def __init__(self, output: Tensor) -> None:
+        held = self._witness = output.detach()  # which has the output's version, but not its node: no cycle
+        self._version = None if held.is_inference() else held._version
+        self._unpack = None
+        if (hooks := saved_tensors_hooks()) is not None:
+            pack, self._unpack = hooks
+            self._packed = pack(output.detach())
+            held.data = held.new_empty(0)  # the version alone is kept, not the memory
+
+    def get(self) -> Tensor | None:
+        """Return the output, or None where it has been changed in place."""
+        if self._version is not None and self._witness._version != self._version:
+            return None
+        return self._witness if self._unpack is None else self._unpack(self._packed)
+
+
+class LayerNormRecurrent(torch.autograd.Function):
+    """A layer and direction whose derivative is recorded.
+
+    ``found`` is what the operator ``recurrent_forward`` returns; ``options`` are batch_sizes, spec, eps and
+    reverse.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        h: Tensor,
+        c: Tensor | None,
+        resets: Tensor | None,
+        options: tuple[Any, ...],
+        found: Sequence[Tensor],
+        *weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keep what backward needs; return output, h and c."""
+        output, hn, cn, *saved = found
+        ctx.save_for_backward(input, h, c, resets, *saved, *weights)
+        ctx.options, ctx.output = options, _Output(output)
+        ctx.set_materialize_grads(False)
+        if cn.dim() == 1:
+            ctx.mark_non_differentiable(cn)  # it is an LSTM's alone
+        return output, hn, cn
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Return the gradients of the tensors among the arguments."""
+        needed = ctx.needs_input_grad
+        if all(grad is None for grad in grads):
+            return (None,) * len(needed)
+        input, h, c, resets, *kept = ctx.saved_tensors
+        wanted = (*needed[:3], *needed[6:])
+        layer = (input, h, c, kept[4:], resets, *ctx.options)
+        grad_output, grad_h, grad_c = grads
+        given: list[Any] = [*layer, grad_output, grad_h, None if c is None else grad_c]
+        if wants_composite(*grads):
+            found = _composite_backward(*[*given, wanted])
+        else:
+            output = ctx.output.get()
+            if output is None:
+                output = run_beneath(_FORWARD, "recurrent_forward", *layer, True)[0]
+            found = run_beneath(_BACKWARD, "recurrent_backward", *given, output, *kept[:4], wanted)
+        *of_tensors, of_weights = found
+        first, second, third, *rest = (
+            grad if want else None for grad, want in zip((*of_tensors, *of_weights), wanted, strict=True)
+        )
+        return (first, second, third, None, None, None, *rest)
+
+
+def _record(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor | None],
+    resets: Tensor | None,
+    *options: Any,
+) -> Any:
+    """Call the operator ``recurrent`` and record its derivative."""
+    if len(weights) != len(PARAMETERS):
+        raise RuntimeError(f"layernorm: weights must be a list of {len(PARAMETERS)}, got {len(weights)}")
+    with below_autograd():
+        found = _FORWARD(input, h, c, weights, resets, *options)
+    return LayerNormRecurrent.apply(  # type: ignore[no-untyped-call]
+        input, h, c, resets, options[:-1], found, *weights
+    )
+
+
+def _definition(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor | None],
+    resets: Tensor | None,
+    batch_sizes: Sequence[int] | None,
+    codes: Sequence[int],
+    eps: float,
+    reverse: bool,
+    recompute: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if is_in_forward_mode():
+        raise NotImplementedError(
+            "layernorm: the compiled recurrent kernels have no forward-mode derivative; use "
+            'layernorm.backends.use("reference")'
+        )
+    spec = LayerSpec.decode(codes, eps)
+    state = [h] if spec.cell != "lstm" or c is None else [h, c]
+    output, final = reference.recurrent_layer(
+        spec, input, state, spec.named(weights), reverse=reverse, batch_sizes=batch_sizes, resets=resets
+    )
+    return output, final[0], final[1] if len(final) > 1 else input.new_empty(0)
+
+
+def _tensors_of(
+    input: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor | None], *_: Any
+) -> tuple[Tensor | None, ...]:
+    return (input, h, c, *weights)
+
+
+def _on_cpu(entry: Any, *arguments: Any) -> Any:
+    input, h, *_ = arguments
+    require_tensors(input=input, h=h)
+    return entry(*arguments)
+
+
+def _backward_on_cpu(entry: Any, *arguments: Any) -> Any:
+    input, h, *_, output, saved_x, saved_h, saved_c, saved_stats, _ = arguments
+    saved = {"saved_x": saved_x, "saved_h": saved_h, "saved_c": saved_c, "saved_stats": saved_stats}
+    require_tensors(input=input, h=h, output=output, **saved)
+    *found, of_weights = entry(*arguments)
+    return (*empty_for_none(input, found), empty_for_none(input, of_weights))
+
+
+register_on_cpu("recurrent", "recurrent_forward", lambda entry, *layer: _on_cpu(entry, *layer[:-1], None))
+register_on_cpu("recurrent_forward", "recurrent_forward", _on_cpu)
+register_on_cpu("recurrent_backward", "recurrent_backward", _backward_on_cpu)
+register_derivative("recurrent", _record, _definition, _tensors_of)
+#: By name of an operator, the function that records its derivative.
+RECORDERS: Final = {"recurrent": recorder_of(LayerNormRecurrent)}
 register_composite("recurrent_composite_backward", _composite_backward)
 for _name in ("recurrent", "recurrent_forward", "recurrent_backward"):
     register_on_gpus("recurrent", _name, traced=False)

@@ -9,8 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from layernorm.pytorch_internals import FunctionalTensorMode
+from layernorm.ops.loading import native
+from layernorm.pytorch_internals import (
+    FunctionalTensorMode,
+    are_transforms_active,
+    below_autograd,
+    count_dispatch_modes,
+    is_batched,
+    is_in_forward_mode,
+)
 
 
 def require_tensors(**tensors: Tensor | None) -> None:
@@ -18,6 +27,81 @@ def require_tensors(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             raise TypeError(f"layernorm: {name} must be a Tensor, got None")
+
+
+def register_on_cpu(name: str, entry_name: str, function: Callable[..., Any]) -> None:
+    """Let ``function`` compute an operator on the CPU, by an entry of the compiled module if there is one.
+
+    Args:
+        name: the operator's.
+        entry_name: of the module; the entry returns NotImplemented for tensors that are not plain.
+        function: of the entry, made safe, and of the operator's arguments.
+    """
+    if native is None:
+        return
+    entry = getattr(native, entry_name)
+
+    def plain(argument: Any) -> Any:
+        if isinstance(argument, list | tuple):
+            return [plain(one) for one in argument]
+        return argument.as_subclass(Tensor) if isinstance(argument, Tensor) else argument
+
+    def compute(*arguments: Any) -> Any:
+        result = entry(*arguments)
+        if result is NotImplemented:
+            result = entry(*map(plain, arguments))
+        if result is NotImplemented:
+            raise RuntimeError(f"layernorm: {name} takes strided tensors on the CPU that have memory")
+        return result
+
+    torch.library.impl(f"layernorm::{name}", "CPU")(functools.partial(function, compute))
+
+
+def register_derivative(
+    name: str, record: Callable[..., Any], definition: Callable[..., Any], tensors_of: Callable[..., Any]
+) -> None:
+    """Register how an operator is called where derivatives may be wanted.
+
+    Args:
+        name: the operator's.
+        record: calls it and records its derivative.
+        definition: computes it by PyTorch's operators, for transforms and forward-mode derivatives.
+        tensors_of: returns those of its arguments that may need a gradient.
+    """
+    operator = getattr(torch.ops.layernorm, name).default
+
+    @torch.library.impl(f"layernorm::{name}", "Autograd")
+    def _call(*arguments: Any) -> Any:
+        if are_transforms_active() or is_in_forward_mode():
+            return definition(*arguments)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors_of(*arguments)):
+            return record(*arguments)
+        with below_autograd():
+            return operator(*arguments)
+
+
+def run_beneath(operator: Any, entry_name: str, *arguments: Any) -> Any:
+    """Compute an operator beneath autograd: by an entry of the compiled module, or as it is registered."""
+    if native is not None and not is_compiling() and count_dispatch_modes() == 0:
+        found = getattr(native, entry_name)(*arguments)
+        if found is not NotImplemented:
+            return found
+    return operator(*arguments)
+
+
+def wants_composite(*grads: Tensor | None) -> bool:
+    """Return whether gradients are to be taken as PyTorch's operators take them.
+
+    So it is with those of higher order, and with batches of gradients.
+    """
+    if torch.is_grad_enabled() or is_compiling():
+        return torch.is_grad_enabled()
+    return any(grad is not None and is_batched(grad) for grad in grads)
+
+
+def empty_for_none(like: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return tensors with one without elements in place of each None: operators return no None."""
+    return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
 
 def gpu_kernel(room: str, name: str, **options: Any) -> Callable[..., Any]:

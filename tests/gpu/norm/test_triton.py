@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
-from layernorm import backends, ops, reference
+from layernorm import backends, reference
 from layernorm import functional as LF
 from layernorm.gpu import settings
 
@@ -188,17 +188,16 @@ def test_every_width_has_a_tile():
 def test_the_choice_on_gpus(monkeypatch, pretend_architecture):
     gpu, half = torch.device("cuda", 0), torch.bfloat16
     pretend_architecture(9, 0)
-    if ops.NATIVE_PROBLEM is None:
-        choice = backends.choose("layer_norm", gpu, half)
-        assert choice.kernel == "torch"
-        assert "not been measured on compute capability 9.0" in choice.reason
-        monkeypatch.setitem(settings.FASTER, (9, 0), frozenset({("layer_norm", "bfloat16")}))
-        pretend_architecture(9, 0)
-        assert backends.choose("layer_norm", gpu, half).kernel == "triton"
-        assert backends.choose("rms_norm", gpu, half).kernel == "torch"
-        assert "float32, bfloat16" in backends.choose("layer_norm", gpu, torch.float64).reason
-        with backends.use("triton"):
-            assert backends.choose("rms_norm", gpu, half).kernel == "triton"
+    choice = backends.choose("layer_norm", gpu, half)
+    assert choice.kernel == "torch"
+    assert "not been measured on compute capability 9.0" in choice.reason
+    monkeypatch.setitem(settings.FASTER, (9, 0), frozenset({("layer_norm", "bfloat16")}))
+    pretend_architecture(9, 0)
+    assert backends.choose("layer_norm", gpu, half).kernel == "triton"
+    assert backends.choose("rms_norm", gpu, half).kernel == "torch"
+    assert "float32, bfloat16" in backends.choose("layer_norm", gpu, torch.float64).reason
+    with backends.use("triton"):
+        assert backends.choose("rms_norm", gpu, half).kernel == "triton"
     with backends.use("triton"), pytest.raises(RuntimeError, match="no kernel for cpu"):
         LF.layer_norm(torch.zeros(2, 3), (3,))
 

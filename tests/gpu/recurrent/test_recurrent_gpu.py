@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layernorm import Variant, backends, ops
+from layernorm import Variant, backends
 from layernorm.gpu import settings, tiers
 from layernorm.variants import GATES
 from tests.recurrent.cases import (
@@ -208,14 +208,13 @@ def test_a_stream_has_the_bits_of_the_sequence(place, monkeypatch):
 
 def test_the_choice(monkeypatch):
     gpu = torch.device("cuda", 0)
-    if ops.NATIVE_PROBLEM is None:
-        for cell in GATES:
-            assert backends.choose(cell, gpu, torch.bfloat16).kernel == "triton"
-        assert backends.choose("lstm", gpu, torch.float64).kernel == "reference"
-        with backends.use("triton"):
-            assert backends.choose("gru", gpu, torch.float32).kernel == "triton"
-        with backends.use("torch"):
-            assert backends.choose("gru", gpu, torch.float32).kernel == "reference"
+    for cell in GATES:
+        assert backends.choose(cell, gpu, torch.bfloat16).kernel == "triton"
+    assert backends.choose("lstm", gpu, torch.float64).kernel == "reference"
+    with backends.use("triton"):
+        assert backends.choose("gru", gpu, torch.float32).kernel == "triton"
+    with backends.use("torch"):
+        assert backends.choose("gru", gpu, torch.float32).kernel == "reference"
 
 
 def test_the_tiers_and_what_info_says_of_them(monkeypatch, pretend_architecture):
@@ -252,8 +251,7 @@ def test_the_tiers_and_what_info_says_of_them(monkeypatch, pretend_architecture)
         gate = {"variant": Variant(scope="gate"), "size": 768}
         assert tier(**gate).kernel == "persistent"
         assert "do not fit" in tier(**gate, backward=True).reason
-        if ops.NATIVE_PROBLEM is None:
-            assert backends.choose("lstm", gpu, half).kernel == "persistent"
+        assert backends.choose("lstm", gpu, half).kernel == "persistent"
         assert backends.choose("layer_norm", gpu, half).kernel == "torch"
     with backends.use("triton"):
         assert tier() == ("triton", "the override asks for it")
