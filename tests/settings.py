@@ -1,16 +1,25 @@
-"""Settings of the process that a test changes for a while: the number of threads, the instruction set."""
+"""What tests ask of the process and change in it for a while: versions, threads, the instruction set."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 
 from layernorm import ops
 
+#: PyTorch's version.
+TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
 #: The instruction sets of the compiled kernels that this machine can execute, the best last.
 CAPABILITIES: tuple[str, ...] = tuple(ops.native.capabilities()) if ops.native is not None else ("none",)
+
+
+def needs_torch(major: int, minor: int, why: str) -> pytest.MarkDecorator:
+    """Skip a test where PyTorch is older, and say what that cannot do."""
+    return pytest.mark.skipif((major, minor) > TORCH, reason=f"PyTorch {TORCH[0]}.{TORCH[1]} {why}")
 
 
 @contextmanager

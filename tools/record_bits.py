@@ -1,6 +1,6 @@
 """Record what the kernels compute, bit by bit: ``python -m tools.record_bits FILE``.
 
-Writes hashes of outputs and gradients of every cell, preset and dtype, over sequences, packed, with resets and
+Writes hashes of outputs and gradients of every cell, preset and dtype, over sequences, packed, with resets,
 a step at a time, and of the norms. Two files are the same where nothing has changed: before and after a
 refactoring, on another PyTorch, by another way of reaching it.
 """

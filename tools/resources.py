@@ -195,7 +195,7 @@ def usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        done = subprocess.run(  # noqa: S603 - a tool that Triton came with
+        done = subprocess.run(
             [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)],
             capture_output=True,
             text=True,

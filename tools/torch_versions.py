@@ -30,7 +30,7 @@ TESTS = (
     "tests/recurrent/test_resets.py",
     "tests/streaming/test_streaming.py",
 )
-PACKAGES = ("numpy<3", "pytest>=8.3", "pytest-xdist", "expecttest", "hypothesis")
+PACKAGES = ("numpy<3", "pytest>=8.3", "pytest-xdist", "expecttest", "hypothesis", "sybil")
 FACTS = """
 import json, sys, torch, layernorm
 from layernorm import ops
@@ -57,9 +57,8 @@ class Pair(NamedTuple):
 
 def run(*command: str | Path, check: bool = True) -> str:
     """Run a command in the checkout; return what it printed."""
-    done = subprocess.run(
-        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    words = [str(part) for part in command]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     if check and done.returncode:
         raise SystemExit(f"{' '.join(words)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.stdout

@@ -394,7 +394,10 @@ PyObject* connect(PyObject*, PyObject* names) {
     read(maker.sizes_of, "cpu_library", "sizes_of");
     read(maker.strides_of, "cpu_library", "strides_of");
     read(maker.destroy, "cpu_library", "destroy");
-    read(maker.wrap, "python_library", "wrap");
+    // Its name in C++ depends on how the tensor is handed over, which is by its address in any
+    // case.
+    for (const char* name : {"wrap", "wrap_by_value"})
+      if (maker.wrap == nullptr) read(maker.wrap, "python_library", name);
     ParallelFor loop;
     CountThreads count;
     read(loop, "cpu_library", "parallel_for");

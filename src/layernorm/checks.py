@@ -74,7 +74,7 @@ def _eps(operator: str, eps: Any) -> None:
     """Check that PyTorch would take eps as a float."""
     if eps is None and operator.endswith("rms_norm"):
         return
-    if isinstance(eps, numbers.Real | torch.SymFloat | torch.SymInt):
+    if isinstance(eps, (numbers.Real, torch.SymFloat, torch.SymInt)):
         return
     if isinstance(eps, Tensor) and eps.dim() == 0 and not eps.is_complex() and not eps.requires_grad:
         return
@@ -91,14 +91,14 @@ def tensor(operator: str, name: str, given: object, otherwise: str = "") -> Tens
     fix = ""
     if isinstance(given, PackedSequence):
         fix = "; give its data, and its batch_sizes where there is such an argument"
-    elif isinstance(given, int | float | list | tuple) or hasattr(given, "__array__"):
+    elif isinstance(given, (int, float, list, tuple)) or hasattr(given, "__array__"):
         fix = "; convert it, for example with torch.as_tensor"
     raise TypeError(f"{operator}: {name} must be a Tensor{otherwise}, got {type(given).__name__}{fix}")
 
 
 def sizes(operator: str, name: str, given: Any) -> list[int]:
     """Return a sequence of ints as a list."""
-    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
         example = f"({given},)" if isinstance(given, int) else "(64,)"
         raise TypeError(
             f"{operator}: {name} must be a sequence of ints such as {example}, got {type(given).__name__}"
@@ -168,7 +168,7 @@ def recurrent_sizes(
     proj_size: int = 0,
 ) -> None:
     """Raise what ``torch.nn.RNNBase`` would for its constructor's arguments."""
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
         raise ValueError(
             "dropout should be a number in range [0, 1] representing the probability of an element "
             f"being zeroed, got {dropout!r}"

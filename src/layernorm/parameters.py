@@ -115,8 +115,8 @@ class RecurrentParameters(torch.nn.Module):
             if not isinstance(hx, Tensor):
                 raise TypeError(f"hx must be a Tensor h_0, got {type(hx).__name__}")
             return (hx,)
-        if not isinstance(hx, tuple | list) or len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
-            got = type(hx).__name__ + (f" of {len(hx)}" if isinstance(hx, tuple | list) else "")
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
+            got = type(hx).__name__ + (f" of {len(hx)}" if isinstance(hx, (tuple, list)) else "")
             raise TypeError(f"hx must be a tuple (h_0, c_0) of two Tensors, got {got}")
         return tuple(hx)
 

@@ -44,14 +44,23 @@ def is_batched(tensor: torch.Tensor) -> bool:
 
 
 def saved_tensors_hooks() -> tuple[Any, Any] | None:
-    """Return the hooks that autograd would now pack and unpack saved tensors with, if there are any."""
-    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    """Return the hooks that autograd would now pack and unpack saved tensors with, if there are any.
+
+    PyTorch before 2.6 does not tell.
+    """
+    tell = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks: tuple[Any, Any] | None = None if tell is None else tell(False)
     return hooks
 
 
 def recorder_of(function: type[torch.autograd.Function]) -> Any:
     """Return ``function.apply`` for calls outside of ``torch.func``'s transforms."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def _increment_versions(tensors: tuple[torch.Tensor]) -> None:
+    """Do what ``torch._C._increment_version`` does, for PyTorch before 2.7, which takes one tensor."""
+    torch._C._increment_version(*tensors)
 
 
 def used_by_the_kernels() -> dict[str, Any]:
@@ -61,6 +70,11 @@ def used_by_the_kernels() -> dict[str, Any]:
     missing the kernels do without, and take a little longer.
     """
     tensor = torch.Tensor
+    increment_version: Any = torch._C._increment_version
+    try:
+        increment_version(())
+    except (TypeError, RuntimeError):
+        increment_version = _increment_versions
     prefix, suffix = {"win32": ("", "dll"), "darwin": ("lib", "dylib")}.get(sys.platform, ("lib", "so"))
     libraries = os.path.join(os.path.dirname(torch.__file__), "lib", prefix)
     return {
@@ -69,7 +83,7 @@ def used_by_the_kernels() -> dict[str, Any]:
         "dtypes": (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool),
         "strided": torch.strided,
         **{name: getattr(tensor, name) for name in ("is_neg", "new_empty", "fill_", "contiguous", "to")},
-        "increment_version": torch._C._increment_version,
+        "increment_version": increment_version,
         "function_modes": torch._C._len_torch_function_stack,
         "dispatch_modes": count_dispatch_modes,
         "is_tracing": torch._C._is_tracing,
@@ -88,6 +102,7 @@ def used_by_the_kernels() -> dict[str, Any]:
         "destroy": "aoti_torch_delete_tensor_object",
         "python_library": f"{libraries}torch_python.{suffix}",
         "wrap": "_Z16THPVariable_WrapRKN2at10TensorBaseE",
+        "wrap_by_value": "_Z16THPVariable_WrapN2at10TensorBaseE",  # before PyTorch 2.9
     }
 
 
@@ -109,7 +124,7 @@ def global_forward_pre_hooks() -> dict[int, Any]:
 
 def is_flop_counter_mode(mode: Any, counter: Any) -> bool:
     """Return whether a dispatch mode is one of ``torch.utils.flop_counter``'s."""
-    return isinstance(mode, counter._FlopCounterMode)
+    return isinstance(mode, getattr(counter, "_FlopCounterMode", counter.FlopCounterMode))
 
 
 __all__ = [

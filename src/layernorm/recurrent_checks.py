@@ -22,15 +22,15 @@ def sequence_tensors(operator: str, input: object, state: object, weights: objec
     _weights(operator, weights)
     if operator != "lstm":
         return (checks.tensor(operator, "state", state),)
-    if not isinstance(state, tuple | list) or len(state) != 2:
-        got = type(state).__name__ + (f" of {len(state)}" if isinstance(state, tuple | list) else "")
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        got = type(state).__name__ + (f" of {len(state)}" if isinstance(state, (tuple, list)) else "")
         raise TypeError(f"{operator}: state must be a tuple (h, c) of two Tensors, got {got}")
     h, c = state
     return checks.tensor(operator, "state[0]", h), checks.tensor(operator, "state[1]", c)
 
 
 def _weights(operator: str, weights: object) -> None:
-    if type(weights) is not dict and not isinstance(weights, Mapping | ParameterDict):
+    if type(weights) is not dict and not isinstance(weights, (Mapping, ParameterDict)):
         raise TypeError(
             f"{operator}: weights must be a mapping from names to Tensors, got {type(weights).__name__}; "
             "layernorm.variants.parameter_shapes has the names"

@@ -207,7 +207,7 @@ def layer_spec(cell: Cell, variant: str | Variant, nonlinearity: Nonlinearity = 
         >>> layer_spec("rnn", "paper", "relu").operation
         'rnn_relu'
     """
-    if is_compiling() or not isinstance(variant, str | Variant):  # Dynamo knows no caches
+    if is_compiling() or not isinstance(variant, (str, Variant)):  # Dynamo knows no caches
         return LayerSpec(cell, resolve(variant, cell), nonlinearity)
     return _cached(cell, variant, nonlinearity)
 

@@ -96,7 +96,7 @@ class Variant:
             raise TypeError(
                 f"Variant: projection_bias must be a bool, got {type(self.projection_bias).__name__}"
             )
-        if isinstance(self.eps, bool) or not isinstance(self.eps, int | float):
+        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)):
             raise TypeError(f"Variant: eps must be a float, got {type(self.eps).__name__}")
         if not 0 <= self.eps < float("inf"):
             raise ValueError(f"Variant: eps must be finite and not negative, got {self.eps}")

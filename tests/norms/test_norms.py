@@ -16,6 +16,7 @@ import layernorm
 from layernorm import backends, reference
 from layernorm import functional as LF
 from tests.norms.exact import exact
+from tests.settings import TORCH, needs_torch
 
 EPS32 = torch.finfo(torch.float32).eps
 WIDTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 1000, 4097)
@@ -101,6 +102,8 @@ def test_layer_norm_is_its_definition(width, affine, kernel):
 def test_half_precision_keeps_its_statistics_in_float32(name, dtype, kernel):
     x = (torch.randn(7, 300) + 2).to(dtype)
     weight = torch.randn(300).to(dtype)
+    if (kernel, name) == ("torch", "rms_norm") and TORCH < (2, 8):
+        pytest.skip("the RMS norm of this PyTorch rounds more than once")
     actual = run(kernel, getattr(LF, name), x, (300,), weight, eps=1e-5)
     assert actual.dtype == dtype
     exact = getattr(reference, name)(x.double(), (300,), weight.double(), eps=1e-5)
@@ -183,6 +186,7 @@ def test_derivatives_of_both_orders_in_float64(name, kernel):
     assert gradgradcheck(function, inputs)
 
 
+@needs_torch(2, 6, "cannot trace a norm in one graph")
 def test_works_under_the_transforms_of_torch():
     x, w = torch.randn(4, 5, 8), torch.randn(8)
     expected = F.layer_norm(x, (8,), w)

@@ -19,6 +19,7 @@ import layernorm
 from layernorm import functional as LF
 from layernorm.variants import GATES
 from tests.recurrent.cases import CELLS, SEQUENCES, F, H, flat
+from tests.settings import needs_torch
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
@@ -66,6 +67,7 @@ def assert_close(found, wanted):
 # ---- vmap ----
 
 
+@needs_torch(2, 5, "has no torch.vmap of operators from elsewhere")
 def test_a_batch_of_gradients(subject):
     function, parameters = subject
     x = torch.randn(3, 2, F, dtype=torch.float64, requires_grad=True)
@@ -126,6 +128,7 @@ def test_arguments_that_depend_on_one_another_count_once(cell):
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # torch's own
+@needs_torch(2, 6, "has another interface of compiled autograd")
 @pytest.mark.parametrize("changed", [False, True], ids=["kept", "changed in place"])
 @pytest.mark.parametrize("name", ["lstm-paper", "gru-paper", "lstm_gates", "add_layer_norm"])
 def test_compiled_autograd_takes_nodes_that_ran_eagerly(name, changed):
@@ -190,6 +193,7 @@ def test_an_output_may_be_changed_in_place(cell, change):
                 assert torch.equal(f, w)
 
 
+@needs_torch(2, 6, "does not tell which hooks saved tensors have")
 def test_an_output_may_be_changed_in_place_under_checkpoint_and_hooks():
     module = layernorm.LayerNormGRU(F, H).double()
     x = torch.randn(3, 2, F, dtype=torch.float64, requires_grad=True)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("native")
 LACKING = {
     "exchange": {"exchange": None},
     "threads": {"parallel_for": "no_such_function"},
-    "allocation": {"wrap": "no_such_function"},
+    "allocation": {"empty_strided": "no_such_function"},
     "libraries": {"cpu_library": "/no/such/library", "python_library": "/no/such/library"},
     "everything": {"exchange": None, "cpu_library": "/no/such/library", "python_library": "/no/such/library"},
 }

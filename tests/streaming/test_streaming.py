@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from layernorm import backends
+from layernorm import backends, ops
 from layernorm.variants import PRESETS
 from tests.recurrent.cases import DTYPES, SEQUENCES, flat, same
 from tests.settings import thread_count
@@ -214,6 +214,7 @@ def test_dropout_and_autocast_have_no_effect(kernel):
 
 @pytest.mark.usefixtures("native")
 def test_a_step_allocates_nothing_but_its_result():
+    assert ops.native.reached()["allocation"]
     module = made("lstm", (16, 64), num_layers=3)
     x, stream, out = inputs(module, 3), module.stream(3), torch.empty(3, 64)
     stream.step(x[0], out)  # the working memory is taken with the first step

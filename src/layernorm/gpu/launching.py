@@ -80,7 +80,7 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 def is_aligned(tensor: Tensor) -> bool:
     """Return whether a tensor begins where vectors can be read."""
     # A traced tensor has no address; what runs the program aligns its own tensors.
-    return isinstance(tensor, FakeTensor | FunctionalTensor) or tensor.data_ptr() % ALIGNED == 0
+    return isinstance(tensor, (FakeTensor, FunctionalTensor)) or tensor.data_ptr() % ALIGNED == 0
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -25,12 +25,13 @@ def register() -> None:
     known = counter.flop_registry
     for name, formula in _FORMULAS.items():
         if (operator := getattr(torch.ops.layernorm, name)) not in known:
-            counter.register_flop_formula(operator)(formula)
+            known[operator] = counter.shape_wrapper(formula)
     # Each counter has copied what was registered when it was made.
     mode: Any
     for mode in dispatch_modes():
         if is_flop_counter_mode(mode, counter):
-            mode.counter.flop_registry = {**known, **mode.counter.flop_registry}
+            held = getattr(mode, "counter", mode)  # the mode itself before PyTorch 2.6
+            held.flop_registry = {**known, **held.flop_registry}
 
 
 def _products(input: Sequence[int], weights: Sequence[Sequence[int] | None]) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from layernorm.ops.registration import (
     empty_for_none,
+    register_autocast_on_gpus,
     register_derivative,
     register_on_cpu,
     register_on_gpus,
@@ -315,4 +316,4 @@ for _name in (*NORMS, "norm_forward", "norm_backward"):
     register_on_gpus("norm", _name, traced=True)
     register_vmap(_name)
 for _name in NORMS:
-    torch.library.register_autocast(f"layernorm::{_name}", "cuda", _AUTOCAST_DTYPE)
+    register_autocast_on_gpus(_name, _AUTOCAST_DTYPE)

@@ -42,7 +42,7 @@ def register_on_cpu(name: str, entry_name: str, function: Callable[..., Any]) ->
     entry = getattr(native, entry_name)
 
     def plain(argument: Any) -> Any:
-        if isinstance(argument, list | tuple):
+        if isinstance(argument, (list, tuple)):
             return [plain(one) for one in argument]
         return argument.as_subclass(Tensor) if isinstance(argument, Tensor) else argument
 
@@ -130,8 +130,8 @@ def register_on_gpus(room: str, name: str, *, traced: bool) -> None:
             ``torch.library.triton_op`` has it.
     """
     torch.library.impl(f"layernorm::{name}", "cuda", gpu_kernel(room, name))
-    if not traced:
-        return
+    if not traced or not hasattr(torch.library, "wrap_triton"):
+        return  # before PyTorch 2.6 a traced program holds the operator
     inside = gpu_kernel(room, name, wrap=torch.library.wrap_triton)
 
     @torch.library.register_torch_dispatch(f"layernorm::{name}", FunctionalTensorMode)
@@ -142,14 +142,31 @@ def register_on_gpus(room: str, name: str, *, traced: bool) -> None:
             return inside(*arguments)
 
 
+def register_autocast_on_gpus(name: str, dtype: torch.dtype) -> None:
+    """Let autocast on a GPU give an operator its tensors in this dtype, and do nothing inside of it."""
+    if hasattr(torch.library, "register_autocast"):  # PyTorch 2.7
+        torch.library.register_autocast(f"layernorm::{name}", "cuda", dtype)
+        return
+    operator = getattr(torch.ops.layernorm, name).default
+
+    @torch.library.impl(f"layernorm::{name}", "AutocastCUDA")
+    def _call(*arguments: Any) -> Any:
+        with torch.autocast("cuda", enabled=False):
+            return operator(
+                *(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+            )
+
+
 def register_vmap(name: str) -> None:
     """Let ``torch.vmap`` run an operator case by case."""
+    if not hasattr(torch.library, "register_vmap"):
+        return  # PyTorch 2.4 has none for operators
     operator = getattr(torch.ops.layernorm, name)
 
     @torch.library.register_vmap(f"layernorm::{name}")
     def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, int]:
         def case(argument: Any, dim: Any, index: int) -> Any:
-            if isinstance(dim, list | tuple):
+            if isinstance(dim, (list, tuple)):
                 return [case(one, at, index) for one, at in zip(argument, dim, strict=True)]
             return argument if dim is None else argument.select(dim, index)
 

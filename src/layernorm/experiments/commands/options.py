@@ -134,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
                 "interrupted; what is finished is kept, and the same command goes on from there", code=130
             )
         except OSError as error:
-            where = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+            where = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
             return _fail(
                 f"cannot read or write{where}: {reason(error)}; what is finished is kept, and once that is "
                 "mended the same command goes on from there",
