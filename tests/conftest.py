@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from layernorm import backends, ops
-from tests.settings import TORCH, poisoned_memory, thread_count
+from tests.settings import poisoned_memory, thread_count
 
 # The operators with Triton kernels, by their room in layernorm.gpu.
 TRITON_OPERATORS = {
@@ -82,8 +82,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.skip("Triton is not installed: pip install 'layernorm[triton]'")
     if os.environ["TRITON_INTERPRET"] != "1":
         pytest.skip("TRITON_INTERPRET is not 1")
-    if TORCH < (2, 6):
-        pytest.skip("an operator of this PyTorch can have one kernel in Python")
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -119,7 +117,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         warnings.filterwarnings("ignore", "Warning only once for all operators")
         for room, names in TRITON_OPERATORS.items():
             for name in names:
-                library.impl(name, ops.gpu_kernel(room, name), "CPU")
+                try:
+                    library.impl(name, ops.gpu_kernel(room, name), "CPU")
+                except RuntimeError:
+                    pytest.skip("an operator of this PyTorch can have one kernel in Python, and has one")
     with np.errstate(all="ignore"):  # as on a GPU
         yield
     library._destroy()

@@ -189,7 +189,7 @@ def test_opcheck(variant):
     opcheck(torch.ops.layernorm.lstm_gates_backward.default, (*grads, *detached, wanted))
 
 
-@needs_torch(2, 6, "cannot trace it in one graph")
+@needs_torch(2, 7, "cannot trace it in one graph")
 def test_compiled_it_is_the_same():
     tensors = drawn(Variant(), 3, 5, torch.float32)
     compiled = torch.compile(called_gates, fullgraph=True, backend="aot_eager")
