@@ -28,18 +28,21 @@
 extern "C" {
 #endif
 
-typedef enum layernorm_status {
+/* Integers and no enumerations: any value that a caller sets may be read and refused. */
+typedef int32_t layernorm_status;
+enum {
   LAYERNORM_OK = 0,
   LAYERNORM_INVALID = 1, /* an argument is wrong */
   LAYERNORM_NO_MEMORY = 2
-} layernorm_status;
+};
 
-typedef enum layernorm_dtype {
+typedef int32_t layernorm_dtype;
+enum {
   LAYERNORM_FLOAT32 = 0,
   LAYERNORM_FLOAT64 = 1,
   LAYERNORM_BFLOAT16 = 2,
   LAYERNORM_FLOAT16 = 3
-} layernorm_dtype;
+};
 
 /* LAYERNORM_VERSION of the library. */
 LAYERNORM_API int32_t layernorm_version(void);
