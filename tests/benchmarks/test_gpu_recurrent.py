@@ -44,8 +44,6 @@ def no_compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
 
-# Tracing a step looks at the gradient of its state, which has none.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("cell", recurrent.CELLS)
 def test_peers_compute_the_same_function(cell, no_compiler):
     others = {*peers.KERNELS, "layernorm-persistent"}

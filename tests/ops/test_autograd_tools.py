@@ -125,9 +125,6 @@ def test_arguments_that_depend_on_one_another_count_once(cell):
 # ---- compiled autograd ----
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)  # torch's own
 @needs_torch(2, 6, "has another interface of compiled autograd")
 @pytest.mark.parametrize("changed", [False, True], ids=["kept", "changed in place"])
 @pytest.mark.parametrize("name", ["lstm-paper", "gru-paper", "lstm_gates", "add_layer_norm"])
