@@ -153,11 +153,16 @@ def test_a_drag_zooms_and_a_double_click_restores(desk):
 
 
 def test_the_values_under_the_pointer_are_shown(desk):
-    box = desk.locator(".plot .nsewdrag").first.bounding_box()
-    left, right = ranges(desk)[:2]
-    desk.mouse.move(box["x"] + (10 - left) / (right - left) * box["width"], box["y"] + 90)
+    area = desk.locator(".plot .nsewdrag").first
     shown = desk.locator(".hoverlayer .legend", has_text="epoch 10")
-    shown.wait_for()
+    # A pointer moves many times, and one move may come while the plot is still drawn anew.
+    for attempt in range(120):
+        area.scroll_into_view_if_needed()
+        box, (left, right) = area.bounding_box(), ranges(desk)[:2]
+        desk.mouse.move(box["x"] + (10 - left) / (right - left) * box["width"], box["y"] + 90 + attempt % 2)
+        if shown.is_visible():
+            break
+        desk.wait_for_timeout(250)
     assert f"layer : {8 * math.exp(-1) + 0.5:.5g}" in shown.text_content()
 
 
