@@ -44,6 +44,9 @@ def native() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "filterwarnings", "ignore:layernorm. the Triton kernels of recurrent:RuntimeWarning"
+    )
     if ops.NATIVE_PROBLEM is not None:
         # Said once in a process, in whichever test comes first; test_backends.py tests it.
         config.addinivalue_line("filterwarnings", "ignore:layernorm. no compiled kernels:RuntimeWarning")

@@ -165,6 +165,7 @@ def test_blocks_in_generators_leave_nothing_behind():
     assert (decorated(), served()) == ("reference", default)
 
 
+@torch._dynamo.config.patch(allow_rnn=True)  # without it layers are no part of graphs, as torch.nn's
 def test_a_compiled_function_sees_the_override_of_each_call():
     module = layernorm.LayerNormGRU(3, 4, dtype=torch.float64)
     x = torch.randn(2, 1, 3, dtype=torch.float64)
@@ -234,8 +235,15 @@ def test_without_compiled_kernels_torch_computes_and_it_is_said_once(monkeypatch
     monkeypatch.setattr(ops, "native", None)
     monkeypatch.setattr(backends, "_said", set())
     x = torch.randn(2, 3)
-    with pytest.warns(RuntimeWarning, match="no compiled kernels: this installation was made without them"):
+    with pytest.warns(RuntimeWarning) as seen:
         output = LF.layer_norm(x, (3,))
+    for part in (
+        "no compiled kernels: this installation was made without them",
+        "an LSTM that takes 2 ms takes 60",
+        "LAYERNORM_NATIVE=1 pip install --force-reinstall",
+        "LAYERNORM_BACKEND=torch silences this",
+    ):
+        assert part in str(seen[0].message)
     assert torch.equal(output, torch.nn.functional.layer_norm(x, (3,)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -246,6 +254,31 @@ def test_without_compiled_kernels_torch_computes_and_it_is_said_once(monkeypatch
     with backends.use("torch"), warnings.catch_warnings():
         warnings.simplefilter("error")
         LF.layer_norm(x, (3,))
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        ("Triton is not installed", "on a GPU go step by step in Python, because Triton is not installed"),
+        (None, "Triton kernels of recurrent layers serve, which have not been measured on a GPU yet"),
+    ],
+)
+def test_what_serves_on_a_gpu_unmeasured_is_said_once(monkeypatch, problem, message):
+    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends.tiers, "name_of", lambda device: "a GPU")
+    monkeypatch.setattr(backends, "triton_problem", lambda dtype: problem)
+
+    class Input:
+        device, dtype = torch.device("cuda"), torch.float32
+
+    kernel = "reference" if problem else "triton"
+    with pytest.warns(RuntimeWarning, match=message):
+        assert backends.kernel_for("lstm", Input) == kernel
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.kernel_for("lstm", Input) == kernel
+        with backends.use("reference"):
+            backends.kernel_for("gru", Input)
 
 
 def test_all_kernels_agree():

@@ -104,14 +104,27 @@ def test_a_list_of_options_imports_no_task():
 import sys
 from layernorm.cli import main
 try:
-    main(["compare", "--help"])
+    main(["reproduce", "--help"])
 except SystemExit:
     print(*sys.modules, file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert all(f"\n  {name} " in done.stdout for name in registry.TASKS)
+    assert all(name in done.stdout for name in registry.STUDIES)
     heavy = ("layernorm.experiments.tasks", "layernorm.experiments.task", "pandas", "matplotlib", "rich")
     assert not [name for name in done.stderr.split() if name.startswith(heavy)]
+
+
+def test_help_shows_the_defaults_of_the_task(capsys):
+    for arguments, expected in (
+        (["--help"], "(default: none,batch,layer)"),
+        (["draw", "--preset", "paper", "--help"], "glimpses=64"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["compare", *arguments])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert expected in shown
+        assert "those of" in shown
 
 
 def test_every_study_is_a_command():

@@ -16,7 +16,7 @@ PACKAGE = Path(layernorm.__file__).parent
 #: one another if they are in one folder. ``layernorm`` is the package's ``__init__``.
 LAYERS = (
     ("pytorch_internals", "variants", "arguments"),
-    ("spec", "override"),
+    ("spec", "override", "autocast"),
     ("checks",),
     ("recurrent_checks", "stream_checks"),
     ("reference", "distributed"),

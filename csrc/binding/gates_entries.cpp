@@ -32,10 +32,13 @@ struct Step {
     layer.eps = as_double(arguments[kTensors + 1]);
     return true;
   }
-  [[nodiscard]] bool is_of_one_dtype() const {
-    for (const Tensor& tensor : tensors)
-      if (tensor.defined() && tensor.dtype() != tensors[2].dtype()) return false;
-    return is_supported(tensors[2].dtype());
+  [[nodiscard]] bool fits() const {
+    const Dtype rows = tensors[2].dtype();
+    for (int i = 0; i < kTensors; ++i)
+      if (tensors[i].defined() &&
+          (i < 3 ? tensors[i].dtype() != rows : !fits_vector(tensors[i], rows)))
+        return false;
+    return is_supported(rows);
   }
   [[nodiscard]] bool requires_grad() const {
     for (const Tensor& tensor : tensors)
@@ -46,7 +49,7 @@ struct Step {
 
   void hold() {
     const Tensor& c = tensors[2];
-    dtype = held_.dtype = c.dtype();
+    dtype = c.dtype();
     Recurrent r{};
     const std::string problem =
         decode_spec(codes.data(), static_cast<int64_t>(codes.size()), layer.eps, r);
@@ -56,7 +59,7 @@ struct Step {
           "c must have two dimensions, of float32, float64, bfloat16 or float16; got ", c.sizes(),
           " of ", name_of(dtype));
     layer.struct_size = sizeof(layer);
-    layer.dtype = c_dtype(dtype);
+    held_.decide(dtype, tensors, layer);
     layer.spec = codes.data();
     layer.spec_count = static_cast<int64_t>(codes.size());
     layer.batch = c.size(0);
@@ -67,7 +70,7 @@ struct Step {
     layer.h0 = held_.hold(tensors[1], kNames[1], {N, 4 * H});
     for (int i = 3; i < kTensors; ++i)
       layer.weights[kPlaces[i - 3]] =
-          held_.hold(tensors[i], kNames[i], {i < kTensors - 2 ? 4 * H : H});
+          held_.hold_vector(tensors[i], kNames[i], i < kTensors - 2 ? 4 * H : H);
   }
   // A gradient of the state, in the type computed in; zeros for None.
   Tensor computed(const Tensor& grad, const char* name) const {
@@ -110,8 +113,7 @@ PyObject* lstm_gates(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return guarded([&] {
     check_count(count, kTensors + 2, "lstm_gates");
     Step step;
-    if (!is_plain_here() || !step.read(arguments) || !step.is_of_one_dtype())
-      return not_implemented();
+    if (!is_plain_here() || !step.read(arguments) || !step.fits()) return not_implemented();
     Object found(run_forward(step));
     if (!is_grad_enabled() || !step.requires_grad()) return found.release();
     const Object all = checked(PyTuple_New(count + 1));
@@ -173,9 +175,9 @@ PyObject* lstm_gates_backward(PyObject*, PyObject* const* arguments, Py_ssize_t 
     const Object all = checked(PyTuple_New(kTensors));
     for (int i = 0; i < kTensors; ++i) {
       const Tensor& grad = found[i == 1 && step.is_summed ? 0 : i];
-      PyTuple_SetItem(
-          all.get(), i,
-          wanted[i] && grad.defined() ? grad.to(step.dtype).release() : Py_NewRef(Py_None));
+      PyTuple_SetItem(all.get(), i,
+                      wanted[i] && grad.defined() ? grad.to(step.tensors[i].dtype()).release()
+                                                  : Py_NewRef(Py_None));
     }
     return Py_NewRef(all.get());
   });

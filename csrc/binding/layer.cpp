@@ -13,6 +13,11 @@ Layer::Layer(const layernorm_layer* given, Kind kind) {
   check(problem.empty(), problem);
   check(kind != kGates || r.cell == CellKind::kLstm, "spec must be of an LSTM");
   kernels = &(*capability().recurrences)[given->dtype];
+  const bool half = given->dtype >= LAYERNORM_BFLOAT16;
+  check(given->parameter_dtype == given->dtype ||
+            (half && given->parameter_dtype == LAYERNORM_FLOAT32),
+        "parameter_dtype must be the layer's dtype, or float32 with half precision");
+  r.wide_vectors = given->parameter_dtype != given->dtype;
   r.reverse = given->reverse != 0;
   check_sizes(*given, kind);
   r.steps = kind == kSequence ? given->steps : 1;

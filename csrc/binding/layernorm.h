@@ -132,8 +132,9 @@ enum {
 typedef struct layernorm_layer {
   size_t struct_size;
   layernorm_dtype dtype;
-  int32_t reverse;     /* from the last step to the first */
-  const int64_t* spec; /* the codes of layernorm.spec.LayerSpec */
+  layernorm_dtype parameter_dtype; /* of gains and biases: dtype, or float32 with half precision */
+  int32_t reverse;                 /* from the last step to the first */
+  const int64_t* spec;             /* the codes of layernorm.spec.LayerSpec */
   int64_t spec_count;
   double eps;
   int64_t steps, batch, input_size, hidden_size, output_size; /* T, N, F, H, P */

@@ -33,24 +33,43 @@ bool LayerArguments::requires_grad() const {
   return false;
 }
 
-bool LayerArguments::is_of_one_dtype() const {
+bool fits_vector(const Tensor& vector, Dtype rows) {
+  return vector.dtype() == rows || (is_half(rows) && vector.dtype() == Dtype::kFloat32);
+}
+
+bool LayerArguments::fits() const {
   const Dtype dtype = input.dtype();
   if (!is_supported(dtype) || h.dtype() != dtype || (c.defined() && c.dtype() != dtype))
     return false;
   for (const Tensor& weight : weights)
-    if (weight.defined() && weight.dtype() != dtype) return false;
+    if (weight.defined() &&
+        (weight.dims() == 1 ? !fits_vector(weight, dtype) : weight.dtype() != dtype))
+      return false;
   return true;
 }
 
 const void* Held::hold(const Tensor& tensor, const char* name,
                        std::initializer_list<int64_t> shape) {
   if (!tensor.defined()) return nullptr;
-  const Sizes expected{shape.begin(), static_cast<int64_t>(shape.size())};
-  check(tensor.sizes() == expected, name, " must be of shape ", expected, ", got ", tensor.sizes());
   check(tensor.dtype() == dtype, name, " must be a strided tensor of the input's dtype ",
         name_of(dtype), " on the CPU, got ", name_of(tensor.dtype()), " on cpu");
-  if (tensor.is_contiguous()) return tensor.data();
-  copies.push_back(tensor.contiguous());
+  return hold_as(tensor, name, shape, dtype);
+}
+
+const void* Held::hold_vector(const Tensor& tensor, const char* name, int64_t size) {
+  if (!tensor.defined()) return nullptr;
+  check(fits_vector(tensor, dtype), name, " must be a strided tensor of the input's dtype ",
+        name_of(dtype), ", or Float beside half precision, on the CPU, got ",
+        name_of(tensor.dtype()), " on cpu");
+  return hold_as(tensor, name, {size}, vectors);
+}
+
+const void* Held::hold_as(const Tensor& tensor, const char* name,
+                          std::initializer_list<int64_t> shape, Dtype wanted) {
+  const Sizes expected{shape.begin(), static_cast<int64_t>(shape.size())};
+  check(tensor.sizes() == expected, name, " must be of shape ", expected, ", got ", tensor.sizes());
+  if (tensor.dtype() == wanted && tensor.is_contiguous()) return tensor.data();
+  copies.push_back(tensor.to(wanted).contiguous());
   return copies.back().data();
 }
 
@@ -77,9 +96,8 @@ struct HeldLayer {
           "input must be a strided tensor of ", packed ? 2 : 3,
           " dimensions on the CPU, of float32, float64, bfloat16 or float16; got ", input.sizes(),
           " of ", name_of(input.dtype()));
-    held_.dtype = input.dtype();
+    held_.decide(input.dtype(), given.weights, layer);
     layer.struct_size = sizeof(layer);
-    layer.dtype = c_dtype(input.dtype());
     layer.reverse = reverse;
     layer.spec = given.codes.data();
     layer.spec_count = static_cast<int64_t>(given.codes.size());
@@ -205,17 +223,20 @@ struct HeldLayer {
     const auto weight = [&](int at, const char* name, std::initializer_list<int64_t> shape) {
       layer.weights[at] = held_.hold(given_.weights[at], name, shape);
     };
+    const auto vector = [&](int at, const char* name, int64_t size) {
+      layer.weights[at] = held_.hold_vector(given_.weights[at], name, size);
+    };
     weight(LAYERNORM_WEIGHT_IH, "weight_ih", {width, layer.input_size});
     weight(LAYERNORM_WEIGHT_HH, "weight_hh", {width, P});
     weight(LAYERNORM_WEIGHT_HR, "weight_hr", {P, H});
-    weight(LAYERNORM_BIAS_IH, "bias_ih", {width});
-    weight(LAYERNORM_BIAS_HH, "bias_hh", {width});
-    weight(LAYERNORM_GAIN_IH, "gain_ih", {width});
-    weight(LAYERNORM_GAIN_HH, "gain_hh", {width});
-    weight(LAYERNORM_BIAS, "bias", {width});
-    weight(LAYERNORM_BIAS_HN, "bias_hn", {H});
-    weight(LAYERNORM_GAIN_CELL, "gain_cell", {H});
-    weight(LAYERNORM_BIAS_CELL, "bias_cell", {H});
+    vector(LAYERNORM_BIAS_IH, "bias_ih", width);
+    vector(LAYERNORM_BIAS_HH, "bias_hh", width);
+    vector(LAYERNORM_GAIN_IH, "gain_ih", width);
+    vector(LAYERNORM_GAIN_HH, "gain_hh", width);
+    vector(LAYERNORM_BIAS, "bias", width);
+    vector(LAYERNORM_BIAS_HN, "bias_hn", H);
+    vector(LAYERNORM_GAIN_CELL, "gain_cell", H);
+    vector(LAYERNORM_BIAS_CELL, "bias_cell", H);
   }
 
   void hold_state() {
@@ -270,8 +291,7 @@ PyObject* recurrent(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return guarded([&] {
     check_count(count, 10, "recurrent");
     LayerArguments given;
-    if (!is_plain_here() || !given.read(arguments) || !given.is_of_one_dtype())
-      return not_implemented();
+    if (!is_plain_here() || !given.read(arguments) || !given.fits()) return not_implemented();
     const bool reverse = as_flag(arguments[8]);
     if (!is_grad_enabled() || !given.requires_grad())
       return run_forward(given, reverse, Keep::kNothing);
@@ -356,7 +376,8 @@ PyObject* recurrent_backward(PyObject*, PyObject* const* arguments, Py_ssize_t c
     Object list = checked(PyList_New(LAYERNORM_WEIGHTS));
     for (int i = 0; i < LAYERNORM_WEIGHTS; ++i)
       PyList_SetItem(list.get(), i,
-                     grads[i].defined() ? grads[i].to(dtype).release() : Py_NewRef(Py_None));
+                     grads[i].defined() ? grads[i].to(given.weights[i].dtype()).release()
+                                        : Py_NewRef(Py_None));
     const Object three(tuple_of(found[0], found[1], found[2]));
     const Object all = checked(PyTuple_New(4));
     for (Py_ssize_t i = 0; i < 3; ++i)

@@ -66,7 +66,7 @@ void read_weights(PyObject* list, Dtype dtype, layernorm_layer& layer,
   const Tensor &ih = weights[LAYERNORM_WEIGHT_IH], &hh = weights[LAYERNORM_WEIGHT_HH];
   check(ih.defined() && hh.defined() && ih.dims() == 2 && hh.dims() == 2,
         "weight_ih and weight_hh must be matrices");
-  held.dtype = dtype;
+  held.decide(dtype, weights, layer);
   layer.input_size = ih.size(1);
   for (int i = 0; i < LAYERNORM_WEIGHTS; ++i) {
     const Tensor& w = weights[i];
@@ -75,9 +75,9 @@ void read_weights(PyObject* list, Dtype dtype, layernorm_layer& layer,
     const bool is_of_cell = i >= LAYERNORM_BIAS_HN;
     layer.weights[i] = i == LAYERNORM_WEIGHT_IH   ? held.hold(w, "weight_ih", {width, ih.size(1)})
                        : i == LAYERNORM_WEIGHT_HH ? held.hold(w, "weight_hh", {width, P})
-                       : i == LAYERNORM_WEIGHT_HR ? held.hold(w, "weight_hr", {P, H})
-                       : is_of_cell               ? held.hold(w, "a gain or bias", {H})
-                                                  : held.hold(w, "a gain or bias", {width});
+                       : i == LAYERNORM_WEIGHT_HR
+                           ? held.hold(w, "weight_hr", {P, H})
+                           : held.hold_vector(w, "a gain or bias", is_of_cell ? H : width);
   }
 }
 
@@ -116,7 +116,6 @@ PyObject* create(PyTypeObject* type, PyObject* arguments, PyObject* /*keywords*/
     for (Py_ssize_t i = 0; i < count; ++i) {
       auto& layer = layers[i];
       layer.struct_size = sizeof(layer);
-      layer.dtype = c_dtype(stream->dtype);
       layer.spec = spec.data();
       layer.spec_count = static_cast<int64_t>(spec.size());
       layer.eps = eps;

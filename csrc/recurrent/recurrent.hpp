@@ -36,6 +36,7 @@ struct Recurrent {
   bool projection_bias;  // the products have biases, inside the norms
   bool relu;             // of an RNN
   bool reverse;
+  bool wide_vectors;
   double eps;
 
   int64_t steps, batch, input_size, hidden_size, output_size, gates;  // T, N, F, H, P, G
@@ -52,7 +53,8 @@ struct Recurrent {
   const void* weight_ih;  // [G·H, F]
   const void* weight_hh;  // [G·H, P]
   const void* weight_hr;  // [P, H], where projected
-  // [G·H], [G·H], [G·H], [G·H], [G·H], [H], [H], [H]; null where there is none.
+  // [G·H], [G·H], [G·H], [G·H], [G·H], [H], [H], [H]; null where there is none. Of float where
+  // wide_vectors says so.
   const void *bias_ih, *bias_hh, *gain_ih, *gain_hh, *bias, *bias_hn, *gain_cell, *bias_cell;
 
   void* output;  // [rows of all steps, P]

@@ -196,15 +196,21 @@ struct Prepared {
     A* next = all_vectors;
     for (const auto& one : list) {
       const int64_t size = parts_of(one.size, 16) * 16;
-      const auto* const from = static_cast<const T*>(one.from);
-      const auto* const also = static_cast<const T*>(one.also);
       for (int64_t i = 0; i < size; ++i) next[i] = one.otherwise;
-      each_vector<A>(one.size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-        if (from != nullptr) put(next + i, load(from + i, part), part);
-        if (also != nullptr) put(next + i, load(next + i, part) + load(also + i, part), part);
-      });
+      if (r.wide_vectors)
+        read_vector(one, static_cast<const A*>(one.from), static_cast<const A*>(one.also), next);
+      else
+        read_vector(one, static_cast<const T*>(one.from), static_cast<const T*>(one.also), next);
       next += size;
     }
+  }
+
+  template <typename V>
+  static void read_vector(const Vector& one, const V* from, const V* also, A* to) {
+    each_vector<A>(one.size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+      if (from != nullptr) put(to + i, load(from + i, part), part);
+      if (also != nullptr) put(to + i, load(to + i, part) + load(also + i, part), part);
+    });
   }
 };
 

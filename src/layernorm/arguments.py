@@ -75,12 +75,21 @@ def some_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 
 def positive(text: str) -> int:
     """Convert text to a whole number of at least 1."""
+    return _whole_number(text, 1)
+
+
+def at_least_0(text: str) -> int:
+    """Convert text to a whole number of at least 0."""
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, least: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
     return value
 
 

@@ -83,6 +83,11 @@ _FORWARD_MODE: Final = Row(
     None, lambda call: not call.is_norm and is_in_forward_mode(), "forward-mode derivatives"
 )
 _JIT: Final = Row(None, lambda call: is_jit_tracing(), "torch.jit.trace records PyTorch's operators")
+_ONNX: Final = Row(
+    None,
+    lambda call: is_compiling() and torch.onnx.is_in_onnx_export(),
+    "torch.onnx.export translates PyTorch's operators",
+)
 
 #: The choice on a CPU and on any device but a GPU: the first row that applies.
 ON_CPU: Final = (
@@ -100,6 +105,7 @@ ON_CPU: Final = (
     _TRANSFORMED,
     _FORWARD_MODE,
     _JIT,
+    _ONNX,
     Row("native", lambda call: True, "compiled for the CPU"),
 )
 
@@ -129,6 +135,7 @@ ON_GPU: Final = (
     ),
     _FORWARD_MODE,
     _JIT,
+    _ONNX,
     Row("triton", lambda call: True, "Triton's, for any size and variant"),
 )
 
@@ -268,12 +275,26 @@ def is_for_pytorch_alone(input: object) -> bool:
 def kernel_for(operator: str, input: Tensor) -> str:
     """Return the kernel that ``choose`` names for this input.
 
-    Warns, once in a process, where a compiled kernel would have been chosen and there are none.
+    Warns, once in a process, where a compiled kernel would have been chosen and there are none, and where a
+    recurrent layer on a GPU is computed by the reference, or by kernels that have not been measured there.
     """
-    kernel = _choose(Call(operator, input.device, input.dtype)).kernel
-    if ops.NATIVE_PROBLEM is not None and asked_for() is None and _is_native(input.device, input.dtype):
-        _warn_once(f"no compiled kernels: {ops.NATIVE_PROBLEM}")
+    call = Call(operator, input.device, input.dtype)
+    kernel = _choose(call).kernel
+    if asked_for() is None:
+        if ops.NATIVE_PROBLEM is not None and _is_native(call.device, call.dtype):
+            _warn_once(_WITHOUT_KERNELS.format(ops.NATIVE_PROBLEM))
+        elif call.device.type == "cuda" and not call.is_norm:
+            _notice_on_gpu(call, kernel)
     return kernel
+
+
+def _notice_on_gpu(call: Call, kernel: str) -> None:
+    """Say what computes a recurrent layer where that is not known to be fast."""
+    problem = triton_problem(call.dtype)
+    if kernel == "triton":
+        _warn_once(_UNMEASURED.format(tiers.name_of(call.device)))
+    elif problem is not None:
+        _warn_once(_REFERENCE.format(tiers.name_of(call.device), problem))
 
 
 def recurrent_kernel_for(operator: str, input: Tensor, others: Sequence[Tensor]) -> str:
@@ -285,9 +306,8 @@ def recurrent_kernel_for(operator: str, input: Tensor, others: Sequence[Tensor])
     if kernel not in OPERATORS:
         return kernel
     device, dtype = input.device, input.dtype  # asking each tensor again would take a microsecond
-    autocast = torch.is_autocast_enabled(device.type)
     for t in (input, *others):
-        if t.device != device or not (autocast or t.dtype == dtype):
+        if t.device != device or not (t.dtype == dtype or checks.is_wide_vector(t, dtype)):
             return "reference"
         if (type(t) not in _TRACED or t.layout != torch.strided) and asked_for() is None:
             return "reference"
@@ -302,15 +322,27 @@ def _is_native(device: torch.device, dtype: torch.dtype) -> bool:
 _said: set[str] = set()
 
 
-def _warn_once(problem: str) -> None:
-    if problem not in _said:
-        _said.add(problem)
-        warnings.warn(
-            f"layernorm: {problem}. PyTorch's operators serve instead; `layernorm info` tells more, and "
-            f"{VARIABLE}=torch silences this.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+# What is said where kernels are missing, and where it is not known what they are worth.
+_WITHOUT_KERNELS: Final = (
+    "no compiled kernels: {}. PyTorch's operators serve instead, and recurrent layers go step by step in "
+    "Python: an LSTM that takes 2 ms takes 60. To compile the kernels, or to be told what is missing: "
+    "LAYERNORM_NATIVE=1 pip install --force-reinstall --no-cache-dir --no-deps layernorm. "
+    f"{VARIABLE}=torch silences this"
+)
+_UNMEASURED: Final = (
+    "the Triton kernels of recurrent layers serve, which have not been measured on {} yet; compare them with "
+    f'layernorm.backends.use("reference"). {VARIABLE}=triton silences this'
+)
+_REFERENCE: Final = (
+    "recurrent layers on {} go step by step in Python, because {}. `layernorm info` tells more, and "
+    f"{VARIABLE}=reference silences this"
+)
+
+
+def _warn_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(f"layernorm: {text}.", RuntimeWarning, stacklevel=4)
 
 
 __all__ = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from layernorm import checks, functional, recurrent_checks
@@ -12,7 +13,7 @@ from layernorm.spec import Nonlinearity
 from layernorm.variants import Variant
 
 
-class LayerNormRNNCellBase(RecurrentParameters):
+class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
     """One step of one layer: the base of the cells below."""
 
     def __init__(
@@ -27,15 +28,15 @@ class LayerNormRNNCellBase(RecurrentParameters):
         nonlinearity: Nonlinearity = "tanh",
     ) -> None:
         # torch.nn's cells take any truth value for bias.
-        checks.recurrent_sizes(input_size, hidden_size, bias=bool(bias))
-        super().__init__(input_size, hidden_size, bool(bias), variant, nonlinearity)
+        checks.cell_sizes(input_size, hidden_size)
+        RecurrentParameters.__init__(self, input_size, hidden_size, bool(bias), variant, nonlinearity)
         self._register("", input_size, device, dtype)
         if "bias" not in self._parameters:
             # torch.nn's cells have the flag under this name, torch.nn.Linear None for no parameter.
-            self.bias = self._has_bias if self.variant.kind == "none" else None
+            self.bias = self._has_bias if self.variant.kind == "none" else None  # type: ignore[assignment]
         self.reset_parameters()
 
-    def forward(self, input: Tensor, hx: State | None = None, *, resets: Tensor | None = None) -> State:
+    def forward(self, input: Tensor, hx: State | None = None, resets: Tensor | None = None) -> State:
         """Take one step; shapes as in the class docstring."""
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
@@ -55,8 +56,8 @@ class LayerNormRNNCellBase(RecurrentParameters):
         elif not batched:
             state = tuple(s.unsqueeze(0) for s in state)
         weights = self.layer_weights()
-        self._check_dtype(rows, weights[0]["weight_ih"].dtype)
         self._check_step(rows, state)
+        self._check_dtype(rows, weights[0]["weight_ih"].dtype, RuntimeError)
         if resets is not None:
             resets = recurrent_checks.reset_mask(name, resets, input).reshape(1, -1)  # (T, N) of one step
         self._check_weights(weights)
@@ -90,7 +91,7 @@ class LayerNormRNNCellBase(RecurrentParameters):
         return f"{self.input_size}, {self.hidden_size}{bias}, variant={self._variant_as_given!r}"
 
 
-class LayerNormLSTMCell(LayerNormRNNCellBase):
+class LayerNormLSTMCell(LayerNormRNNCellBase, torch.nn.LSTMCell):  # type: ignore[misc]  # forward takes more
     """One step of ``LayerNormLSTM``, drop-in for ``torch.nn.LSTMCell``.
 
     Args:
@@ -128,7 +129,7 @@ class LayerNormLSTMCell(LayerNormRNNCellBase):
     _cell = "lstm"
 
 
-class LayerNormGRUCell(LayerNormRNNCellBase):
+class LayerNormGRUCell(LayerNormRNNCellBase, torch.nn.GRUCell):  # type: ignore[misc]  # forward takes more
     """One step of ``LayerNormGRU``, drop-in for ``torch.nn.GRUCell``.
 
     Arguments and errors are those of ``LayerNormLSTMCell``; the state is one tensor h (N, H).
@@ -143,7 +144,7 @@ class LayerNormGRUCell(LayerNormRNNCellBase):
     _cell = "gru"
 
 
-class LayerNormRNNCell(LayerNormRNNCellBase):
+class LayerNormRNNCell(LayerNormRNNCellBase, torch.nn.RNNCell):  # type: ignore[misc]  # forward takes more
     """One step of ``LayerNormRNN``, drop-in for ``torch.nn.RNNCell``.
 
     Arguments and errors are those of ``LayerNormLSTMCell`` with ``nonlinearity``, ``"tanh"`` or
@@ -170,10 +171,12 @@ class LayerNormRNNCell(LayerNormRNNCellBase):
         variant: str | Variant = "paper",
     ) -> None:
         name = checks.nonlinearity(nonlinearity)
-        super().__init__(input_size, hidden_size, bias, device, dtype, variant=variant, nonlinearity=name)
+        LayerNormRNNCellBase.__init__(
+            self, input_size, hidden_size, bias, device, dtype, variant=variant, nonlinearity=name
+        )
 
     @property
-    def nonlinearity(self) -> Nonlinearity:
+    def nonlinearity(self) -> Nonlinearity:  # type: ignore[override]  # it cannot be set
         """``"tanh"`` or ``"relu"``."""
         return self.spec.nonlinearity
 

@@ -119,6 +119,11 @@ def _size(operator: str, name: str, at: int, size: Any) -> Any:
     raise TypeError(f"{operator}: {name} must be a sequence of ints, but {name}[{at}] is {size!r}")
 
 
+def is_wide_vector(tensor: Tensor, rows: torch.dtype) -> bool:
+    """Return whether a tensor is a gain or bias of float32 beside rows of half precision."""
+    return rows in _HALF and tensor.dtype == torch.float32 and tensor.dim() == 1
+
+
 def floating_point(operator: str, name: str, given: Tensor) -> None:
     """Check that a tensor is of a real floating-point dtype."""
     if given.is_floating_point():
@@ -191,6 +196,21 @@ def recurrent_sizes(
         )
     if proj_size >= hidden_size:
         raise ValueError(f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}")
+
+
+def cell_sizes(input_size: int, hidden_size: int) -> None:
+    """Check the sizes of a single step's module; as in ``torch.nn`` they may be 0."""
+    for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+        if size < 0:
+            raise ValueError(f"{name} must not be negative, got {size}")
+
+
+def no_projection(proj_size: object) -> None:
+    """Raise what ``torch.nn.GRU`` and ``torch.nn.RNN`` would for ``proj_size``."""
+    if proj_size is not None:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
 
 def flag(name: str, value: bool) -> bool:

@@ -25,7 +25,8 @@ class Command(NamedTuple):
     Attributes:
         name: what users type.
         help: one line.
-        module: has ``add_options(parser, name)``, and ``run(options)``, which returns the exit code.
+        module: has ``add_options(parser, name, arguments)``, where arguments are what was typed, and
+            ``run(options)``, which returns the exit code.
     """
 
     name: str
@@ -86,7 +87,7 @@ def _run(arguments: Sequence[str]) -> int:
     if name in GONE:
         return _fail(f"{name}: {GONE[name]}", code=2)
     module: Any = next((importlib.import_module(c.module) for c in COMMANDS if c.name == name), None)
-    options = _parser(module, name).parse_args(arguments)
+    options = _parser(module, name, arguments).parse_args(arguments)
     try:
         backends.choose("lstm", torch.device("cpu"), torch.float32)
     except ValueError as error:  # LAYERNORM_BACKEND names no kernel
@@ -97,7 +98,7 @@ def _run(arguments: Sequence[str]) -> int:
     return code
 
 
-def _parser(module: Any, name: str | None) -> argparse.ArgumentParser:
+def _parser(module: Any, name: str | None, arguments: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser of all commands, with the options of one."""
     parser = Parser(prog="layernorm", description="Layer normalization for PyTorch.")
     parser.add_argument("--version", action="version", version=layernorm.__version__)
@@ -106,7 +107,7 @@ def _parser(module: Any, name: str | None) -> argparse.ArgumentParser:
         description = f"{command.help[0].upper()}{command.help[1:]}."
         found = commands.add_parser(command.name, help=command.help, description=description)
         if command.name == name:
-            module.add_options(found, name)
+            module.add_options(found, name, arguments)
     return parser
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from layernorm import backends, checks, ops, recurrent_checks, reference
+from layernorm import autocast, backends, checks, ops, recurrent_checks, reference
+from layernorm.pytorch_internals import is_any_autocast_enabled
 from layernorm.spec import LayerSpec, layer_spec
 from layernorm.variants import Variant
 
@@ -263,7 +264,8 @@ def lstm(
             ``resets`` of another dtype than bool.
         TypeError: an argument is of the wrong type.
         RuntimeError: a tensor of the wrong shape, of another device or, outside of autocast, dtype than the
-            input, or not of a floating-point dtype; complex ones are taken by variants without layer norm.
+            input, or not of a floating-point dtype. Gains and biases may be float32 beside half precision;
+            variants without layer norm take complex numbers.
 
     Examples:
         >>> import torch
@@ -409,12 +411,17 @@ def lstm_gates(
     """
     spec = layer_spec("lstm", variant)
     recurrent_checks.gates_arguments(spec, input_gates, hidden_gates, c, weights)
+    if is_any_autocast_enabled():
+        given = (input_gates, hidden_gates, c, *weights.values())
+        input_gates, hidden_gates, c, *rest = autocast.cast(given, c.device)
+        weights = dict(zip(weights, rest, strict=True))
     kernel = backends.recurrent_kernel_for(backends.GATES, c, (input_gates, hidden_gates, *weights.values()))
     if kernel in backends.OPERATORS:
         return ops.lstm_gates(spec, input_gates, hidden_gates, c, weights)
     named = {"c": c, "input_gates": input_gates, "hidden_gates": hidden_gates, **weights}
     recurrent_checks.numbers_of_one_kind(backends.GATES, spec.variant, named, one_dtype=False)
-    return reference.lstm_gates(spec, input_gates, hidden_gates, c, weights)
+    with autocast.disabled(c.device):
+        return reference.lstm_gates(spec, input_gates, hidden_gates, c, weights)
 
 
 def _sequence(
@@ -452,12 +459,16 @@ def recurrent_layer(
     ``lstm``.
 
     Raises:
-        RuntimeError: a tensor is on another device than the input or, outside of autocast, of another dtype,
-            or not of a floating-point dtype.
+        RuntimeError: a tensor is on another device than the input, or of another dtype (but for gains and
+            biases of float32 beside half precision), or not of a floating-point dtype.
     """
+    if is_any_autocast_enabled():
+        input, *rest = autocast.cast((input, *state, *weights.values()), input.device)
+        state, weights = rest[: len(state)], dict(zip(weights, rest[len(state) :], strict=True))
     kernel = backends.recurrent_kernel_for(spec.cell, input, (*state, *weights.values()))
-    if kernel in backends.OPERATORS:
+    if kernel in backends.OPERATORS and state[0].size(-1):  # a state of no feature has no kernel
         return ops.recurrent_layer(spec, input, state, weights, reverse, batch_sizes, resets, recompute)
     named = {"input": input, **dict(zip(("h", "c"), state, strict=False)), **weights}
     recurrent_checks.numbers_of_one_kind(spec.cell, spec.variant, named, one_dtype=True)
-    return reference.recurrent_layer(spec, input, state, weights, reverse, batch_sizes, resets)
+    with autocast.disabled(input.device):
+        return reference.recurrent_layer(spec, input, state, weights, reverse, batch_sizes, resets)

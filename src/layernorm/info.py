@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import platform
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -17,7 +18,7 @@ _DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HIDDEN_SIZES: Final = (128, 256, 512, 1024, 2048)
 
 
-def add_options(parser: argparse.ArgumentParser, command: str) -> None:
+def add_options(parser: argparse.ArgumentParser, command: str, arguments: Sequence[str]) -> None:
     """Add no options: the command has none."""
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, Final, NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from layernorm import recurrent_checks
 from layernorm.pytorch_internals import is_any_autocast_enabled
 from layernorm.spec import LayerSpec, Nonlinearity, layer_spec
 from layernorm.variants import Cell, Variant
+
+# Under which a state dict says what function the weights are of.
+_EXTRA_STATE: Final = "_extra_state"  # torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
 #: h, or for an LSTM (h, c).
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -44,7 +49,7 @@ class RecurrentParameters(torch.nn.Module):
         variant: str | Variant,
         nonlinearity: Nonlinearity = "tanh",
     ) -> None:
-        super().__init__()
+        torch.nn.Module.__init__(self)  # and not torch.nn's class of the cell, which makes its own parameters
         self.input_size = input_size
         self.hidden_size = hidden_size
         self._has_bias = bias
@@ -69,7 +74,7 @@ class RecurrentParameters(torch.nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw weights uniformly in ±1/√hidden_size; gains 1, biases 0; without a norm as PyTorch does."""
-        bound = 1.0 / math.sqrt(self.hidden_size)
+        bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0.0
         for name, parameter in self.named_parameters():
             # A parametrized weight is called parametrizations.weight_hh_l0.original0.
             if "weight" in name or self.variant.kind == "none":
@@ -78,6 +83,12 @@ class RecurrentParameters(torch.nn.Module):
                 torch.nn.init.ones_(parameter)
             else:
                 torch.nn.init.zeros_(parameter)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(
+            f"{type(self).__name__}: torch.jit.script cannot compile it; record it with torch.jit.trace, or "
+            "use torch.export or torch.compile"
+        )
 
     def layer_weights(self) -> list[dict[str, Tensor]]:
         """Return the weights of each layer and direction, by their names without suffix.
@@ -93,14 +104,58 @@ class RecurrentParameters(torch.nn.Module):
         """Return the shapes that they have."""
         return list(self._shapes.values())
 
+    @property
+    def _is_described(self) -> bool:
+        """Whether a state dict says what the module computes: without a norm its entries are torch.nn's."""
+        return self.variant.kind != "none"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._is_described:
+            text = json.dumps(self.spec.description)
+            destination[prefix + _EXTRA_STATE] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        found: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, found, error_msgs
+        )
+        key = prefix + _EXTRA_STATE
+        unexpected_keys += [name for name in found if name != key]
+        given = state_dict.get(key)
+        if given is not None:
+            theirs = _spec_of(given)
+            if isinstance(theirs, str):
+                error_msgs.append(f"{key} must say which function the weights are of, but: {theirs}")
+            elif theirs != self.spec:
+                error_msgs.append(
+                    f"{key} says that the weights are of {theirs}, but this module is {self.spec}; make the "
+                    "module of their variant"
+                )
+        elif self._is_described and any(name.startswith(prefix + "weight") for name in state_dict):
+            warnings.warn(
+                f"layernorm: the state dict has no {key}, so it does not say which function its weights are "
+                f"of; they are loaded as variant {self._variant_as_given!r}. New ones say it.",
+                stacklevel=2,
+            )
+
     def _check_weights(self, weights: list[dict[str, Tensor]]) -> None:
         """Check what stands where the parameters were: attributes may be anything."""
         for given, shapes in zip(weights, self._shapes.values(), strict=True):
             recurrent_checks.module_weights(self._cell, given, shapes)
 
-    def _check_dtype(self, input: Tensor, weight: torch.dtype) -> None:
+    def _check_dtype(self, input: Tensor, weight: torch.dtype, error: type[Exception] = ValueError) -> None:
         if input.dtype != weight and not is_any_autocast_enabled():
-            raise ValueError(
+            raise error(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight}). "
                 f"Convert input: input.to({weight}), or convert model: model.to({input.dtype})"
             )
@@ -123,3 +178,11 @@ class RecurrentParameters(torch.nn.Module):
     def as_state(self, state: tuple[Tensor, ...]) -> State:
         """Return what ``as_tuple`` was given."""
         return cast(State, state if self._cell == "lstm" else state[0])
+
+
+def _spec_of(entry: Any) -> LayerSpec | str:
+    """Return the spec that an entry of a state dict describes, or what is wrong with it."""
+    try:
+        return LayerSpec.described(json.loads(bytes(entry.tolist())))
+    except (AttributeError, TypeError, ValueError) as error:
+        return str(error)

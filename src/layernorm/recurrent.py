@@ -26,11 +26,19 @@ from layernorm.streaming import Stream
 from layernorm.variants import Variant
 
 
-class LayerNormRNNBase(RecurrentParameters):
+class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
     """Layers and directions of one cell over whole sequences: the base of the modules below."""
 
     # Computes one layer and direction.
     _compute = staticmethod(functional.recurrent_layer)
+
+    # torch.nn.RNNBase keeps a list of its parameters, which these keep up to date. Here the list is made
+    # when it is asked for.
+    __setattr__ = torch.nn.Module.__setattr__  # type: ignore[assignment]  # whose names differ
+    __getstate__ = object.__getstate__
+    __setstate__ = torch.nn.Module.__setstate__
+    _apply = torch.nn.Module._apply
+    _replicate_for_data_parallel = torch.nn.Module._replicate_for_data_parallel
 
     def __init__(
         self,
@@ -50,7 +58,7 @@ class LayerNormRNNBase(RecurrentParameters):
         nonlinearity: Nonlinearity = "tanh",
     ) -> None:
         checks.recurrent_sizes(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
-        super().__init__(input_size, hidden_size, bias, variant, nonlinearity)
+        RecurrentParameters.__init__(self, input_size, hidden_size, bias, variant, nonlinearity)
         self.bias = bias
         self.num_layers = num_layers
         self.batch_first = batch_first
@@ -77,9 +85,31 @@ class LayerNormRNNBase(RecurrentParameters):
         return ("", "_reverse") if self.bidirectional else ("",)
 
     @property
-    def all_weights(self) -> list[list[Tensor]]:
+    def mode(self) -> str:  # type: ignore[override]  # which is an attribute there
+        """The name in ``torch.nn``: ``"LSTM"``, ``"GRU"``, ``"RNN_TANH"`` or ``"RNN_RELU"``."""
+        return self.spec.operation.upper()
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:  # type: ignore[override]  # of parameters there
         """The parameters of each layer and direction, in the order of their registration."""
         return [list(weights.values()) for weights in self.layer_weights()]
+
+    @property
+    def _all_weights(self) -> list[list[str]]:  # type: ignore[override]
+        return [[name + suffix for name in shapes] for suffix, shapes in self._shapes.items()]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:  # type: ignore[override]
+        return [name for names in self._all_weights for name in names]
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    def _update_flat_weights(self) -> None:
+        """Do nothing: the list is never kept."""
+
+    _init_flat_weights = _update_flat_weights
 
     def flatten_parameters(self) -> None:
         """Do nothing, as in ``torch.nn`` where cuDNN is not used: no copy is kept."""
@@ -88,7 +118,6 @@ class LayerNormRNNBase(RecurrentParameters):
         self,
         input: Tensor | PackedSequence,
         hx: State | None = None,
-        *,
         resets: Tensor | PackedSequence | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """Run the sequence; shapes as in the class docstring."""
@@ -256,7 +285,7 @@ class LayerNormRNNBase(RecurrentParameters):
         return ", ".join(parts)
 
 
-class LayerNormLSTM(LayerNormRNNBase):
+class LayerNormLSTM(LayerNormRNNBase, torch.nn.LSTM):  # type: ignore[misc]  # forward takes more
     """A layer-normalized LSTM, drop-in for ``torch.nn.LSTM`` (paper eq. 20-22).
 
     (i, f, g, o) = LN(W_hh h) + LN(W_ih x) + bias, each LN over all 4·hidden_size features;
@@ -306,7 +335,7 @@ class LayerNormLSTM(LayerNormRNNBase):
     _cell = "lstm"
 
 
-class LayerNormGRU(LayerNormRNNBase):
+class LayerNormGRU(LayerNormRNNBase, torch.nn.GRU):  # type: ignore[misc]  # forward takes more
     """A layer-normalized GRU, drop-in for ``torch.nn.GRU`` (paper eq. 26-28).
 
     (r, z) = LN(W_hh h) + LN(W_ih x) + bias over 2·hidden_size features,
@@ -341,13 +370,15 @@ class LayerNormGRU(LayerNormRNNBase):
         *,
         variant: str | Variant = "paper",
         recompute: bool = False,
+        proj_size: None = None,
     ) -> None:
+        checks.no_projection(proj_size)
         sizes = (input_size, hidden_size, num_layers)
         options: tuple[Any, ...] = (bias, batch_first, dropout, bidirectional, 0, device, dtype)
-        super().__init__(*sizes, *options, variant=variant, recompute=recompute)
+        LayerNormRNNBase.__init__(self, *sizes, *options, variant=variant, recompute=recompute)
 
 
-class LayerNormRNN(LayerNormRNNBase):
+class LayerNormRNN(LayerNormRNNBase, torch.nn.RNN):  # type: ignore[misc]  # forward takes more
     """A layer-normalized RNN, drop-in for ``torch.nn.RNN`` (paper eq. 4).
 
     h' = f(LN(W_hh h + W_ih x) + bias), f tanh or relu. ``variant="none"`` is ``torch.nn.RNN``.
@@ -381,11 +412,15 @@ class LayerNormRNN(LayerNormRNNBase):
         *,
         variant: str | Variant = "paper",
         recompute: bool = False,
+        proj_size: None = None,
     ) -> None:
+        checks.no_projection(proj_size)
         sizes = (input_size, hidden_size, num_layers)
         options: tuple[Any, ...] = (bias, batch_first, dropout, bidirectional, 0, device, dtype)
         name = checks.nonlinearity(nonlinearity)
-        super().__init__(*sizes, *options, variant=variant, recompute=recompute, nonlinearity=name)
+        LayerNormRNNBase.__init__(
+            self, *sizes, *options, variant=variant, recompute=recompute, nonlinearity=name
+        )
 
     @property
     def nonlinearity(self) -> Nonlinearity:

@@ -61,14 +61,14 @@ def numbers_of_one_kind(
     """Check that tensors are of floating-point numbers, on one device and, where asked, of one dtype.
 
     The first is what the others are compared to. Without layer norm they may be complex, as ``torch.nn``'s
-    layers and its RMS norm take such numbers; autocast takes several dtypes.
+    layers and its RMS norm take such numbers; beside half precision gains and biases may be float32.
     """
     first, like = next(iter(tensors.items()))
     for name, given in tensors.items():
         if not given.is_complex() or variant.kind == "layer":
             checks.floating_point(operator, name, given)
         checks.same_device(operator, first, like, name, given)
-        if one_dtype and given.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+        if one_dtype and given.dtype != like.dtype and not checks.is_wide_vector(given, like.dtype):
             raise RuntimeError(
                 f"{operator}: expected {name} of the {first}'s dtype {like.dtype}, got {given.dtype}; "
                 f"convert one, for example with {name}.to({like.dtype}), or run under torch.autocast"

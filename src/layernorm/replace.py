@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
@@ -14,6 +15,8 @@ from layernorm import checks
 from layernorm.modules import LayerNorm, RMSNorm
 
 _TWINS: Final[dict[type[Module], type[Module]]] = {torch.nn.LayerNorm: LayerNorm, torch.nn.RMSNorm: RMSNorm}
+# What other libraries call their own.
+_NAMED_LIKE_A_NORM: Final = re.compile(r"(layer|rms)_?norm", re.IGNORECASE)
 # The replacement of each subclass, so that two modules of one class stay of one class.
 _derived: Final[WeakValueDictionary[type[Module], type[Module]]] = WeakValueDictionary()
 # A subclass with its own version of one of these decides itself how instances are made or pickled.
@@ -49,8 +52,9 @@ def replace_norms(model: Module) -> Replacement:
 
     A subclass that does not override ``forward`` keeps its methods and its name, and ``isinstance`` still
     holds. Some norms are left alone: those that compute something else (a subclass or an instance with its
-    own ``forward``), those that belong to another tool (parametrized, prepared for quantization, compiled
-    by TorchScript), and subclasses with their own way of making or pickling instances.
+    own ``forward``; a class of another library that is called a layer or RMS norm, such as ``LlamaRMSNorm``),
+    those that belong to another tool (parametrized, prepared for quantization, compiled by TorchScript), and
+    subclasses with their own way of making or pickling instances.
 
     Args:
         model: any module; it is changed.
@@ -80,8 +84,8 @@ def replace_norms(model: Module) -> Replacement:
     for name, module in model.named_modules():
         norm = _norm_of(type(module))
         if norm is None:
-            if isinstance(module, torch.jit.ScriptModule) and _is_scripted_norm(module):
-                left[name] = "compiled by TorchScript"
+            if (why := _other_norm(module)) is not None:
+                left[name] = why
             continue
         if isinstance(module, _TWINS[norm]):
             continue
@@ -106,8 +110,20 @@ def _norm_of(cls: type[Module]) -> type[Module] | None:
     return next((norm for norm in _TWINS if issubclass(cls, norm)), None)
 
 
-def _is_scripted_norm(module: Module) -> bool:
-    return getattr(module, "original_name", None) in {norm.__name__ for norm in _TWINS}
+def _other_norm(module: Module) -> str | None:
+    """Return why a norm that is none of ``torch.nn``'s is left; None for what does not look like a norm."""
+    if isinstance(module, torch.jit.ScriptModule):
+        names = {norm.__name__ for norm in _TWINS}
+        return "compiled by TorchScript" if getattr(module, "original_name", None) in names else None
+    cls = type(module)
+    looks = _NAMED_LIKE_A_NORM.search(cls.__name__) and next(module.children(), None) is None
+    if not looks or isinstance(module, tuple(_TWINS.values())):
+        return None
+    twin = "RMSNorm" if "rms" in cls.__name__.lower() else "LayerNorm"
+    return (
+        f"{cls.__name__} of {cls.__module__} is no torch.nn norm, and its formula may differ; where it is "
+        f"that of layernorm.{twin}, put one with its weight in its place"
+    )
 
 
 def _reason_to_leave(module: Module, norm: type[Module]) -> str | None:

@@ -21,6 +21,7 @@ from torch.compiler import is_compiling
 
 from layernorm.variants import (
     GATES,
+    PRESETS,
     Cell,
     CellNorm,
     Inputs,
@@ -120,6 +121,42 @@ class LayerSpec:
     def operation(self) -> str:
         """The cell with an RNN's nonlinearity: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` or ``"rnn_relu"``."""
         return _operation(self.cell, self.nonlinearity)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What the layer computes in plain values, as checkpoints keep it."""
+        return {**_values(self.cell, self.variant, self.nonlinearity), "eps": self.eps}
+
+    @classmethod
+    def described(cls, description: Mapping[str, Any]) -> Self:
+        """Return the spec of a description.
+
+        Raises:
+            ValueError: a field is unknown, or its value.
+            TypeError: a value is of another type.
+
+        Examples:
+            >>> from layernorm.spec import LayerSpec, layer_spec
+            >>> spec = layer_spec("gru", "haste")
+            >>> LayerSpec.described(spec.description) == spec
+            True
+        """
+        fields = dict(description)
+        unknown = sorted(fields.keys() - {*_CODES, "eps"})
+        operation = fields.pop("cell", None)
+        if unknown or operation not in _CODES["cell"]:
+            raise ValueError(
+                f"unknown fields {', '.join(unknown)}" if unknown else f"unknown cell {operation!r}"
+            )
+        if "cell_norm" in fields:
+            fields["cell"] = fields.pop("cell_norm")
+        cell, _, nonlinearity = operation.partition("_")
+        return cls(cell, Variant(**fields), nonlinearity or "tanh")
+
+    def __str__(self) -> str:
+        """Return the names of the presets that are this variant, else its fields."""
+        names = [repr(name) for name, cells in PRESETS.items() if cells.get(self.cell) == self.variant]
+        return f"{self.operation.upper()} {' or '.join(names) or self.variant}"
 
     @property
     def eps(self) -> float:
@@ -244,7 +281,13 @@ def _operation(cell: Cell, nonlinearity: Nonlinearity) -> str:
 
 
 def _encode(cell: Cell, variant: Variant, nonlinearity: Nonlinearity) -> tuple[int, ...]:
-    values = {
+    values = _values(cell, variant, nonlinearity)
+    return tuple(choices.index(values[name]) for name, choices in _CODES.items())
+
+
+def _values(cell: Cell, variant: Variant, nonlinearity: Nonlinearity) -> dict[str, Any]:
+    """Return the fields of ``_CODES``."""
+    return {
         "cell": _operation(cell, nonlinearity),
         "kind": variant.kind,
         "inputs": variant.inputs,
@@ -252,7 +295,6 @@ def _encode(cell: Cell, variant: Variant, nonlinearity: Nonlinearity) -> tuple[i
         "cell_norm": variant.cell,
         "projection_bias": variant.projection_bias,
     }
-    return tuple(choices.index(values[name]) for name, choices in _CODES.items())
 
 
 __all__ = ["GATES_PARAMETERS", "PARAMETERS", "LayerSpec", "Nonlinearity", "Products", "layer_spec"]

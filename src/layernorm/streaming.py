@@ -8,17 +8,15 @@ module's call over the whole sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from layernorm import backends, ops, reference, stream_checks
+from layernorm import autocast, backends, ops, reference, stream_checks
 from layernorm.current_weights import current_weights
 from layernorm.parameters import RecurrentParameters, State
-from layernorm.pytorch_internals import is_any_autocast_enabled
 
 
 class Stream:
@@ -110,12 +108,12 @@ class Stream:
         module = self._module
         attributes = (value for value in vars(module).values() if isinstance(value, Tensor))  # of a replica
         any_weight = next(chain(module.parameters(), module.buffers(), attributes))
-        with _no_autocast(any_weight.device):
+        with autocast.disabled(any_weight.device):
             return current_weights(module, self._name)
 
     def _pack(self, layers: list[dict[str, Tensor]]) -> None:
         h = self._state[0]
-        with torch.inference_mode(False), torch.no_grad(), _no_autocast(h.device):
+        with torch.inference_mode(False), torch.no_grad(), autocast.disabled(h.device):
             weights = [w for layer in layers for w in layer.values()]
             self.kernel = backends.recurrent_kernel_for(self._module.spec.cell, h, weights)
             if self.kernel == "native":
@@ -181,7 +179,7 @@ class Stream:
     def _by_sequences(self, x_t: Tensor, out: Tensor | None) -> Tensor:
         """Take a step as a sequence of one."""
         self._check_step(x_t, out)
-        with torch.no_grad(), _no_autocast(x_t.device):
+        with torch.no_grad(), autocast.disabled(x_t.device):
             data = x_t.reshape(1, self.batch_size, -1)
             replayed = self.kernel != "reference" and x_t.is_cuda
             if replayed and not torch.cuda.is_current_stream_capturing():
@@ -308,9 +306,3 @@ class Captured:
         self._input.copy_(input)
         self._graph.replay()
         return self._output
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    if not is_any_autocast_enabled():
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)

@@ -191,7 +191,7 @@ def test_layers_and_directions_are_single_ones_put_together(cell):
             state = {
                 n.removesuffix(ending) + "_l0": p for n, p in rnn.state_dict().items() if n.endswith(ending)
             }
-            single.load_state_dict(state)
+            single.load_state_dict(single.state_dict() | state)
             output, final = single(data.flip(0) if suffix else data)
             outputs.append(output.flip(0) if suffix else output)
             finals.append(flat(final)[0])
@@ -322,7 +322,13 @@ X, H = torch.zeros(5, 2, 3), torch.zeros(1, 2, 4)
         (lambda: LSTM(3, 4, dropout=1.5), ValueError, r"dropout should be a number in range \[0, 1\].*1.5"),
         (lambda: LSTM(3, 4, recompute=1), TypeError, "recompute should be of type bool, got: int"),
         (lambda: layernorm.LayerNormRNN(3, 4, nonlinearity="sin"), ValueError, "Unknown nonlinearity 'sin'"),
-        (lambda: layernorm.LayerNormGRUCell(3, 0), ValueError, "hidden_size must be greater than zero"),
+        (lambda: layernorm.LayerNormGRUCell(3, -1), ValueError, "hidden_size must not be negative, got -1"),
+        (
+            lambda: layernorm.LayerNormGRUCell(3, 4.0),
+            TypeError,
+            "hidden_size should be of type int, got: float",
+        ),
+        (lambda: GRU(3, 4, proj_size=2), ValueError, "proj_size argument is only supported for LSTM"),
         (lambda: LSTM(3, 4)(torch.zeros(3)), ValueError, "LSTM: Expected input to be 2D or 3D, got 1D"),
         (lambda: LSTM(3, 4)([X]), TypeError, "input must be a Tensor or PackedSequence, got list"),
         (lambda: LSTM(3, 4)(X[..., :2]), RuntimeError, "Expected 3, got 2"),

@@ -120,7 +120,7 @@ class BatchNormLSTM(LayerNormRNNBase):
         self._shapes[suffix] = {**self._shapes[suffix], **shapes}
 
     @property
-    def all_weights(self) -> list[list[Tensor]]:
+    def all_weights(self) -> list[list[Tensor]]:  # type: ignore[override]  # of parameters in torch.nn
         """The parameters of each layer and direction, in the order of their registration."""
         return [
             [w for name, w in weights.items() if not name.startswith(("running", "num_batches"))]
@@ -136,6 +136,10 @@ class BatchNormLSTM(LayerNormRNNBase):
         for name, buffer in self.named_buffers():
             buffer.fill_(1 if name.startswith("running_var") else 0)
 
+    @property
+    def _is_described(self) -> bool:
+        return False  # what the spec says is layer norm
+
     def steps_seen(self) -> int:
         """Return how many steps have running statistics: the longest sequence seen, up to ``max_length``."""
         return int(self.get_buffer("num_batches_tracked_l0").count_nonzero())
@@ -144,7 +148,6 @@ class BatchNormLSTM(LayerNormRNNBase):
         self,
         input: Tensor | PackedSequence,
         hx: State | None = None,
-        *,
         resets: Tensor | PackedSequence | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """Run the sequence; shapes as in the class docstring."""

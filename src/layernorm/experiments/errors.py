@@ -4,11 +4,23 @@ from __future__ import annotations
 
 
 class ExperimentError(Exception):
-    """Something that the person at the keyboard can mend; the message is one line that says how."""
+    """Something that the person at the keyboard can mend; the message is one line that says how.
+
+    Attributes:
+        code: with which a command ends that fails so.
+    """
+
+    code = 2
 
 
 class MissingData(ExperimentError):
     """A data set is not here and cannot be downloaded; the message says what, whose, where from, where to."""
+
+
+class NothingRun(ExperimentError):
+    """None of the experiments that were asked for could be run."""
+
+    code = 1
 
 
 class DamagedFile(ExperimentError):

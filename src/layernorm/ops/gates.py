@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from layernorm import recurrent_checks, reference
-from layernorm.ops.autocast import autocast
 from layernorm.ops.composite import gradients_of, leaves_of, register_composite
 from layernorm.ops.loading import native
 from layernorm.ops.registration import (
@@ -51,8 +50,7 @@ def lstm_gates(
     spec: LayerSpec, input_gates: Tensor, hidden_gates: Tensor, c: Tensor, weights: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Compute ``layernorm.reference.lstm_gates`` by the operator."""
-    tensors = autocast([input_gates, hidden_gates, c, *spec.listed_for_gates(weights)], c.device)
-    arguments = (*tensors, spec.codes, spec.eps)
+    arguments = (input_gates, hidden_gates, c, *spec.listed_for_gates(weights), spec.codes, spec.eps)
     found = NotImplemented if native is None or is_compiling() else native.lstm_gates(*arguments)
     state: tuple[Tensor, Tensor] = _LSTM_GATES(*arguments) if found is NotImplemented else found
     return state
@@ -74,7 +72,7 @@ def _lstm_gates_backward_fake(grad_hidden: Tensor, grad_cn: Tensor | None, *rest
     require_tensors(grad_hidden=grad_hidden)
     LayerSpec.decode(codes, eps)
     return tuple(
-        grad_hidden.new_empty(tensor.shape if tensor is not None and want else 0)
+        tensor.new_empty(tensor.shape) if tensor is not None and want else grad_hidden.new_empty(0)
         for tensor, want in zip(rest, wanted, strict=False)
     )
 

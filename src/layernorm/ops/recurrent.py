@@ -12,7 +12,6 @@ from torch.compiler import is_compiling
 
 from layernorm import recurrent_checks, reference
 from layernorm.ops import flops
-from layernorm.ops.autocast import autocast
 from layernorm.ops.composite import gradients_of, leaves_of, register_composite
 from layernorm.ops.loading import native
 from layernorm.ops.registration import (
@@ -74,10 +73,10 @@ def recurrent_layer(
     """
     if not is_compiling() and count_dispatch_modes() > 0:
         flops.register()
-    tensors = [input, state[0], state[1] if len(state) > 1 else None, *spec.listed(weights)]
-    x, h, c, *parameters = autocast(tensors, input.device)
+    h, c = state[0], state[1] if len(state) > 1 else None
     sizes = None if batch_sizes is None else list(batch_sizes)
-    arguments = (x, h, c, parameters, resets, sizes, spec.codes, spec.eps, reverse, recompute)
+    options = (resets, sizes, spec.codes, spec.eps, reverse, recompute)
+    arguments = (input, h, c, spec.listed(weights), *options)
     found = NotImplemented if native is None or is_compiling() else native.recurrent(*arguments)
     output, hn, cn = _RECURRENT(*arguments) if found is NotImplemented else found
     return output, (hn, cn) if len(state) > 1 else (hn,)
@@ -154,7 +153,7 @@ def _recurrent_backward_fake(
     require_tensors(input=input, h=h)
 
     def like(tensor: Tensor | None, is_wanted: bool) -> Tensor:
-        return input.new_empty(tensor.shape if tensor is not None and is_wanted else 0)
+        return tensor.new_empty(tensor.shape) if tensor is not None and is_wanted else input.new_empty(0)
 
     of_input, of_h, of_c = (like(t, want) for t, want in zip((input, h, c), wanted[:3], strict=True))
     return of_input, of_h, of_c, [like(t, want) for t, want in zip(weights, wanted[3:], strict=True)]

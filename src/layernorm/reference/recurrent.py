@@ -58,7 +58,7 @@ def recurrent_layer(
         torch.Size([7, 2, 5])
     """
     cell = partial(_STEPS[spec.cell], spec=spec, weights=weights)
-    x = _of_input(linear(input, weights["weight_ih"], weights.get("bias_ih")), weights, spec)
+    x = _of_input(_product(input, weights["weight_ih"], weights.get("bias_ih")), weights, spec)
     return _scan(cell, x, tuple(state), reverse, batch_sizes, resets)
 
 
@@ -71,15 +71,16 @@ def lstm_gates(
     """
     x = _of_input(_plus(input_gates, weights.get("bias_ih")), weights, spec)
     gates = _gates(x, _plus(hidden_gates, weights.get("bias_hh")), weights, spec)
-    return _lstm_state(gates, c, weights, spec)
+    hidden, cell = _lstm_state(gates, c, weights, spec)
+    return hidden.to(c.dtype), cell.to(c.dtype)
 
 
 def _lstm_step(x: Tensor, state: State, *, spec: LayerSpec, weights: Weights) -> State:
     h, c = state
-    hidden = linear(h, weights["weight_hh"], weights.get("bias_hh"))
+    hidden = _product(h, weights["weight_hh"], weights.get("bias_hh"))
     h, c = _lstm_state(_gates(x, hidden, weights, spec), c, weights, spec)
     if "weight_hr" in weights:
-        h = linear(h, weights["weight_hr"])
+        h = linear(h.to(weights["weight_hr"].dtype), weights["weight_hr"])
     return h, c
 
 
@@ -95,7 +96,7 @@ def _gru_step(x: Tensor, state: State, *, spec: LayerSpec, weights: Weights) -> 
     """Take h' = (1 - z)·n + z·h, which is PyTorch's convention."""
     (h,) = state
     size = h.size(-1)
-    hidden = linear(h, weights["weight_hh"], weights.get("bias_hh"))
+    hidden = _product(h, weights["weight_hh"], weights.get("bias_hh"))
     if spec.products == "separate":
         hidden = _normalized(hidden, spec.groups, weights.get("gain_hh"), None, spec)
         x = _plus(x, weights.get("bias"))
@@ -118,7 +119,7 @@ def _gru_step(x: Tensor, state: State, *, spec: LayerSpec, weights: Weights) -> 
 
 def _rnn_step(x: Tensor, state: State, *, spec: LayerSpec, weights: Weights) -> State:
     (h,) = state
-    hidden = linear(h, weights["weight_hh"], weights.get("bias_hh"))
+    hidden = _product(h, weights["weight_hh"], weights.get("bias_hh"))
     gates = _gates(x, hidden, weights, spec)
     return (torch.tanh(gates) if spec.nonlinearity == "tanh" else torch.relu(gates),)
 
@@ -157,7 +158,8 @@ def _scan(
             resting = tuple(s[rows:] for s in whole)
         if parted is not None and not reverse:
             state = _cleared(state, parted[t])
-        state = cell(steps[t], state)
+        # In the state's dtype, whatever gains and biases of float32 have made of it.
+        state = tuple(new.to(s.dtype) for new, s in zip(cell(steps[t], state), state, strict=True))
         outputs.append(state[0])
         if parted is not None and reverse and t > 0:
             state = _cleared(state, parted[t])
@@ -206,6 +208,12 @@ def _normalized(
 
 def _normalized_cell(c: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
     return _normalized(c, (1,), weights["gain_cell"], weights.get("bias_cell"), spec)
+
+
+def _product(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None or bias.dtype == weight.dtype:
+        return linear(a, weight, bias)
+    return linear(a, weight) + bias
 
 
 def _plus(a: Tensor, bias: Tensor | None) -> Tensor:

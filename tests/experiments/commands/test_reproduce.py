@@ -73,6 +73,15 @@ def test_everything_into_one_report(tmp_path, experiments, capsys):
     assert "no MNIST here" not in (tmp_path / "one.html").read_text()
 
 
+def test_nothing_run_is_a_failure(tmp_path, experiments, capsys):
+    assert main(["reproduce", "mnist", "--out", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "nothing was run: the data of every experiment that was asked for is missing" in captured.err
+    assert (tmp_path / "report.html").is_file()
+    assert main(["reproduce", "mnist", "digits", "--out", str(tmp_path)]) == 0
+
+
 def test_the_sections_are_in_the_order_of_the_experiments(tmp_path, experiments):
     reproduce.reproduce(("digits",), tmp_path, silent())
     reproduce.reproduce(("theory", "mnist"), tmp_path, silent())

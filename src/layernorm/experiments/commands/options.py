@@ -10,11 +10,11 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from layernorm.arguments import names, number, positive, positives, printable, say
+from layernorm.arguments import at_least_0, names, number, positive, positives, printable, say
 from layernorm.experiments import registry
 
 _PRESETS: Final = ("small", "paper")
@@ -30,8 +30,8 @@ With several processes, on one machine or many:
 """
 
 
-def add_options(parser: argparse.ArgumentParser, command: str) -> None:
-    """Add the options of a command."""
+def add_options(parser: argparse.ArgumentParser, command: str, arguments: Sequence[str]) -> None:
+    """Add the options of a command; ``arguments`` are what was typed, for help that depends on it."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     if command in registry.STUDIES:
         parser.epilog = _DATA
@@ -39,18 +39,47 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
             "--out", type=Path, metavar="DIR", help=f"folder for the results (default: runs/{command})"
         )
         _add_preset(parser)
+    elif command == "compare":
+        _add_compare(parser, _defaults(arguments))
     else:
-        {"compare": _add_compare, "reproduce": _add_reproduce, "report": _add_report}[command](parser)
+        {"reproduce": _add_reproduce, "report": _add_report}[command](parser)
 
 
 def _list_of_tasks() -> str:
     """Return the tasks with a line each, this package's and others'."""
     lines = [f"  {name:<17} {registry.TASKS.get(name, 'of another package')}" for name in registry.names()]
-    return "\n".join(["tasks:", *lines, _NOTES, _DATA])
+    return "\n".join(["tasks:", *lines])
+
+
+def _defaults(arguments: Sequence[str]) -> dict[str, str]:
+    """Return the defaults of a task's options, where help is asked for: those of its preset.
+
+    Args:
+        arguments: what was typed, perhaps a task and a preset among it.
+    """
+    if not {"-h", "--help"} & {*arguments}:
+        return {}
+    name = next((argument for argument in arguments if argument in registry.names()), "digits")
+    wanted = next((preset for preset in _PRESETS if preset in arguments), _PRESETS[0])
+    try:
+        presets = registry.find(name).presets
+    except Exception:  # the help must come, whatever another package's task or a missing library does
+        return {}
+    found = dataclasses.asdict(presets.get(wanted, next(iter(presets.values()))))
+    sizes = found.pop("sizes")
+    texts = {
+        option: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for option, value in found.items()
+    }
+    texts |= {"clip": "no limit"} if found["clip"] is None else {}
+    texts |= {"evaluate_every": "four evaluations an epoch"} if found["evaluate_every"] is None else {}
+    texts["sizes"] = ", ".join(f"{size}={value}" for size, value in sizes.items()) or "it has none"
+    return {"of": f"{name} with --preset {wanted}", **texts}
 
 
 def _add_reproduce(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = _list_of_tasks()
+    studies = f"studies: {', '.join(registry.STUDIES)}, each a command too\n"
+    parser.epilog = "\n".join([_list_of_tasks(), studies, _DATA])
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="tasks and studies (default: all of them)")
     add("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="folder (default: runs/paper)")
@@ -70,7 +99,7 @@ def _add_preset(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=_PRESETS,
         default="small",
-        help="small: minutes on two cores (default); paper: as published",
+        help="small: minutes on two cores; paper: as published (default: small)",
     )
 
 
@@ -87,9 +116,17 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
     add("--gpus-per-run", type=number(0.0), metavar="X", help="with --ray (default: 0)")
 
 
-def _add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = _list_of_tasks()
-    add = parser.add_argument
+def _add_compare(parser: argparse.ArgumentParser, defaults: Mapping[str, str]) -> None:
+    parser.epilog = "\n".join([_list_of_tasks(), _NOTES, _DATA])
+    if defaults:
+        parser.epilog = f"The defaults above are those of {defaults['of']}.\n\n{parser.epilog}"
+
+    def add(*names: str, **options: Any) -> None:
+        option = options.get("dest") or names[0].removeprefix("--").replace("-", "_")
+        if option in defaults:
+            options["help"] += f" (default: {defaults[option]})".replace("%", "%%")
+        parser.add_argument(*names, **options)
+
     add("task", nargs="?", default="digits", metavar="TASK", help="see below (default: digits)")
     _add_preset(parser)
     add("--norms", type=names, metavar="A,B,…", help="norms to compare")
@@ -99,7 +136,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     add("--learning-rate", type=number(0.0, above=True), metavar="R", help="the greatest of the schedule")
     add("--optimizer", choices=("adam", "sgd", "rmsprop"), help="Adam, SGD with momentum, RMSprop")
     add("--schedule", choices=("constant", "cosine", "linear"), help="of the learning rate")
-    add("--warmup", type=positive, metavar="N", help="updates over which the learning rate rises from 0")
+    add("--warmup", type=at_least_0, metavar="N", help="updates over which the learning rate rises from 0")
     add("--clip", type=number(0.0, above=True), metavar="X", help="greatest norm of all gradients together")
     add("--evaluate-every", type=positive, metavar="N", help="updates between evaluations")
     add(
@@ -108,9 +145,15 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=_size,
         metavar="NAME=VALUE",
+        dest="sizes",
         help="one of the task's own sizes; may be given several times",
     )
-    add("--precision", choices=("float32", "bfloat16", "float16"), default="float32", help="by autocast")
+    add(
+        "--precision",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="by autocast (default: float32)",
+    )
     add("--device", default="cpu", metavar="DEVICE", help="where to train (default: cpu)")
     add("--out", type=Path, metavar="DIR", help="folder for the results (default: runs/TASK)")
     add("--save-weights", action="store_true", help="keep the trained networks' state dicts")
@@ -128,7 +171,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             start(options)
         except ExperimentError as error:
-            return _fail(str(error), code=2)
+            return _fail(str(error), code=error.code)
         except (Interrupted, KeyboardInterrupt):
             return _fail(
                 "interrupted; what is finished is kept, and the same command goes on from there", code=130
@@ -176,10 +219,10 @@ def _changed(options: argparse.Namespace, preset: Any) -> Any:
     changes = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(preset)
-        if getattr(options, field.name, None) is not None
+        if field.name != "sizes" and getattr(options, field.name, None) is not None
     }
     sizes = dict(preset.sizes)
-    for name, text in options.size:
+    for name, text in options.sizes:
         sizes[name] = _converted(name, text, sizes)
     return dataclasses.replace(preset, **changes, sizes=sizes)
 

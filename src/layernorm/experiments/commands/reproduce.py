@@ -20,9 +20,9 @@ from layernorm.experiments import registry
 from layernorm.experiments.commands import compare, study
 from layernorm.experiments.commands.compare import Comparison, Sweep
 from layernorm.experiments.commands.progress import duration
-from layernorm.experiments.errors import DamagedFile, ExperimentError, MissingData, reason
+from layernorm.experiments.errors import DamagedFile, ExperimentError, MissingData, NothingRun, reason
 from layernorm.experiments.report import page
-from layernorm.experiments.results import folder, results_table
+from layernorm.experiments.results import folder, results_table, terminal
 from layernorm.experiments.section import Card, Section
 from layernorm.experiments.storage import files
 
@@ -54,6 +54,7 @@ def reproduce(
 
     Raises:
         ExperimentError: something that the user can mend; the experiments before it are kept.
+        NothingRun: the data of every experiment is missing.
         OSError: a file cannot be written.
         Interrupted: by Ctrl-C or SIGTERM; what was reached is kept.
     """
@@ -77,8 +78,12 @@ def reproduce(
         files.write_json(out / _LEFT_OUT, kept)
         path = write(out)
         console.rule("claims", align="left")
-        study.show_cards(console, [card for section in read(out) for card in section.cards])
+        terminal.show_cards(console, [card for section in read(out) for card in section.cards])
     say(console, f"Report: {path}")
+    if len(left_out) == len(names):
+        raise NothingRun(
+            "nothing was run: the data of every experiment that was asked for is missing; see above"
+        )
     return path
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from layernorm.arguments import say
 from layernorm.experiments import registry
 from layernorm.experiments.report import drawing, page
-from layernorm.experiments.results import folder, results_table
-from layernorm.experiments.section import Card, Section, Table
+from layernorm.experiments.results import folder, results_table, terminal
+from layernorm.experiments.section import Section, Table
 
 
 def run(
@@ -52,7 +51,7 @@ def run(
         path = page.write(out / "report.html", f"layernorm {name}", [section])
     for table in section.tables:
         show(console, table)
-    show_cards(console, section.cards)
+    terminal.show_cards(console, section.cards)
     say(console, f"Report: {path}")
     return path
 
@@ -78,24 +77,6 @@ def show(console: Console, table: Table) -> None:
     """Print a table."""
     console.print()
     say(console, table.caption)
-    shown = RichTable(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in table.columns:
-        shown.add_column(Text(column))
-    for row in table.rows:
-        shown.add_row(*map(Text, row))
-    console.print(shown, highlight=False)
+    terminal.show_table(console, table.columns, table.rows)
     if table.note:
         console.print(Text(table.note, "dim"))
-
-
-def show_cards(console: Console, cards: Sequence[Card]) -> None:
-    """Print what was claimed, what was measured, and whether the two agree."""
-    shown = RichTable(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in ("verdict", "claim", "measured"):
-        shown.add_column(heading)
-    for card in cards:
-        remark = f" {card.remark}" if card.remark else ""
-        texts = card.verdict, f"{card.claim} ({card.section})", f"{card.figure}{remark}"
-        shown.add_row(*map(Text, texts))
-    console.print()
-    console.print(shown, highlight=False)

@@ -10,11 +10,9 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from layernorm.experiments.errors import DamagedFile, ExperimentError, reason
-from layernorm.experiments.results import judging
+from layernorm.experiments.results import judging, terminal
 from layernorm.experiments.run.training import COLUMNS
 from layernorm.experiments.section import Chart, Line, Panel, Picture, Section, Table
 from layernorm.experiments.storage import files
@@ -167,13 +165,10 @@ def cells(summary: pd.DataFrame, metric: Metric) -> list[dict[str, str]]:
 
 def show(console: Console, summary: pd.DataFrame, metric: Metric) -> None:
     """Print the summary."""
-    table = RichTable(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     columns = headings(metric)
-    for name, heading in columns.items():
-        table.add_column(Text(heading), justify="left" if name == "norm" else "right")
-    for row in cells(summary, metric):
-        table.add_row(*(Text(row[name]) for name in columns))
-    console.print(table, highlight=False)
+    rows = [[row[name] for name in columns] for row in cells(summary, metric)]
+    right = [heading for name, heading in columns.items() if name != "norm"]
+    terminal.show_table(console, list(columns.values()), rows, right)
 
 
 def section(folder: Path, task: Task, config: Mapping[str, Any], table: pd.DataFrame) -> Section:
