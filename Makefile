@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PACKAGE := .venv/.package
 INSTALLED := .venv/.installed
 CSRC := $(wildcard csrc/*/*.*)
 CPP := $(CSRC) $(wildcard src/layernorm/gpu/persistent/*.cu*) $(wildcard tests/*/*.cpp tests/gpu/persistent/emulator/*)
@@ -21,14 +22,21 @@ install: $(INSTALLED)
 # PyTorch first and pinned. The kernels are compiled in this environment and not in one of pip's, so that what
 # has been compiled is not compiled again.
 BUILD_TOOLS := 'scikit-build-core>=0.11,<2' 'cmake>=3.26' 'ninja>=1.11'
-$(INSTALLED): .venv/bin/python pyproject.toml $(NATIVE_SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(BUILD_TOOLS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+$(PACKAGE): .venv/bin/python pyproject.toml $(NATIVE_SOURCES)
+	$(PIP) torch==2.13.0 $(BUILD_TOOLS)
+	$(PIP) --no-build-isolation --editable '.[experiments]'
 	@$(BIN)/layernorm info | grep '^compiled'
 	@touch $@
 
-demo: install
+# What the tests, linters and docs need too, which is several times as large.
+$(INSTALLED): $(PACKAGE)
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(PACKAGE)
 	$(BIN)/layernorm compare digits
+	$(BIN)/layernorm compare digits-rows
 
 # OPTIONS are pytest's: `make test OPTIONS=--cov` reports coverage.
 test: install

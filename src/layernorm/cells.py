@@ -26,10 +26,14 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
         *,
         variant: str | Variant = "paper",
         nonlinearity: Nonlinearity = "tanh",
+        gain_init: float = 1.0,
+        forget_bias: float = 0.0,
     ) -> None:
         # torch.nn's cells take any truth value for bias.
         checks.cell_sizes(input_size, hidden_size)
-        RecurrentParameters.__init__(self, input_size, hidden_size, bool(bias), variant, nonlinearity)
+        RecurrentParameters.__init__(
+            self, input_size, hidden_size, bool(bias), variant, nonlinearity, gain_init, forget_bias
+        )
         self._register("", input_size, device, dtype)
         if "bias" not in self._parameters:
             # torch.nn's cells have the flag under this name, torch.nn.Linear None for no parameter.
@@ -87,8 +91,8 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
 
     def extra_repr(self) -> str:
         """Show the sizes, what differs from the defaults, and the variant."""
-        bias = "" if self._has_bias else ", bias=False"
-        return f"{self.input_size}, {self.hidden_size}{bias}, variant={self._variant_as_given!r}"
+        parts = [f"{self.input_size}, {self.hidden_size}", *([] if self._has_bias else ["bias=False"])]
+        return ", ".join([*parts, f"variant={self._variant_as_given!r}", *self._started()])
 
 
 class LayerNormLSTMCell(LayerNormRNNCellBase, torch.nn.LSTMCell):  # type: ignore[misc]  # forward takes more
@@ -101,6 +105,8 @@ class LayerNormLSTMCell(LayerNormRNNCellBase, torch.nn.LSTMCell):  # type: ignor
         device: where the parameters are made.
         dtype: of the parameters.
         variant: a name of ``layernorm.variants.PRESETS``, or a ``layernorm.Variant``.
+        gain_init: what every gain starts at.
+        forget_bias: added to the bias of the forget gate, which starts at 0 otherwise.
 
     Shape:
         - input: (N, F), or (F) for one row;
@@ -169,10 +175,19 @@ class LayerNormRNNCell(LayerNormRNNCellBase, torch.nn.RNNCell):  # type: ignore[
         dtype: Any = None,
         *,
         variant: str | Variant = "paper",
+        gain_init: float = 1.0,
     ) -> None:
         name = checks.nonlinearity(nonlinearity)
         LayerNormRNNCellBase.__init__(
-            self, input_size, hidden_size, bias, device, dtype, variant=variant, nonlinearity=name
+            self,
+            input_size,
+            hidden_size,
+            bias,
+            device,
+            dtype,
+            variant=variant,
+            nonlinearity=name,
+            gain_init=gain_init,
         )
 
     @property

@@ -5,6 +5,7 @@ The exception types are PyTorch's, and so is the wording where code in the wild 
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from operator import index
@@ -211,6 +212,15 @@ def no_projection(proj_size: object) -> None:
     """Raise what ``torch.nn.GRU`` and ``torch.nn.RNN`` would for ``proj_size``."""
     if proj_size is not None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+def finite(name: str, value: object) -> float:
+    """Return the value as a float if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
 
 
 def flag(name: str, value: bool) -> bool:

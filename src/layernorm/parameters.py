@@ -6,18 +6,15 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, Final, NoReturn, TypeAlias, cast
+from typing import Any, ClassVar, NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from layernorm import recurrent_checks
-from layernorm.pytorch_internals import is_any_autocast_enabled
+from layernorm import checks, recurrent_checks
+from layernorm.pytorch_internals import EXTRA_STATE, is_any_autocast_enabled
 from layernorm.spec import LayerSpec, Nonlinearity, layer_spec
 from layernorm.variants import Cell, Variant
-
-# Under which a state dict says what function the weights are of.
-_EXTRA_STATE: Final = "_extra_state"  # torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
 #: h, or for an LSTM (h, c).
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -48,6 +45,8 @@ class RecurrentParameters(torch.nn.Module):
         bias: bool,
         variant: str | Variant,
         nonlinearity: Nonlinearity = "tanh",
+        gain_init: float = 1.0,
+        forget_bias: float = 0.0,
     ) -> None:
         torch.nn.Module.__init__(self)  # and not torch.nn's class of the cell, which makes its own parameters
         self.input_size = input_size
@@ -55,6 +54,8 @@ class RecurrentParameters(torch.nn.Module):
         self._has_bias = bias
         self.spec = layer_spec(self._cell, variant, nonlinearity)
         self._variant_as_given = variant
+        self.gain_init = checks.finite("gain_init", gain_init)
+        self.forget_bias = checks.finite("forget_bias", forget_bias)
         # The shapes of each layer and direction's parameters, by their suffix.
         self._shapes: dict[str, Mapping[str, tuple[int, ...]]] = {}
 
@@ -72,17 +73,53 @@ class RecurrentParameters(torch.nn.Module):
             self.register_parameter(name + suffix, parameter)
         self._shapes[suffix] = shapes
 
-    def reset_parameters(self) -> None:
-        """Draw weights uniformly in ±1/√hidden_size; gains 1, biases 0; without a norm as PyTorch does."""
+    def reset_parameters(self, gain_init: float | None = None, forget_bias: float | None = None) -> None:
+        """Draw weights uniformly in ±1/√hidden_size; set gains and biases. Without a norm as PyTorch does.
+
+        Args:
+            gain_init: of every gain; None for the one that the module was made with.
+            forget_bias: added to an LSTM's biases of the forget gate, which are 0 otherwise: in ``bias``, or
+                without a norm in ``bias_ih``; None for the one that the module was made with.
+
+        Raises:
+            TypeError: an argument is not a number.
+            ValueError: it is not finite, or there is a forget_bias and no forget gate with a bias.
+        """
+        gain = self.gain_init if gain_init is None else checks.finite("gain_init", gain_init)
+        forget = self.forget_bias if forget_bias is None else checks.finite("forget_bias", forget_bias)
         bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0.0
         for name, parameter in self.named_parameters():
             # A parametrized weight is called parametrizations.weight_hh_l0.original0.
             if "weight" in name or self.variant.kind == "none":
                 torch.nn.init.uniform_(parameter, -bound, bound)
             elif "gain" in name:
-                torch.nn.init.ones_(parameter)
+                torch.nn.init.constant_(parameter, gain)
             else:
                 torch.nn.init.zeros_(parameter)
+        if forget:
+            self._add_to_forget_gates(forget)
+
+    @torch.no_grad()
+    def _add_to_forget_gates(self, value: float) -> None:
+        name = "bias" if self.variant.kind != "none" else "bias_ih"
+        if self._cell != "lstm" or not self._has_bias:
+            raise ValueError(
+                f"forget_bias must be 0 where there is no forget gate with a bias, got {value}; make an LSTM "
+                "with bias=True"
+            )
+        for suffix in self._shapes:
+            bias = getattr(self, name + suffix)
+            changed = bias.detach().clone()
+            changed[self.hidden_size : 2 * self.hidden_size] += value
+            if isinstance(bias, torch.nn.Parameter):
+                bias.copy_(changed)
+            else:  # a parametrized one
+                setattr(self, name + suffix, changed)
+
+    def _started(self) -> list[str]:
+        """Return the arguments of the start that differ from the defaults, as they were written."""
+        parts = [] if self.gain_init == 1.0 else [f"gain_init={self.gain_init:g}"]
+        return parts if self.forget_bias == 0.0 else [*parts, f"forget_bias={self.forget_bias:g}"]
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError(
@@ -113,7 +150,7 @@ class RecurrentParameters(torch.nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._is_described:
             text = json.dumps(self.spec.description)
-            destination[prefix + _EXTRA_STATE] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+            destination[prefix + EXTRA_STATE] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def _load_from_state_dict(
         self,
@@ -129,7 +166,7 @@ class RecurrentParameters(torch.nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, found, error_msgs
         )
-        key = prefix + _EXTRA_STATE
+        key = prefix + EXTRA_STATE
         unexpected_keys += [name for name in found if name != key]
         given = state_dict.get(key)
         if given is not None:

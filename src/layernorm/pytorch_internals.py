@@ -21,6 +21,11 @@ with warnings.catch_warnings():
     from torch.utils import _python_dispatch
 
 
+#: What ``torch.nn.RNNBase`` does in its own way, as other modules do it.
+module_apply: Final = torch.nn.Module._apply
+replicate_module: Final = torch.nn.Module._replicate_for_data_parallel
+#: The name of a module's extra state in its state dict.
+EXTRA_STATE: Final[str] = torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 #: Whether a transform of ``torch.func`` or ``torch.vmap`` is at work around this call.
 are_transforms_active: Final = torch._C._are_functorch_transforms_active
 #: Whether autocast is on for any device.
@@ -128,6 +133,7 @@ def is_flop_counter_mode(mode: Any, counter: Any) -> bool:
 
 
 __all__ = [
+    "EXTRA_STATE",
     "BatchNormBase",
     "FakeTensor",
     "FunctionalTensor",
@@ -144,7 +150,9 @@ __all__ = [
     "is_flop_counter_mode",
     "is_in_forward_mode",
     "is_jit_tracing",
+    "module_apply",
     "recorder_of",
+    "replicate_module",
     "saved_tensors_hooks",
     "used_by_the_kernels",
 ]

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from layernorm import checks, functional, recurrent_checks
 from layernorm.parameters import RecurrentParameters, State
-from layernorm.pytorch_internals import is_any_autocast_enabled
+from layernorm.pytorch_internals import is_any_autocast_enabled, module_apply, replicate_module
 from layernorm.spec import Nonlinearity
 from layernorm.streaming import Stream
 from layernorm.variants import Variant
@@ -37,8 +37,8 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
     __setattr__ = torch.nn.Module.__setattr__  # type: ignore[assignment]  # whose names differ
     __getstate__ = object.__getstate__
     __setstate__ = torch.nn.Module.__setstate__
-    _apply = torch.nn.Module._apply
-    _replicate_for_data_parallel = torch.nn.Module._replicate_for_data_parallel
+    _apply = module_apply
+    _replicate_for_data_parallel = replicate_module
 
     def __init__(
         self,
@@ -56,9 +56,13 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         variant: str | Variant = "paper",
         recompute: bool = False,
         nonlinearity: Nonlinearity = "tanh",
+        gain_init: float = 1.0,
+        forget_bias: float = 0.0,
     ) -> None:
         checks.recurrent_sizes(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
-        RecurrentParameters.__init__(self, input_size, hidden_size, bias, variant, nonlinearity)
+        RecurrentParameters.__init__(
+            self, input_size, hidden_size, bias, variant, nonlinearity, gain_init, forget_bias
+        )
         self.bias = bias
         self.num_layers = num_layers
         self.batch_first = batch_first
@@ -282,7 +286,7 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         parts.append(f"variant={self._variant_as_given!r}")
         if self.recompute:
             parts.append("recompute=True")
-        return ", ".join(parts)
+        return ", ".join([*parts, *self._started()])
 
 
 class LayerNormLSTM(LayerNormRNNBase, torch.nn.LSTM):  # type: ignore[misc]  # forward takes more
@@ -306,6 +310,9 @@ class LayerNormLSTM(LayerNormRNNBase, torch.nn.LSTM):  # type: ignore[misc]  # f
         variant: a name of ``layernorm.variants.PRESETS``, or a ``layernorm.Variant``.
         recompute: keep less for backward and compute it again: for the compiled kernels; the
             reference ignores it, as autograd decides there.
+        gain_init: what every gain starts at; less than 1 keeps gradients small in long sequences, see the
+            page on training.
+        forget_bias: added to the bias of the forget gate, which starts at 0 otherwise.
 
     Shape:
         - input: (T, N, F), (N, T, F) with ``batch_first``, (T, F) for one sequence, or a
@@ -370,12 +377,15 @@ class LayerNormGRU(LayerNormRNNBase, torch.nn.GRU):  # type: ignore[misc]  # for
         *,
         variant: str | Variant = "paper",
         recompute: bool = False,
+        gain_init: float = 1.0,
         proj_size: None = None,
     ) -> None:
         checks.no_projection(proj_size)
         sizes = (input_size, hidden_size, num_layers)
         options: tuple[Any, ...] = (bias, batch_first, dropout, bidirectional, 0, device, dtype)
-        LayerNormRNNBase.__init__(self, *sizes, *options, variant=variant, recompute=recompute)
+        LayerNormRNNBase.__init__(
+            self, *sizes, *options, variant=variant, recompute=recompute, gain_init=gain_init
+        )
 
 
 class LayerNormRNN(LayerNormRNNBase, torch.nn.RNN):  # type: ignore[misc]  # forward takes more
@@ -412,6 +422,7 @@ class LayerNormRNN(LayerNormRNNBase, torch.nn.RNN):  # type: ignore[misc]  # for
         *,
         variant: str | Variant = "paper",
         recompute: bool = False,
+        gain_init: float = 1.0,
         proj_size: None = None,
     ) -> None:
         checks.no_projection(proj_size)
@@ -419,7 +430,13 @@ class LayerNormRNN(LayerNormRNNBase, torch.nn.RNN):  # type: ignore[misc]  # for
         options: tuple[Any, ...] = (bias, batch_first, dropout, bidirectional, 0, device, dtype)
         name = checks.nonlinearity(nonlinearity)
         LayerNormRNNBase.__init__(
-            self, *sizes, *options, variant=variant, recompute=recompute, nonlinearity=name
+            self,
+            *sizes,
+            *options,
+            variant=variant,
+            recompute=recompute,
+            nonlinearity=name,
+            gain_init=gain_init,
         )
 
     @property

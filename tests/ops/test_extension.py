@@ -237,6 +237,7 @@ class Layer(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_size_t),
         ("dtype", ctypes.c_int),
+        ("parameter_dtype", ctypes.c_int),
         ("reverse", ctypes.c_int32),
         ("spec", ctypes.POINTER(ctypes.c_int64)),
         ("spec_count", ctypes.c_int64),
@@ -271,7 +272,7 @@ def layer_of(module, x: Tensor, state: list[Tensor]) -> tuple[Layer, list[object
     """Return the struct of a module's first layer, and what it points to."""
     weights = module.spec.listed(module.layer_weights()[0])
     codes = (ctypes.c_int64 * len(module.spec.codes))(*module.spec.codes)
-    layer = Layer(ctypes.sizeof(Layer), 0, 0, codes, len(codes), module.spec.eps)
+    layer = Layer(ctypes.sizeof(Layer), 0, 0, 0, codes, len(codes), module.spec.eps)
     layer.steps, layer.batch, layer.input_size = x.shape
     layer.hidden_size = layer.output_size = module.hidden_size
     layer.input, layer.input_step_stride, layer.input_row_stride = x.data_ptr(), x.stride(0), x.stride(1)

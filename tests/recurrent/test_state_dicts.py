@@ -13,7 +13,7 @@ import layernorm
 from layernorm import Variant
 from tests.recurrent.cases import CELLS, FUNCTIONS, SEQUENCES
 
-KEY = "_extra_state"
+KEY = "_extra_state"  # which is what all of PyTorch's files have
 every_kind = pytest.mark.parametrize("kinds", [SEQUENCES, CELLS], ids=["sequence", "cell"])
 
 

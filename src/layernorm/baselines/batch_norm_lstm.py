@@ -102,7 +102,8 @@ class BatchNormLSTM(LayerNormRNNBase):
         self.gain, self.max_length, self.momentum, self.eps = gain, max_length, momentum, eps
         self.process_group = process_group
         sizes = (input_size, hidden_size, num_layers)
-        super().__init__(*sizes, bias, batch_first, dropout, bidirectional, 0, device, dtype)
+        options: tuple[Any, ...] = (bias, batch_first, dropout, bidirectional, 0, device, dtype)
+        super().__init__(*sizes, *options, gain_init=gain)
 
     def _register(self, suffix: str, input_size: int, device: Any, dtype: Any) -> None:
         # The variant "paper" has its norms in the same places, so the parameters have the same names.
@@ -127,12 +128,9 @@ class BatchNormLSTM(LayerNormRNNBase):
             for weights in self.layer_weights()
         ]
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, gain_init: float | None = None, forget_bias: float | None = None) -> None:
         """Draw weights in ±1/√hidden_size, set gains to ``gain`` and biases to 0, and forget all steps."""
-        super().reset_parameters()
-        for name, parameter in self.named_parameters():
-            if name.startswith("gain"):
-                torch.nn.init.constant_(parameter, self.gain)
+        super().reset_parameters(gain_init, forget_bias)
         for name, buffer in self.named_buffers():
             buffer.fill_(1 if name.startswith("running_var") else 0)
 

@@ -57,7 +57,7 @@ def test_a_metric_of_which_more_is_better():
     card = judging.better(TABLE, RECALL, claim="c", section="s")
     assert (card.verdict, card.figure) == (
         "agrees",
-        "Batch 4: best recall (%) 95.50 (layer) against 94.50 (none).",
+        "Batch 4: best recall (%) 95.50 (layer norm) against 94.50 (no norm).",
     )
 
 
@@ -73,13 +73,16 @@ def test_which_norm_needs_fewer_updates(metric):
     fast = rows("layer", 0, [90, 5, 4, 3])
     assert judged(none + fast) == (
         "agrees",
-        "Batch 4: none's best after 1 updates against 3 (3.0 times fewer).",
+        "Batch 4: layer norm is as good as no norm at its best after 1 updates, no norm itself after 3 "
+        "(3.0 times fewer).",
         "",
     )
     slow = rows("layer", 0, [90, 10, 10, 10], batch_size=128)
     verdict, figure, remark = judged(none + fast + slow)
     assert (verdict, remark) == ("partly", "why")
-    assert figure.startswith("Batch 128: none's best, at update 1, was not reached; batch 4:")
+    assert figure.startswith(
+        "Batch 128: layer norm never is as good as no norm at its best, at update 1; batch 4:"
+    )
     assert judged(none + fast + slow, batch_sizes=(128,))[0] == "differs"
     assert judged(none)[0] == "not run"
     # As many updates as the baseline are not fewer.

@@ -62,15 +62,16 @@ def fewer_updates(
         if missing:
             verdicts[batch_size] = False
             texts.append(
-                f"batch {batch_size}: {than}'s best, at update {theirs:.0f}, was not reached"
-                + (f" with {missing} of {len(own)} seeds" if len(own) > 1 else "")
+                f"batch {batch_size}: {_words(norm)} never is as good as {_words(than)} at its best, at "
+                f"update {theirs:.0f}" + (f", with {missing} of {len(own)} seeds" if len(own) > 1 else "")
             )
             continue
         ours = sum(update for update in own if update is not None) / len(own)
         verdicts[batch_size] = ours < theirs
         ratio = f" ({theirs / ours:.1f} times fewer)" if 0 < ours < theirs else ""
         texts.append(
-            f"batch {batch_size}: {than}'s best after {ours:.0f} updates against {theirs:.0f}{ratio}"
+            f"batch {batch_size}: {_words(norm)} is as good as {_words(than)} at its best after {ours:.0f} "
+            f"updates, {_words(than)} itself after {theirs:.0f}{ratio}"
         )
     return _card(claim, section, verdicts, texts, remark)
 
@@ -97,9 +98,17 @@ def better(
             of_seeds = [best(seed, metric) for _, seed in runs[runs.norm == name].groupby("seed")]
             means[name] = sum(of_seeds) / len(of_seeds)
         verdicts[batch_size] = means[norm] > means[than] if metric.higher else means[norm] < means[than]
-        values = " against ".join(f"{metric.form.format(means[name])} ({name})" for name in (norm, than))
+        values = " against ".join(
+            f"{metric.form.format(means[name])} ({_words(name)})" for name in (norm, than)
+        )
         texts.append(f"batch {batch_size}: best {metric.label} {values}")
     return _card(claim, section, verdicts, texts, remark)
+
+
+def _words(norm: str) -> str:
+    """Return a norm as a sentence has it."""
+    known = {"none": "no norm", "rms": "RMS norm"}
+    return known.get(norm, f"{norm} norm" if norm in ("layer", "batch", "weight") else norm)
 
 
 def _by_batch_size(

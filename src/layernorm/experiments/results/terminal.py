@@ -33,7 +33,7 @@ def show_table(
     Examples:
         >>> from rich.console import Console
         >>> from layernorm.experiments.results.terminal import show_table
-        >>> console = Console(width=12, force_terminal=True, no_color=True)
+        >>> console = Console(width=12, force_terminal=True, color_system=None)
         >>> show_table(console, ["a", "wide"], [["1", "x" * 10]])
         a
         1
