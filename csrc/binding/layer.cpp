@@ -30,7 +30,13 @@ Layer::Layer(const layernorm_layer* given, Kind kind) {
   r.input_row_stride = given->input_row_stride;
   r.h0 = given->h0;
   r.c0 = given->c0;
-  r.resets = kind == kSequence ? given->resets : nullptr;
+  if (kind == kSequence) {
+    r.resets = given->resets;
+    r.reset_h = given->reset_h;
+    r.reset_c = given->reset_c;
+    check(r.cell != CellKind::kLstm || (r.reset_h == nullptr) == (r.reset_c == nullptr),
+          "reset_h and reset_c must be given together");
+  }
   rows = r.steps * r.batch;
   if (kind == kSequence && given->batch_sizes != nullptr) read_steps(*given);
   read_weights(*given, kind);

@@ -10,9 +10,10 @@
 
 namespace layernorm {
 
-// input, h, c, weights, resets, batch_sizes, spec, eps.
+// input, h, c, weights, resets, reset_h, reset_c, batch_sizes, spec, eps.
 struct LayerArguments {
-  Tensor input, h, c, resets;
+  static constexpr int kCount = 10;
+  Tensor input, h, c, resets, reset_h, reset_c;
   std::array<Tensor, LAYERNORM_WEIGHTS> weights;
   Py_ssize_t count = 0;  // of weights
   std::optional<std::vector<int64_t>> batch_sizes;

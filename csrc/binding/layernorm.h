@@ -144,6 +144,8 @@ typedef struct layernorm_layer {
   const void* h0;        /* [N, P] */
   const void* c0;        /* [N, H], of an LSTM */
   const uint8_t* resets; /* [T, N], or [rows of all steps] with batch_sizes; or NULL */
+  const void* reset_h;   /* [N, P], from which a row goes on where it is reset; or NULL: zeros */
+  const void* reset_c;   /* [N, H], of an LSTM; given where reset_h is */
   const void* weights[LAYERNORM_WEIGHTS];
 } layernorm_layer;
 
@@ -182,6 +184,8 @@ typedef struct layernorm_layer_gradients {
   void* grad_input; /* [T, N, F], or [rows of all steps, F] */
   void* grad_h0;
   void* grad_c0;
+  void* grad_reset_h; /* [N, P], float32 (float64 of float64), zero to begin with */
+  void* grad_reset_c; /* [N, H], likewise */
   void* grad_weights[LAYERNORM_WEIGHTS]; /* float32 (float64 of float64); matrices zero to begin
                                             with */
 } layernorm_layer_gradients;

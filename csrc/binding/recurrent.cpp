@@ -97,6 +97,8 @@ RecurrentGradients gradients_of(const layernorm_layer_gradients& given) {
   g.grad_input = given.grad_input;
   g.grad_h0 = given.grad_h0;
   g.grad_c0 = given.grad_c0;
+  g.grad_reset_h = given.grad_reset_h;
+  g.grad_reset_c = given.grad_reset_c;
   void** const to[LAYERNORM_WEIGHTS] = {&g.weight_ih, &g.weight_hh, &g.weight_hr, &g.bias_ih,
                                         &g.bias_hh,   &g.gain_ih,   &g.gain_hh,   &g.bias,
                                         &g.bias_hn,   &g.gain_cell, &g.bias_cell};

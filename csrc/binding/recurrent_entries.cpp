@@ -13,21 +13,22 @@ namespace layernorm {
 bool LayerArguments::read(PyObject* const* arguments) {
   PyObject* const list = arguments[3];
   if (!input.read(arguments[0]) || !h.read(arguments[1]) || !c.read_optional(arguments[2]) ||
-      !resets.read_optional(arguments[4]))
+      !resets.read_optional(arguments[4]) || !reset_h.read_optional(arguments[5]) ||
+      !reset_c.read_optional(arguments[6]))
     return false;
   if (!PyList_Check(list)) throw TypeProblem("layernorm: weights must be a list");
   count = PyList_Size(list);
   for (Py_ssize_t i = 0; i < std::min<Py_ssize_t>(count, LAYERNORM_WEIGHTS); ++i)
     if (!weights[i].read_optional(PyList_GetItem(list, i))) return false;
-  if (arguments[5] != Py_None) batch_sizes = as_integers(arguments[5], "batch_sizes");
-  codes = as_integers(arguments[6], "spec");
-  eps = as_double(arguments[7]);
+  if (arguments[7] != Py_None) batch_sizes = as_integers(arguments[7], "batch_sizes");
+  codes = as_integers(arguments[8], "spec");
+  eps = as_double(arguments[9]);
   return true;
 }
 
 bool LayerArguments::requires_grad() const {
-  if (layernorm::requires_grad(input) || layernorm::requires_grad(h) || layernorm::requires_grad(c))
-    return true;
+  for (const Tensor* tensor : {&input, &h, &c, &reset_h, &reset_c})
+    if (layernorm::requires_grad(*tensor)) return true;
   for (const Tensor& weight : weights)
     if (layernorm::requires_grad(weight)) return true;
   return false;
@@ -39,8 +40,9 @@ bool fits_vector(const Tensor& vector, Dtype rows) {
 
 bool LayerArguments::fits() const {
   const Dtype dtype = input.dtype();
-  if (!is_supported(dtype) || h.dtype() != dtype || (c.defined() && c.dtype() != dtype))
-    return false;
+  if (!is_supported(dtype)) return false;
+  for (const Tensor* tensor : {&h, &c, &reset_h, &reset_c})
+    if (tensor->defined() && tensor->dtype() != dtype) return false;
   for (const Tensor& weight : weights)
     if (weight.defined() &&
         (weight.dims() == 1 ? !fits_vector(weight, dtype) : weight.dtype() != dtype))
@@ -245,6 +247,9 @@ struct HeldLayer {
       check(given_.c.defined(), "an LSTM's state has a cell, c");
       layer.c0 = held_.hold(given_.c, "c", {layer.batch, layer.hidden_size});
     }
+    layer.reset_h = held_.hold(given_.reset_h, "reset_h", {layer.batch, layer.output_size});
+    if (is_lstm)
+      layer.reset_c = held_.hold(given_.reset_c, "reset_c", {layer.batch, layer.hidden_size});
     const Tensor& resets = given_.resets;
     if (!resets.defined()) return;
     const Sizes all = given_.input.sizes();
@@ -285,28 +290,31 @@ PyObject* run_forward(const LayerArguments& given, bool reverse, Keep keep) {
 
 }  // namespace
 
-// recurrent(input, h, c, weights, resets, batch_sizes, spec, eps, reverse, recompute): output, h
-// and c, which has no element but for an LSTM.
+// recurrent(input, h, c, weights, resets, reset_h, reset_c, batch_sizes, spec, eps, reverse,
+// recompute): output, h and c, which has no element but for an LSTM.
 PyObject* recurrent(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return guarded([&] {
-    check_count(count, 10, "recurrent");
+    constexpr int kLayer = LayerArguments::kCount;
+    check_count(count, kLayer + 2, "recurrent");
     LayerArguments given;
     if (!is_plain_here() || !given.read(arguments) || !given.fits()) return not_implemented();
-    const bool reverse = as_flag(arguments[8]);
+    const bool reverse = as_flag(arguments[kLayer]);
     if (!is_grad_enabled() || !given.requires_grad())
       return run_forward(given, reverse, Keep::kNothing);
-    const Keep keep = as_flag(arguments[9]) ? Keep::kLittle : Keep::kAll;
+    const Keep keep = as_flag(arguments[kLayer + 1]) ? Keep::kLittle : Keep::kAll;
     Object found(run_forward(given, reverse, keep));
     Object options = checked(PyTuple_New(4));  // batch_sizes, spec, eps, reverse
     for (Py_ssize_t i = 0; i < 4; ++i)
-      PyTuple_SetItem(options.get(), i, Py_NewRef(arguments[5 + i]));
-    const Object all = checked(PyTuple_New(6 + LAYERNORM_WEIGHTS));
-    for (Py_ssize_t i = 0; i < 3; ++i) PyTuple_SetItem(all.get(), i, Py_NewRef(arguments[i]));
-    PyTuple_SetItem(all.get(), 3, Py_NewRef(arguments[4]));
-    PyTuple_SetItem(all.get(), 4, options.release());
-    PyTuple_SetItem(all.get(), 5, found.release());
+      PyTuple_SetItem(options.get(), i, Py_NewRef(arguments[7 + i]));
+    // input, h, c, reset_h, reset_c, resets, and what is no tensor.
+    constexpr Py_ssize_t kOrder[] = {0, 1, 2, 5, 6, 4};
+    const Object all = checked(PyTuple_New(8 + LAYERNORM_WEIGHTS));
+    for (Py_ssize_t i = 0; i < 6; ++i)
+      PyTuple_SetItem(all.get(), i, Py_NewRef(arguments[kOrder[i]]));
+    PyTuple_SetItem(all.get(), 6, options.release());
+    PyTuple_SetItem(all.get(), 7, found.release());
     for (Py_ssize_t i = 0; i < LAYERNORM_WEIGHTS; ++i)
-      PyTuple_SetItem(all.get(), 6 + i, Py_NewRef(PyList_GetItem(arguments[3], i)));
+      PyTuple_SetItem(all.get(), 8 + i, Py_NewRef(PyList_GetItem(arguments[3], i)));
     return checked(PyObject_Call(recorder("recurrent"), all.get(), nullptr)).release();
   });
 }
@@ -315,35 +323,39 @@ PyObject* recurrent(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 // is returned too: x, h, c and stats, without an element where there is nothing.
 PyObject* recurrent_forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return guarded([&] {
-    check_count(count, 10, "recurrent_forward");
+    constexpr int kLayer = LayerArguments::kCount;
+    check_count(count, kLayer + 2, "recurrent_forward");
     LayerArguments given;
     if (!given.read(arguments)) return not_implemented();
-    const Keep keep = arguments[9] == Py_None ? Keep::kNothing
-                      : as_flag(arguments[9]) ? Keep::kLittle
-                                              : Keep::kAll;
-    return run_forward(given, as_flag(arguments[8]), keep);
+    PyObject* const recompute = arguments[kLayer + 1];
+    const Keep keep = recompute == Py_None ? Keep::kNothing
+                      : as_flag(recompute) ? Keep::kLittle
+                                           : Keep::kAll;
+    return run_forward(given, as_flag(arguments[kLayer]), keep);
   });
 }
 
-// recurrent_backward(input, h, c, weights, resets, batch_sizes, spec, eps, reverse, grad_output,
-// grad_h, grad_c, output, saved_x, saved_h, saved_c, saved_stats, wanted): gradients of input, h
-// and c, and a list of those of the weights; None for those not wanted.
+// recurrent_backward(input, h, c, weights, resets, reset_h, reset_c, batch_sizes, spec, eps,
+// reverse, grad_output, grad_h, grad_c, output, saved_x, saved_h, saved_c, saved_stats, wanted):
+// gradients of input, h, c, reset_h and reset_c, and a list of those of the weights; None for those
+// not wanted.
 PyObject* recurrent_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return guarded([&] {
-    check_count(count, 18, "recurrent_backward");
+    constexpr int kLayer = LayerArguments::kCount, kStates = 5;
+    check_count(count, kLayer + 10, "recurrent_backward");
+    PyObject* const* const rest = arguments + kLayer + 1;
     LayerArguments given;
     Tensor grad_output, grad_h, grad_c, output;
     std::array<Tensor, 4> saved;
-    if (!given.read(arguments) || !grad_output.read_optional(arguments[9]) ||
-        !grad_h.read_optional(arguments[10]) || !grad_c.read_optional(arguments[11]) ||
-        !output.read(arguments[12]))
+    if (!given.read(arguments) || !grad_output.read_optional(rest[0]) ||
+        !grad_h.read_optional(rest[1]) || !grad_c.read_optional(rest[2]) || !output.read(rest[3]))
       return not_implemented();
     for (size_t i = 0; i < 4; ++i)
-      if (!saved[i].read(arguments[13 + i])) return not_implemented();
-    const std::vector<int64_t> wanted = as_integers(arguments[17], "wanted");
-    check(wanted.size() == 3 + LAYERNORM_WEIGHTS, "wanted must be a list of ",
-          3 + LAYERNORM_WEIGHTS, ", got ", wanted.size());
-    HeldLayer held(given, as_flag(arguments[8]));
+      if (!saved[i].read(rest[4 + i])) return not_implemented();
+    const std::vector<int64_t> wanted = as_integers(rest[8], "wanted");
+    check(wanted.size() == kStates + LAYERNORM_WEIGHTS, "wanted must be a list of ",
+          kStates + LAYERNORM_WEIGHTS, ", got ", wanted.size());
+    HeldLayer held(given, as_flag(arguments[kLayer]));
     const auto& layer = held.layer;
     const Tensor& input = given.input;
     const Dtype dtype = input.dtype();
@@ -354,17 +366,26 @@ PyObject* recurrent_backward(PyObject*, PyObject* const* arguments, Py_ssize_t c
     if (held.is_lstm) g.grad_cn = held.hold(grad_c, "grad_c", {layer.batch, layer.hidden_size});
     g.output = held.hold_output(output, "output");
     g.saved = held.hold_saved(saved);
-    std::array<Tensor, 3> found;
+    std::array<Tensor, kStates> found;
     if (wanted[0]) found[0] = input.empty(input.sizes(), dtype);
     if (wanted[1]) found[1] = input.empty({layer.batch, layer.output_size}, dtype);
     if (wanted[2] && held.is_lstm) found[2] = input.empty({layer.batch, layer.hidden_size}, dtype);
     g.grad_input = found[0].data();
     g.grad_h0 = found[1].data();
     g.grad_c0 = found[2].data();
+    const std::array<const Tensor*, 2> starts{&given.reset_h, &given.reset_c};
+    std::array<Tensor, 2> of_starts;
+    for (size_t i = 0; i < (held.is_lstm ? 2u : 1u); ++i) {
+      if (!wanted[3 + i] || !starts[i]->defined()) continue;
+      of_starts[i] = input.empty(starts[i]->sizes(), computed_dtype(dtype));
+      of_starts[i].clear();
+    }
+    g.grad_reset_h = of_starts[0].data();
+    g.grad_reset_c = of_starts[1].data();
     std::array<Tensor, LAYERNORM_WEIGHTS> grads;
     for (int i = 0; i < LAYERNORM_WEIGHTS; ++i) {
       const Tensor& weight = given.weights[i];
-      if (!wanted[3 + i] || !weight.defined()) continue;
+      if (!wanted[kStates + i] || !weight.defined()) continue;
       grads[i] = input.empty(weight.sizes(), computed_dtype(dtype));
       if (weight.dims() == 2 || held.rows == 0) grads[i].clear();
       g.grad_weights[i] = grads[i].data();
@@ -378,11 +399,13 @@ PyObject* recurrent_backward(PyObject*, PyObject* const* arguments, Py_ssize_t c
       PyList_SetItem(list.get(), i,
                      grads[i].defined() ? grads[i].to(given.weights[i].dtype()).release()
                                         : Py_NewRef(Py_None));
-    const Object three(tuple_of(found[0], found[1], found[2]));
-    const Object all = checked(PyTuple_New(4));
-    for (Py_ssize_t i = 0; i < 3; ++i)
-      PyTuple_SetItem(all.get(), i, Py_NewRef(PyTuple_GetItem(three.get(), i)));
-    PyTuple_SetItem(all.get(), 3, list.release());
+    for (size_t i = 0; i < 2; ++i)
+      if (of_starts[i].defined()) found[3 + i] = of_starts[i].to(dtype);
+    const Object of_states(tuple_of(found[0], found[1], found[2], found[3], found[4]));
+    const Object all = checked(PyTuple_New(kStates + 1));
+    for (Py_ssize_t i = 0; i < kStates; ++i)
+      PyTuple_SetItem(all.get(), i, Py_NewRef(PyTuple_GetItem(of_states.get(), i)));
+    PyTuple_SetItem(all.get(), kStates, list.release());
     return Py_NewRef(all.get());
   });
 }

@@ -49,6 +49,8 @@ struct Recurrent {
   const void* h0;         // [N, P]
   const void* c0;         // [N, H], LSTM
   const uint8_t* resets;  // [rows of all steps], or null
+  // The state from which a row goes on where it is reset, as h0 and c0; null for zeros.
+  const void *reset_h, *reset_c;
 
   const void* weight_ih;  // [G·H, F]
   const void* weight_hh;  // [G·H, P]
@@ -77,6 +79,8 @@ struct RecurrentGradients {
   void* grad_input;         // [rows, F]
   void* grad_h0;            // [N, P]
   void* grad_c0;            // [N, H]
+  // [N, P] and [N, H] in the type computed in, zero to begin with.
+  void *grad_reset_h, *grad_reset_c;
   // In the type computed in; to begin with, the matrices are zero.
   void *weight_ih, *weight_hh, *weight_hr;
   void *bias_ih, *bias_hh, *gain_ih, *gain_hh, *bias, *bias_hn, *gain_cell, *bias_cell;

@@ -61,20 +61,29 @@ struct Rows {
   // Whether the state before step k is the initial one, and not that of step k - 1.
   [[nodiscard]] bool begins(int64_t k, int64_t n) const { return k == 0 || n >= count(k - 1); }
   [[nodiscard]] const T* h_prev(int64_t k, int64_t n, const T* zeros) const {
-    if (reset(k, n)) return zeros;
+    if (reset(k, n)) return reset_row(r.reset_h, n, r.output_size, zeros);
     return begins(k, n) ? static_cast<const T*>(r.h0) + n * r.output_size : output(k - 1, n);
   }
   // Of c only where it is kept for all steps.
   [[nodiscard]] const T* c_prev(int64_t k, int64_t n, const T* zeros) const {
-    if (reset(k, n)) return zeros;
+    if (reset(k, n)) return reset_c(n, zeros);
     return begins(k, n) ? static_cast<const T*>(r.c0) + n * r.hidden_size
                         : static_cast<const T*>(r.saved_c) + (first(k - 1) + n) * r.hidden_size;
+  }
+  // Where row n goes on from where it is reset.
+  [[nodiscard]] const T* reset_c(int64_t n, const T* zeros) const {
+    return reset_row(r.reset_c, n, r.hidden_size, zeros);
   }
   // The last step that row n takes part in.
   [[nodiscard]] int64_t last(int64_t n) const {
     int64_t k = r.steps - 1;
     while (n >= count(k)) --k;
     return k;
+  }
+
+ private:
+  static const T* reset_row(const void* rows, int64_t n, int64_t size, const T* zeros) {
+    return rows == nullptr ? zeros : static_cast<const T*>(rows) + n * size;
   }
 };
 

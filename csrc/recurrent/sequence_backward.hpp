@@ -184,10 +184,15 @@ class Backward {
     team_.wait();
     for (int64_t n = rows.begin; n < rows.end; ++n) {
       if (!rows_.reset(k, n)) continue;
-      std::memset(grad_h(n), 0, static_cast<size_t>(r_.output_size) * sizeof(A));
-      if (r_.cell == CellKind::kLstm)
-        std::memset(grad_c(n), 0, static_cast<size_t>(r_.hidden_size) * sizeof(A));
+      move_row(grad_h(n), g_.grad_reset_h, n, r_.output_size);
+      if (r_.cell == CellKind::kLstm) move_row(grad_c(n), g_.grad_reset_c, n, r_.hidden_size);
     }
+  }
+
+  // Adds a gradient to row n of a sum, if there is one, and clears it.
+  static void move_row(A* from, void* sums, int64_t n, int64_t size) {
+    if (sums != nullptr) add_row(static_cast<A*>(sums) + n * size, from, size);
+    std::memset(from, 0, static_cast<size_t>(size) * sizeof(A));
   }
 
   void add_output(int64_t row, A* sum) const {

@@ -206,7 +206,7 @@ class Forward {
     }
     step.c = s_.c + i * size;
     if (rows_.reset(k, n))
-      step.c_prev = s_.zeros;
+      step.c_prev = rows_.reset_c(n, s_.zeros);
     else if (rows_.begins(k, n))
       step.c_prev = static_cast<const T*>(r_.c0) + n * size;
     else

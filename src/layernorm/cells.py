@@ -40,7 +40,13 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
             self.bias = self._has_bias if self.variant.kind == "none" else None  # type: ignore[assignment]
         self.reset_parameters()
 
-    def forward(self, input: Tensor, hx: State | None = None, resets: Tensor | None = None) -> State:
+    def forward(
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        resets: Tensor | None = None,
+        reset_state: State | None = None,
+    ) -> State:
         """Take one step; shapes as in the class docstring."""
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
@@ -64,8 +70,13 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
         self._check_dtype(rows, weights[0]["weight_ih"].dtype, RuntimeError)
         if resets is not None:
             resets = recurrent_checks.reset_mask(name, resets, input).reshape(1, -1)  # (T, N) of one step
+        shapes = [tuple(s.shape) for s in state]
+        starts = recurrent_checks.reset_state(name, reset_state, resets, shapes, input)
         self._check_weights(weights)
-        _, state = functional.recurrent_layer(self.spec, rows.unsqueeze(0), state, weights[0], resets=resets)
+        data = rows.unsqueeze(0)
+        _, state = functional.recurrent_layer(
+            self.spec, data, state, weights[0], resets=resets, reset_state=starts
+        )
         return self.as_state(state if batched else tuple(s.squeeze(0) for s in state))
 
     def _check_step(self, rows: Tensor, state: tuple[Tensor, ...]) -> None:
@@ -113,6 +124,8 @@ class LayerNormLSTMCell(LayerNormRNNCellBase, torch.nn.LSTMCell):  # type: ignor
         - ``(h, c)``: each (N, H), or (H); zeros when left out;
         - resets: bool (N), or () for one row; the rows where it is true start from a state of zeros,
           whatever ``(h, c)`` holds;
+        - reset_state: like ``(h, c)``, or of any shapes that broadcast to theirs: what they start from in
+          place of zeros;
         - result: the next ``(h, c)``.
 
     The parameters are those of the sequence without suffix; so ``bias`` is the parameter after the norms, or

@@ -238,6 +238,7 @@ def lstm(
     reverse: bool = False,
     batch_sizes: Sequence[int] | None = None,
     resets: Tensor | None = None,
+    reset_state: tuple[Tensor, Tensor] | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run one layer and direction of a normalized LSTM over a whole sequence (paper eq. 20-22).
@@ -254,6 +255,8 @@ def lstm(
         resets: bool (T, N), or (ΣN_t,) with ``batch_sizes``. Where it is true nothing passes between
             this step and the one before, neither state nor gradient: forward the step starts from a
             state of zeros, whatever came, NaN included; in reverse the step before starts from it.
+        reset_state: h and c from which it goes on there, in place of zeros: of the state's shapes, or of any
+            that broadcast to them. It gets gradients.
         recompute: keep less for backward and compute it again (compiled kernels; the reference ignores it).
 
     Returns:
@@ -287,6 +290,7 @@ def lstm(
         reverse=reverse,
         batch_sizes=batch_sizes,
         resets=resets,
+        reset_state=reset_state,
         recompute=recompute,
     )
     return output, (h, c)
@@ -301,6 +305,7 @@ def gru(
     reverse: bool = False,
     batch_sizes: Sequence[int] | None = None,
     resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run one layer and direction of a normalized GRU over a whole sequence (paper eq. 26-28).
@@ -325,6 +330,7 @@ def gru(
         reverse=reverse,
         batch_sizes=batch_sizes,
         resets=resets,
+        reset_state=reset_state,
         recompute=recompute,
     )
     return output, h
@@ -340,6 +346,7 @@ def rnn(
     reverse: bool = False,
     batch_sizes: Sequence[int] | None = None,
     resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run one layer and direction of a normalized RNN over a whole sequence (paper eq. 4).
@@ -364,6 +371,7 @@ def rnn(
         reverse=reverse,
         batch_sizes=batch_sizes,
         resets=resets,
+        reset_state=reset_state,
         recompute=recompute,
     )
     return output, h
@@ -433,13 +441,16 @@ def _sequence(
     reverse: bool,
     batch_sizes: Sequence[int] | None,
     resets: Tensor | None,
+    reset_state: Any,
     recompute: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Check the arguments of a sequence, then compute it."""
     checks.flag("reverse", reverse)
     checks.flag("recompute", recompute)
     given, sizes = recurrent_checks.layer_arguments(spec, input, state, weights, batch_sizes, resets)
-    return recurrent_layer(spec, input, given, weights, reverse, sizes, resets, recompute)
+    shapes = [tuple(s.shape) for s in given]
+    starts = recurrent_checks.reset_state(spec.cell, reset_state, resets, shapes, input)
+    return recurrent_layer(spec, input, given, weights, reverse, sizes, resets, recompute, starts)
 
 
 def recurrent_layer(
@@ -451,6 +462,7 @@ def recurrent_layer(
     batch_sizes: Sequence[int] | None = None,
     resets: Tensor | None = None,
     recompute: bool = False,
+    reset_state: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Compute one layer and direction by the kernel that is chosen for it: the one door to all of them.
 
@@ -463,12 +475,23 @@ def recurrent_layer(
             biases of float32 beside half precision), or not of a floating-point dtype.
     """
     if is_any_autocast_enabled():
-        input, *rest = autocast.cast((input, *state, *weights.values()), input.device)
-        state, weights = rest[: len(state)], dict(zip(weights, rest[len(state) :], strict=True))
-    kernel = backends.recurrent_kernel_for(spec.cell, input, (*state, *weights.values()))
-    if kernel in backends.OPERATORS and state[0].size(-1):  # a state of no feature has no kernel
-        return ops.recurrent_layer(spec, input, state, weights, reverse, batch_sizes, resets, recompute)
+        count = len(state)
+        input, *rest = autocast.cast((input, *state, *(reset_state or ()), *weights.values()), input.device)
+        state, rest = rest[:count], rest[count:]
+        if reset_state is not None:
+            reset_state, rest = rest[:count], rest[count:]
+        weights = dict(zip(weights, rest, strict=True))
+    others = (*state, *weights.values()) if reset_state is None else (*state, *reset_state, *weights.values())
+    kernel = backends.recurrent_kernel_for(spec.cell, input, others)
+    resets_by_kernel = reset_state is None or kernel == "native"
+    if kernel in backends.OPERATORS and resets_by_kernel and state[0].size(-1):  # none has no kernel
+        return ops.recurrent_layer(
+            spec, input, state, weights, reverse, batch_sizes, resets, recompute, reset_state
+        )
     named = {"input": input, **dict(zip(("h", "c"), state, strict=False)), **weights}
+    named |= dict(zip(("reset_state[0]", "reset_state[1]"), reset_state or (), strict=False))
     recurrent_checks.numbers_of_one_kind(spec.cell, spec.variant, named, one_dtype=True)
     with autocast.disabled(input.device):
-        return reference.recurrent_layer(spec, input, state, weights, reverse, batch_sizes, resets)
+        return reference.recurrent_layer(
+            spec, input, state, weights, reverse, batch_sizes, resets, reset_state
+        )

@@ -123,10 +123,11 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         input: Tensor | PackedSequence,
         hx: State | None = None,
         resets: Tensor | PackedSequence | None = None,
+        reset_state: State | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """Run the sequence; shapes as in the class docstring."""
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, resets)
+            return self._forward_packed(input, hx, resets, reset_state)
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a Tensor or PackedSequence, got {type(input).__name__}")
         if input.dim() not in (2, 3):
@@ -152,7 +153,8 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         mask = None
         if resets is not None:
             mask = self._time_major(recurrent_checks.reset_mask(self._cell.upper(), resets, input), batched)
-        data, state = self._layers(data, state, weights, None, mask)
+        starts = self._starts(reset_state, mask, data, state, batched)
+        data, state = self._layers(data, state, weights, None, mask, starts)
         if not batched:
             return data.squeeze(1), self.as_state(tuple(s.squeeze(1) for s in state))
         return data.transpose(0, 1) if self.batch_first else data, self.as_state(state)
@@ -163,8 +165,29 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
             return tensor.unsqueeze(1)
         return tensor.transpose(0, 1) if self.batch_first else tensor
 
+    def _starts(
+        self,
+        reset_state: State | None,
+        mask: Tensor | None,
+        data: Tensor,
+        state: tuple[Tensor, ...],
+        batched: bool = True,
+    ) -> tuple[Tensor, ...] | None:
+        """Return the states that resets begin from, each (L·D, N, size); None for zeros."""
+        if reset_state is None:
+            return None
+        if not batched:  # the layers' come without a batch then
+            parts = tuple(s.unsqueeze(1) if s.dim() == 2 else s for s in self.as_tuple(reset_state))
+            reset_state = self.as_state(parts)
+        shapes = [tuple(s.shape) for s in state]
+        return recurrent_checks.reset_state(self._cell.upper(), reset_state, mask, shapes, data)
+
     def _forward_packed(
-        self, input: PackedSequence, hx: State | None, resets: Tensor | PackedSequence | None
+        self,
+        input: PackedSequence,
+        hx: State | None,
+        resets: Tensor | PackedSequence | None,
+        reset_state: State | None,
     ) -> tuple[PackedSequence, State]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         state = None if hx is None else self.as_tuple(hx)
@@ -177,7 +200,10 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         mask = None
         if resets is not None:
             mask = recurrent_checks.packed_reset_mask(self._cell.upper(), resets, input)
-        data, state = self._layers(data, state, weights, sizes, mask)
+        starts = self._starts(reset_state, mask, data, state)
+        if starts is not None and sorted_indices is not None:
+            starts = tuple(s.index_select(1, sorted_indices) for s in starts)
+        data, state = self._layers(data, state, weights, sizes, mask, starts)
         if unsorted_indices is not None:
             state = tuple(s.index_select(1, unsorted_indices) for s in state)
         packed = PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
@@ -190,6 +216,7 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         weights: list[dict[str, Tensor]],
         batch_sizes: Sequence[int] | None,
         resets: Tensor | None,
+        starts: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run all layers over time-major or packed data; every state is (L·D, N, size)."""
         self._check_weights(weights)
@@ -200,8 +227,9 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
             for reverse in (False, True) if self.bidirectional else (False,):
                 at = len(finals)
                 initial = tuple(s[at] for s in state)
+                begun = None if starts is None else tuple(s[at] for s in starts)
                 output, final = self._compute(
-                    self.spec, data, initial, weights[at], reverse, batch_sizes, resets, recompute
+                    self.spec, data, initial, weights[at], reverse, batch_sizes, resets, recompute, begun
                 )
                 outputs.append(output)
                 finals.append(final)
@@ -324,6 +352,8 @@ class LayerNormLSTM(LayerNormRNNBase, torch.nn.LSTM):  # type: ignore[misc]  # f
           direction nothing passes between this step and the one before, neither state nor gradient.
           A forward direction starts the step from zeros, so at the first step ``(h_0, c_0)`` is set
           aside; a reverse one starts the step before from zeros;
+        - reset_state: like ``(h_0, c_0)``, or of any shapes that broadcast to theirs, such as (H): what
+          resets start from in place of zeros. It gets gradients;
         - output: like the input with D·P features, and ``(h_n, c_n)`` like ``(h_0, c_0)``.
 
     Raises:

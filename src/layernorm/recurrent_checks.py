@@ -222,6 +222,37 @@ def reset_mask(operator: str, resets: object, input: Tensor) -> Tensor:
     return resets
 
 
+def reset_state(
+    operator: str, given: object, resets: object, shapes: Sequence[tuple[int, ...]], input: Tensor
+) -> tuple[Tensor, ...] | None:
+    """Return the state that ``resets`` begin from, broadcast to the shapes of h (and c); None for zeros."""
+    if given is None:
+        return None
+    if resets is None:
+        raise ValueError(
+            f"{operator}: reset_state says what resets begin from, but resets is None; give both"
+        )
+    parts = (given,) if len(shapes) == 1 else given
+    if not isinstance(parts, (tuple, list)) or len(parts) != len(shapes):
+        raise TypeError(
+            f"{operator}: reset_state must be a tuple of two Tensors like the state, got "
+            f"{type(given).__name__}"
+        )
+    found = []
+    for index, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+        name = "reset_state" if len(shapes) == 1 else f"reset_state[{index}]"
+        checks.tensor(operator, name, part)
+        checks.same_device(operator, "input", input, name, part)
+        try:
+            found.append(part.expand(shape))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{operator}: Expected {name} to broadcast to the state's shape {as_list(shape)}, but got "
+                f"{as_list(tuple(part.shape))}"
+            ) from error
+    return tuple(found)
+
+
 def packed_reset_mask(operator: str, resets: object, input: PackedSequence) -> Tensor:
     """Return the data of ``resets`` if it is a mask packed like ``input``."""
     if not isinstance(resets, PackedSequence):

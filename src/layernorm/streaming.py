@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from layernorm import autocast, backends, ops, reference, stream_checks
+from layernorm import autocast, backends, ops, recurrent_checks, reference, stream_checks
 from layernorm.current_weights import current_weights
 from layernorm.parameters import RecurrentParameters, State
 
@@ -239,16 +239,18 @@ class Stream:
             for tensor, held in zip(given, self._state, strict=True):
                 held.copy_(tensor)
 
-    def reset(self, mask: Tensor | None = None) -> None:
+    def reset(self, mask: Tensor | None = None, reset_state: State | None = None) -> None:
         """Set the state to zero before the next step, as ``resets`` does in a sequence.
 
         Args:
             mask: bool (N), true for the sequences that begin anew; None for all.
+            reset_state: what they begin from in place of zeros, of the shapes of ``state`` or any that
+                broadcast to them.
 
         Raises:
-            TypeError: mask is not a Tensor.
-            ValueError: it is not of dtype bool.
-            RuntimeError: it has the wrong shape or device.
+            TypeError: mask is not a Tensor, or reset_state not of the module's kind.
+            ValueError: mask is not of dtype bool.
+            RuntimeError: an argument has the wrong shape or device.
 
         Examples:
             >>> import torch, layernorm
@@ -258,13 +260,14 @@ class Stream:
             >>> stream.state.abs().sum(-1) > 0
             tensor([[False,  True]])
         """
-        if mask is None:
-            for s in self._state:
-                s.zero_()
-            return
-        stream_checks.mask(self._name, mask, self._state[0])
-        for s in self._state:
-            s.masked_fill_(mask.unsqueeze(-1), 0)
+        if mask is not None:
+            stream_checks.mask(self._name, mask, self._state[0])
+        starts = recurrent_checks.reset_state(
+            self._name, reset_state, True, self._shapes, self._state[0]
+        ) or tuple(torch.zeros((), dtype=s.dtype, device=s.device) for s in self._state)
+        with torch.no_grad():
+            for s, start in zip(self._state, starts, strict=True):
+                s.copy_(start if mask is None else torch.where(mask.unsqueeze(-1), start.to(s.dtype), s))
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

@@ -250,6 +250,8 @@ class Layer(ctypes.Structure):
         ("h0", ctypes.c_void_p),
         ("c0", ctypes.c_void_p),
         ("resets", ctypes.c_void_p),
+        ("reset_h", ctypes.c_void_p),
+        ("reset_c", ctypes.c_void_p),
         ("weights", ctypes.c_void_p * 11),
     )
 

@@ -306,6 +306,8 @@ def operator_arguments(
         "c": c[0] if c else None,
         "weights": spec.listed(weights_of(cell, spec.variant, features, H, proj, dtype)),
         "resets": torch.rand(shape) < 0.3 if resets else None,
+        "reset_h": None,
+        "reset_c": None,
         "batch_sizes": [2, 2, 1] if packed else None,
         "spec": list(spec.codes),
         "eps": spec.eps,
@@ -335,6 +337,7 @@ def backward_arguments(given: Mapping[str, Any], kept: Sequence[Tensor]) -> dict
         "grad_c": torch.randn_like(cn) if cn.numel() else None,
     }
     names = ("saved_x", "saved_h", "saved_c", "saved_stats")
-    leaves = (given["input"], given["h"], given["c"], *given["weights"])
+    names_of_states = ("input", "h", "c", "reset_h", "reset_c")
+    leaves = (*(given[name] for name in names_of_states), *given["weights"])
     wanted = [leaf is not None for leaf in leaves]
     return rest | grads | {"output": output} | dict(zip(names, saved, strict=True)) | {"wanted": wanted}

@@ -373,3 +373,178 @@ ERRORS = {
 def test_errors(call, input, resets, error, message):
     with pytest.raises(error, match=message):
         call(input, resets=resets)
+
+
+# ---- resets to a state that is given ----
+
+START = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+
+
+def pieces(cell, x, state, weights, starts, variant, reverse):
+    """Compute every row alone, episode by episode, each from its start."""
+    outputs, finals = [], []
+    for n in range(N):
+        cuts = sorted({0, T, *(t for t in range(T) if RESETS[t, n])})
+        spans = list(itertools.pairwise(cuts))
+        held = [s[n : n + 1] for s in state]
+        if not reverse and RESETS[0, n]:
+            held = [s[n : n + 1] for s in starts]
+        found = []
+        for begin, end in reversed(spans) if reverse else spans:
+            output, *final = called(
+                cell, x[begin:end, n : n + 1], held, weights, variant=variant, reverse=reverse
+            )
+            found.append(output)
+            held = [s[n : n + 1] for s in starts]
+        if reverse:
+            found.reverse()
+            final = held if RESETS[0, n] else final
+        outputs.append(torch.cat(found))
+        finals.append(final)
+    return [torch.cat(outputs, 1), *(torch.cat(parts) for parts in zip(*finals, strict=True))]
+
+
+@START
+@pytest.mark.parametrize("kernel", ["native", "reference"])
+@pytest.mark.parametrize(("cell", "variant"), cases.FUNCTIONS)
+def test_a_reset_to_a_state_begins_a_sequence_there(cell, variant, kernel, reverse):
+    if kernel == "native" and not layernorm.backends.compiled_module():
+        pytest.skip("no compiled kernels")
+    proj = 2 if cell == "lstm" and variant.scope == "gate" else 0
+    weights = weights_of(cell, variant, proj=proj)
+    x = torch.randn(T, N, F, dtype=torch.float64, requires_grad=True)
+    state, starts = state_of(cell, N, proj), state_of(cell, N, proj)
+    leaves = [x, *state, *starts, *weights.values()]
+    options = {"variant": variant, "reverse": reverse}
+    results = []
+    for function in (
+        lambda: called(cell, x, state, weights, resets=RESETS, reset_state=as_hx(starts), **options),
+        lambda: pieces(cell, x, state, weights, starts, variant, reverse),
+    ):
+        with layernorm.backends.use(kernel):
+            found = function()
+            torch.manual_seed(0)
+            loss = sum((t * torch.randn_like(t)).sum() for t in found[:1])
+            results.append([*found[:1], *torch.autograd.grad(loss, leaves)])
+    for found, expected in zip(*results, strict=True):
+        assert cases.largest(found - expected) < GRAD_TOL * (1 + cases.largest(expected))
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(("cell", "variant"), cases.FUNCTIONS)
+def test_starts_of_zeros_change_no_bit(cell, variant):
+    weights, state = weights_of(cell, variant), state_of(cell, N)
+    x = torch.randn(T, N, F, dtype=torch.float64)
+    zeros = as_hx([torch.zeros(H, dtype=torch.float64) for _ in state])
+    options = {"variant": variant, "resets": RESETS}
+    assert same(
+        called(cell, x, state, weights, **options),
+        called(cell, x, state, weights, reset_state=zeros, **options),
+    )
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("cell", "variant"), cases.FUNCTIONS)
+def test_modules_reset_every_layer_and_direction(cell, variant, packed):
+    module = cases.made(cell, num_layers=2, bidirectional=True, dtype=torch.float64, variant=variant)
+    x = torch.randn(T, N, F, dtype=torch.float64)
+    resets = RESETS
+    if packed:
+        lengths = [3, 7, 1, 5]
+        x = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        resets = pack_padded_sequence(RESETS, lengths, enforce_sorted=False)
+    hx, starts = module_state(module, N), module_state(module, N)
+    leaves = [*module.parameters(), *hx, *starts]
+    results = []
+    for kernel in ("native", "reference"):
+        with layernorm.backends.use(kernel):
+            found = flat(module(x, as_hx(hx), resets=resets, reset_state=as_hx(starts)))
+            torch.manual_seed(0)
+            loss = sum((t * torch.randn_like(t)).sum() for t in found)
+            results.append([*found, *torch.autograd.grad(loss, leaves)])
+    for found, expected in zip(*results, strict=True):
+        assert cases.largest(found - expected) < GRAD_TOL * (1 + cases.largest(expected))
+    # Any shape that broadcasts to the state's.
+    one = [torch.randn(s.size(-1), dtype=torch.float64, requires_grad=True) for s in starts]
+    whole = [s.expand(4, N, -1) for s in one]
+    a, b = (flat(module(x, resets=resets, reset_state=as_hx(s))) for s in (one, whole))
+    assert same(a, b)
+    assert all(g.any() for g in torch.autograd.grad(sum(t.sum() for t in a), one))
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("cell", SEQUENCES)
+def test_derivatives_of_both_orders_to_a_start(cell):
+    variant = Variant(eps=0.5)
+    weights, state = weights_of(cell, variant, needs_grad=False), state_of(cell, 2)
+    starts = state_of(cell, 2)
+    x = torch.randn(4, 2, F, dtype=torch.float64, requires_grad=True)
+    resets = torch.tensor([[0, 1], [1, 0], [0, 0], [1, 1]]).bool()
+
+    def function(x, *tensors):
+        state, starts = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        options = {"variant": variant, "resets": resets, "reset_state": as_hx(starts)}
+        return tuple(called(cell, x, state, weights, **options))
+
+    gradcheck(function, (x, *state, *starts))
+    gradgradcheck(function, (x, *state, *starts))
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("cell", SEQUENCES)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_cells_and_streams_begin_from_the_same_start(cell, dtype):
+    module = cases.made(cell, num_layers=1, dtype=dtype)
+    single = CELLS[cell](F, H, dtype=dtype)
+    single.load_state_dict({name.removesuffix("_l0"): w for name, w in module.state_dict().items()})
+    x = torch.randn(T, N, F).to(dtype)
+    start = [torch.randn(H).to(dtype) for _ in range(2 if cell == "lstm" else 1)]
+    with torch.no_grad():
+        output, final = module(x, resets=RESETS, reset_state=as_hx(start))
+        stream, state, steps = module.stream(N), None, []
+        for t, x_t in enumerate(x):
+            stream.reset(RESETS[t], as_hx(start))
+            steps.append(stream.step(x_t))
+            state = single(x_t, state, resets=RESETS[t], reset_state=as_hx(start))
+            assert torch.equal(flat(state)[0], output[t])
+    assert torch.equal(torch.stack(steps), output)
+    assert same(flat(stream.state), flat(final))
+    stream.reset(reset_state=as_hx(start))
+    assert all((s == v).all() for s, v in zip(flat(stream.state), start, strict=True))
+    one = module(x[:, 0], resets=RESETS[:, 0], reset_state=as_hx([s.expand(1, -1) for s in start]))
+    assert torch.equal(one[0], output[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda g, x, r: g(x, reset_state=torch.zeros(H)), ValueError, "but resets is None; give both"),
+        (
+            lambda g, x, r: g(x, resets=r, reset_state=[1.0]),
+            TypeError,
+            "reset_state must be a Tensor, got list",
+        ),
+        (
+            lambda g, x, r: g(x, resets=r, reset_state=torch.zeros(H + 1)),
+            RuntimeError,
+            r"Expected reset_state to broadcast to the state's shape \[1, 4, 4\], but got \[5\]",
+        ),
+        (
+            lambda g, x, r: g(x, resets=r, reset_state=torch.zeros(H).double()),
+            RuntimeError,
+            "expected reset_state.* of the input's dtype torch.float32, got torch.float64",
+        ),
+    ],
+)
+def test_a_wrong_start_is_named(call, error, message):
+    x = torch.randn(T, N, F)
+    with pytest.raises(error, match=message):
+        call(layernorm.LayerNormGRU(F, H), x, RESETS)
+
+
+def test_an_lstm_starts_from_two_tensors():
+    with pytest.raises(
+        TypeError, match="reset_state must be a tuple of two Tensors like the state, got Tensor"
+    ):
+        layernorm.LayerNormLSTM(F, H)(torch.randn(T, N, F), resets=RESETS, reset_state=torch.zeros(H))

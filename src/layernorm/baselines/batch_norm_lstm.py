@@ -147,9 +147,10 @@ class BatchNormLSTM(LayerNormRNNBase):
         input: Tensor | PackedSequence,
         hx: State | None = None,
         resets: Tensor | PackedSequence | None = None,
+        reset_state: State | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """Run the sequence; shapes as in the class docstring."""
-        if resets is not None:
+        if resets is not None or reset_state is not None:
             raise ValueError(
                 "BatchNormLSTM: resets must be None, as statistics are those of a step from the start of a "
                 "sequence; give each episode as a sequence of its own"
@@ -166,6 +167,7 @@ class BatchNormLSTM(LayerNormRNNBase):
         batch_sizes: Sequence[int] | None = None,
         resets: Tensor | None = None,
         recompute: bool = False,
+        reset_state: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         sizes = list(batch_sizes) if batch_sizes is not None else [input.size(1)] * input.size(0)
         dtype = weights["weight_ih"].dtype

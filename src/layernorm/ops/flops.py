@@ -54,7 +54,7 @@ def _backward(
     products = _products(input, weights)
     of_input, of_state, of_projection = products
     total = (of_input if wanted[0] else 0) + of_state + of_projection  # the state's comes with every other
-    total += sum(operations for operations, is_wanted in zip(products, wanted[3:6], strict=True) if is_wanted)
+    total += sum(operations for operations, is_wanted in zip(products, wanted[5:8], strict=True) if is_wanted)
     return total + (sum(products) if len(saved_x) == 1 else 0)
 
 

@@ -33,18 +33,21 @@ from layernorm.pytorch_internals import (
 )
 from layernorm.spec import PARAMETERS, LayerSpec
 
-# weights has PARAMETERS; spec and eps are a LayerSpec's. c, and cn among the results, are an LSTM's; cn has
-# no element elsewhere. batch_sizes are a packed sequence's.
+# weights has PARAMETERS; spec and eps are a LayerSpec's. c, reset_c, and cn among the results, are an LSTM's;
+# cn has no element elsewhere. batch_sizes are a packed sequence's.
 _LAYER: Final = (
-    "Tensor input, Tensor h, Tensor? c, Tensor?[] weights, Tensor? resets, int[]? batch_sizes, int[] spec,"
-    " float eps, bool reverse"
+    "Tensor input, Tensor h, Tensor? c, Tensor?[] weights, Tensor? resets, Tensor? reset_h, Tensor? reset_c,"
+    " int[]? batch_sizes, int[] spec, float eps, bool reverse"
 )
 _GRADS: Final = "Tensor? grad_output, Tensor? grad_h, Tensor? grad_c"
 _SAVED: Final = "Tensor saved_x, Tensor saved_h, Tensor saved_c, Tensor saved_stats"
 _OUTPUTS: Final = "Tensor output, Tensor hn, Tensor cn"
-# wanted: of input, h, c and the weights. A gradient that is not wanted has no element.
-_WANTED: Final = f"bool[{3 + len(PARAMETERS)}] wanted"
-_FOUND: Final = "(Tensor grad_input, Tensor grad_h, Tensor grad_c, Tensor[] grad_weights)"
+# wanted: of input, h, c, reset_h, reset_c and the weights. A gradient that is not wanted has no element.
+_WANTED: Final = f"bool[{5 + len(PARAMETERS)}] wanted"
+_FOUND: Final = (
+    "(Tensor grad_input, Tensor grad_h, Tensor grad_c, Tensor grad_reset_h, Tensor grad_reset_c,"
+    " Tensor[] grad_weights)"
+)
 for _name, _schema in {
     "recurrent": f"({_LAYER}, bool recompute) -> ({_OUTPUTS})",
     "recurrent_forward": f"({_LAYER}, bool recompute) -> ({_OUTPUTS}, {_SAVED})",
@@ -66,6 +69,7 @@ def recurrent_layer(
     batch_sizes: Sequence[int] | None = None,
     resets: Tensor | None = None,
     recompute: bool = False,
+    reset_state: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Compute ``layernorm.reference.recurrent_layer`` by the operator.
 
@@ -75,7 +79,8 @@ def recurrent_layer(
         flops.register()
     h, c = state[0], state[1] if len(state) > 1 else None
     sizes = None if batch_sizes is None else list(batch_sizes)
-    options = (resets, sizes, spec.codes, spec.eps, reverse, recompute)
+    starts = (None, None) if reset_state is None else (*reset_state, None)[:2]
+    options = (resets, *starts, sizes, spec.codes, spec.eps, reverse, recompute)
     arguments = (input, h, c, spec.listed(weights), *options)
     found = NotImplemented if native is None or is_compiling() else native.recurrent(*arguments)
     output, hn, cn = _RECURRENT(*arguments) if found is NotImplemented else found
@@ -101,6 +106,8 @@ def _recurrent_fake(
     c: Tensor | None,
     weights: Sequence[Tensor | None],
     resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
     batch_sizes: Sequence[int] | None,
     codes: Sequence[int],
     eps: float,
@@ -116,6 +123,8 @@ def _recurrent_forward_fake(
     c: Tensor | None,
     weights: Sequence[Tensor | None],
     resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
     batch_sizes: Sequence[int] | None,
     codes: Sequence[int],
     eps: float,
@@ -147,16 +156,19 @@ def _recurrent_backward_fake(
     h: Tensor,
     c: Tensor | None,
     weights: Sequence[Tensor | None],
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor | list[Tensor], ...]:
     wanted: Sequence[bool] = rest[-1]
     require_tensors(input=input, h=h)
 
     def like(tensor: Tensor | None, is_wanted: bool) -> Tensor:
         return tensor.new_empty(tensor.shape) if tensor is not None and is_wanted else input.new_empty(0)
 
-    of_input, of_h, of_c = (like(t, want) for t, want in zip((input, h, c), wanted[:3], strict=True))
-    return of_input, of_h, of_c, [like(t, want) for t, want in zip(weights, wanted[3:], strict=True)]
+    states = [like(t, want) for t, want in zip((input, h, c, reset_h, reset_c), wanted[:5], strict=True)]
+    return *states, [like(t, want) for t, want in zip(weights, wanted[5:], strict=True)]
 
 
 def _composite_backward(
@@ -165,6 +177,8 @@ def _composite_backward(
     c: Tensor | None,
     weights: Sequence[Tensor | None],
     resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
     batch_sizes: Sequence[int] | None,
     codes: Sequence[int],
     eps: float,
@@ -173,18 +187,19 @@ def _composite_backward(
     grad_h: Tensor | None,
     grad_c: Tensor | None,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor | list[Tensor], ...]:
     """Return the gradients by differentiating the reference, themselves differentiable."""
     spec = LayerSpec.decode(codes, eps)
-    leaves = leaves_of([input, h, c, *weights])
-    x, *state = leaves[: 3 if spec.cell == "lstm" else 2]
-    parameters = spec.named(leaves[3:])
+    leaves = leaves_of([input, h, c, reset_h, reset_c, *weights])
+    of_state = 2 if spec.cell == "lstm" else 1
+    x, state, starts = leaves[0], leaves[1 : 1 + of_state], leaves[3 : 3 + of_state]
+    parameters = spec.named(leaves[5:])
     recurrent_checks.layer_arguments(
         spec, x, tuple(state) if spec.cell == "lstm" else state[0], parameters, batch_sizes, resets
     )
     with torch.enable_grad():
         output, final = reference.recurrent_layer(
-            spec, x, state, parameters, reverse=reverse, batch_sizes=batch_sizes, resets=resets
+            spec, x, state, parameters, reverse, batch_sizes, resets, None if starts[0] is None else starts
         )
     pairs = [
         (out, grad)
@@ -193,7 +208,7 @@ def _composite_backward(
     ]
     outputs, grads = zip(*pairs, strict=True)
     found = gradients_of(outputs, leaves, grads, wanted)
-    return found[0], found[1], found[2], found[3:]
+    return *found[:5], found[5:]
 
 
 class _Output:
@@ -231,6 +246,8 @@ class LayerNormRecurrent(torch.autograd.Function):
         input: Tensor,
         h: Tensor,
         c: Tensor | None,
+        reset_h: Tensor | None,
+        reset_c: Tensor | None,
         resets: Tensor | None,
         options: tuple[Any, ...],
         found: Sequence[Tensor],
@@ -238,7 +255,7 @@ class LayerNormRecurrent(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Keep what backward needs; return output, h and c."""
         output, hn, cn, *saved = found
-        ctx.save_for_backward(input, h, c, resets, *saved, *weights)
+        ctx.save_for_backward(input, h, c, reset_h, reset_c, resets, *saved, *weights)
         ctx.options, ctx.output = options, _Output(output)
         ctx.set_materialize_grads(False)
         if cn.dim() == 1:
@@ -251,9 +268,9 @@ class LayerNormRecurrent(torch.autograd.Function):
         needed = ctx.needs_input_grad
         if all(grad is None for grad in grads):
             return (None,) * len(needed)
-        input, h, c, resets, *kept = ctx.saved_tensors
-        wanted = (*needed[:3], *needed[6:])
-        layer = (input, h, c, kept[4:], resets, *ctx.options)
+        input, h, c, reset_h, reset_c, resets, *kept = ctx.saved_tensors
+        wanted = (*needed[:5], *needed[8:])
+        layer = (input, h, c, kept[4:], resets, reset_h, reset_c, *ctx.options)
         grad_output, grad_h, grad_c = grads
         given: list[Any] = [*layer, grad_output, grad_h, None if c is None else grad_c]
         if wants_composite(*grads):
@@ -264,10 +281,10 @@ class LayerNormRecurrent(torch.autograd.Function):
                 output = run_beneath(_FORWARD, "recurrent_forward", *layer, True)[0]
             found = run_beneath(_BACKWARD, "recurrent_backward", *given, output, *kept[:4], wanted)
         *of_tensors, of_weights = found
-        first, second, third, *rest = (
+        grads = tuple(
             grad if want else None for grad, want in zip((*of_tensors, *of_weights), wanted, strict=True)
         )
-        return (first, second, third, None, None, None, *rest)
+        return (*grads[:5], None, None, None, *grads[5:])
 
 
 def _record(
@@ -276,15 +293,17 @@ def _record(
     c: Tensor | None,
     weights: Sequence[Tensor | None],
     resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
     *options: Any,
 ) -> Any:
     """Call the operator ``recurrent`` and record its derivative."""
     if len(weights) != len(PARAMETERS):
         raise RuntimeError(f"layernorm: weights must be a list of {len(PARAMETERS)}, got {len(weights)}")
     with below_autograd():
-        found = _FORWARD(input, h, c, weights, resets, *options)
+        found = _FORWARD(input, h, c, weights, resets, reset_h, reset_c, *options)
     return LayerNormRecurrent.apply(  # type: ignore[no-untyped-call]
-        input, h, c, resets, options[:-1], found, *weights
+        input, h, c, reset_h, reset_c, resets, options[:-1], found, *weights
     )
 
 
@@ -294,6 +313,8 @@ def _definition(
     c: Tensor | None,
     weights: Sequence[Tensor | None],
     resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
     batch_sizes: Sequence[int] | None,
     codes: Sequence[int],
     eps: float,
@@ -307,16 +328,24 @@ def _definition(
         )
     spec = LayerSpec.decode(codes, eps)
     state = [h] if spec.cell != "lstm" or c is None else [h, c]
+    starts = None if reset_h is None else [reset_h] if reset_c is None else [reset_h, reset_c]
     output, final = reference.recurrent_layer(
-        spec, input, state, spec.named(weights), reverse=reverse, batch_sizes=batch_sizes, resets=resets
+        spec, input, state, spec.named(weights), reverse, batch_sizes, resets, starts
     )
     return output, final[0], final[1] if len(final) > 1 else input.new_empty(0)
 
 
 def _tensors_of(
-    input: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor | None], *_: Any
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor | None],
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    *_: Any,
 ) -> tuple[Tensor | None, ...]:
-    return (input, h, c, *weights)
+    return (input, h, c, reset_h, reset_c, *weights)
 
 
 def _on_cpu(entry: Any, *arguments: Any) -> Any:

@@ -30,6 +30,7 @@ def recurrent_layer(
     reverse: bool = False,
     batch_sizes: Sequence[int] | None = None,
     resets: Tensor | None = None,
+    reset_state: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, State]:
     """Compute one layer and direction (paper eq. 4, 20-22, 26-28 for the variant "paper").
 
@@ -42,6 +43,7 @@ def recurrent_layer(
         batch_sizes: rows at each step, not increasing; None when all steps have N.
         resets: bool (T, N), or (ΣN_t,): where true, nothing passes between this step and the one
             before. Forward the state is zero before the step; in reverse it is zero after it.
+        reset_state: what it is there instead of zero, of the state's shapes; None for zeros.
 
     Returns:
         output (T, N, P), or (ΣN_t, P); and the final state.
@@ -59,7 +61,8 @@ def recurrent_layer(
     """
     cell = partial(_STEPS[spec.cell], spec=spec, weights=weights)
     x = _of_input(_product(input, weights["weight_ih"], weights.get("bias_ih")), weights, spec)
-    return _scan(cell, x, tuple(state), reverse, batch_sizes, resets)
+    starts = None if reset_state is None else tuple(reset_state)
+    return _scan(cell, x, tuple(state), reverse, batch_sizes, resets, starts)
 
 
 def lstm_gates(
@@ -138,6 +141,7 @@ def _scan(
     reverse: bool,
     batch_sizes: Sequence[int] | None,
     resets: Tensor | None,
+    starts: State | None = None,
 ) -> tuple[Tensor, State]:
     """Run the one time loop: ``cell(x_t, state)`` gives the next state, whose first tensor is h.
 
@@ -157,12 +161,12 @@ def _scan(
             state = tuple(s[:rows] for s in whole)
             resting = tuple(s[rows:] for s in whole)
         if parted is not None and not reverse:
-            state = _cleared(state, parted[t])
+            state = _begun(state, parted[t], starts)
         # In the state's dtype, whatever gains and biases of float32 have made of it.
         state = tuple(new.to(s.dtype) for new, s in zip(cell(steps[t], state), state, strict=True))
         outputs.append(state[0])
         if parted is not None and reverse and t > 0:
-            state = _cleared(state, parted[t])
+            state = _begun(state, parted[t], starts)
     if resting[0].size(0):
         state = tuple(torch.cat(pair) for pair in zip(state, resting, strict=True))
     if reverse:
@@ -174,9 +178,13 @@ def _steps(sequence: Tensor, batch_sizes: Sequence[int] | None) -> Sequence[Tens
     return sequence.unbind(0) if batch_sizes is None else sequence.split(list(batch_sizes))
 
 
-def _cleared(state: State, reset: Tensor) -> State:
-    """Return the state with zeros in the rows of ``reset``: filled, as a product would let NaN through."""
-    return tuple(s.masked_fill(reset.unsqueeze(-1), 0) for s in state)
+def _begun(state: State, reset: Tensor, starts: State | None) -> State:
+    """Return the state with its start in the rows of ``reset``: chosen; a product would let NaN through."""
+    mask = reset.unsqueeze(-1)
+    if starts is None:
+        return tuple(s.masked_fill(mask, 0) for s in state)
+    rows = reset.size(0)
+    return tuple(torch.where(mask, start[:rows], s) for start, s in zip(starts, state, strict=True))
 
 
 def _of_input(product: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:

@@ -98,7 +98,7 @@ class Gradients:
     Args:
         layer: what they are of.
         grad_output, grad_h, grad_c: of the results, or None for zeros.
-        wanted: of input, h, c and the weights.
+        wanted: of input, h, c, reset_h, reset_c and the weights.
 
     Raises:
         RuntimeError: a gradient has another shape, dtype or device than its result.
@@ -138,7 +138,7 @@ class Gradients:
         tensors |= {name: getattr(layer, name) for name in _MATRICES}
         self._found = {
             name: torch.zeros_like(tensor, dtype=torch.float32)
-            for (name, tensor), want in zip(tensors.items(), wanted[3:], strict=True)
+            for (name, tensor), want in zip(tensors.items(), wanted[5:], strict=True)
             if want and tensor is not None
         }
         self._input = torch.empty_like(layer.input) if wanted[0] else None
@@ -181,7 +181,7 @@ class Gradients:
             out = self._input.reshape(layer.rows, layer.input_size)[begin : begin + rows]
             product(grad_x, layer.weight_ih, out, transposed=False)
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    def results(self) -> tuple[Tensor | list[Tensor], ...]:
         """Return those that are wanted, each in its tensor's dtype; the others have no element."""
         layer = self._layer
 
@@ -197,7 +197,7 @@ class Gradients:
             for grad, want in zip((self.h, self.c), self._wanted[1:3], strict=True)
         )
         weights = [given(self._found.get(name), layer.vectors.get(name)) for name in _FOUND]
-        return given(self._input), h, c, weights
+        return given(self._input), h, c, given(None), given(None), weights
 
     def _wants(self, *names: str) -> bool:
         return any(name in self._found for name in names)

@@ -85,6 +85,8 @@ class Layer:
         c: Tensor | None,
         weights: Sequence[Tensor | None],
         resets: Tensor | None,
+        reset_h: Tensor | None,
+        reset_c: Tensor | None,
         batch_sizes: Sequence[int] | None,
         codes: Sequence[int],
         eps: float,
@@ -93,8 +95,14 @@ class Layer:
         """Check the arguments of the operators.
 
         Raises:
-            RuntimeError: a tensor has another shape, dtype or device than the layer's, or there is no step.
+            RuntimeError: a tensor has another shape, dtype or device than the layer's, there is no step, or a
+                state to reset to.
         """
+        if reset_h is not None or reset_c is not None:
+            raise RuntimeError(
+                "layernorm: the kernels for GPUs reset to zeros; for another state use "
+                'layernorm.backends.use("reference")'
+            )
         spec = LayerSpec.decode(codes, eps)
         weight_ih, weight_hh, weight_hr = _matrices(spec, weights)
         hidden, output, features = weight_hh.size(0) // spec.gates, weight_hh.size(1), input.size(-1)

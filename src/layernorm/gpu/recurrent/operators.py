@@ -50,7 +50,7 @@ def recurrent_forward(*arguments: Any) -> tuple[Tensor, ...]:
     return output, hn, *kept, stats
 
 
-def recurrent_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def recurrent_backward(*arguments: Any) -> tuple[Tensor | list[Tensor], ...]:
     """Compute the operator ``layernorm::recurrent_backward``.
 
     Raises:
