@@ -1,4 +1,4 @@
-"""Turns the formulas of the pages into MathML when they are built: no script, no network."""
+"""Changes the pages when they are built: formulas become MathML, long tables open on request."""
 
 from __future__ import annotations
 
@@ -11,12 +11,23 @@ from latex2mathml.converter import convert
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
-def on_page_content(content: str, **_: Any) -> str:
-    """Replaces every formula of a page."""
+_TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
+# Above which a table of the page of all measurements is folded.
+_MOST_ROWS = 15
+
+
+def on_page_content(content: str, page: Any, **_: Any) -> str:
+    """Replaces every formula of a page, and folds long tables of measurements."""
 
     def mathml(match: re.Match[str]) -> str:
         display = "block" if match[2] == "[" else "inline"
         formula: str = convert(html.unescape(match[3]).strip(), display=display)
         return formula if display == "inline" else f'<div class="formula">{formula}</div>'
 
-    return _FORMULA.sub(mathml, content)
+    def folded(match: re.Match[str]) -> str:
+        rows = match[0].count("<tr>") - 1  # without the headings
+        if page.file.src_uri != "benchmarks.md" or rows <= _MOST_ROWS:
+            return match[0]
+        return f"<details><summary>{rows} rows</summary>{match[0]}</details>"
+
+    return _TABLE.sub(folded, _FORMULA.sub(mathml, content))
