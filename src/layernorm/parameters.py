@@ -143,7 +143,7 @@ class RecurrentParameters(torch.nn.Module):
 
     @property
     def _is_described(self) -> bool:
-        """Whether a state dict says what the module computes: without a norm its entries are torch.nn's."""
+        """Tell whether a state dict says what is computed: without a norm its entries are torch.nn's."""
         return self.variant.kind != "none"
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -153,7 +153,7 @@ class Layer:
 
     @property
     def has_wide_vectors(self) -> bool:
-        """Whether gains and biases are of float32 beside half precision."""
+        """Tell whether gains and biases are of float32 beside half precision."""
         return any(vector is not None and vector.dtype != self.dtype for vector in self.vectors.values())
 
     @property
