@@ -101,11 +101,11 @@ def recurrent(
                 weights = spec.listed({name: _meta(shape, dtype) for name, shape in shapes.items()})
                 x, state = _meta((2, 64, size), dtype), _meta((64, size), dtype)
                 c = state if cell == "lstm" else None
-                layer = (x, state, c, weights, None, None, spec.codes, spec.eps, False)
+                layer = (x, state, c, weights, None, None, None, None, spec.codes, spec.eps, False)
                 with recording() as launches:
                     output, hn, cn, *kept = layers.recurrent_forward(*layer, False)
                     grads = (output, hn, cn if c is not None else None)
-                    layers.recurrent_backward(*layer, *grads, output, *kept, [True] * 14)
+                    layers.recurrent_backward(*layer, *grads, output, *kept, [True] * 16)
                 yield from _all(launches, cell, dtype, size, architecture)
 
 

@@ -305,7 +305,7 @@ def test_the_task_judges_and_has_the_paper_s_sizes(digits):
     # Four epochs tell nothing about where the bounds end.
     assert (earlier.verdict, better.verdict) == ("agrees", "partly")
     assert "After 4 of 200 epochs" in better.remark
-    assert "after 200 updates against 400" in earlier.figure
+    assert "after 200 updates, no norm itself after 400" in earlier.figure
     assert draw.TASK.judge(results.assign(epoch=50 * results.epoch))[1].verdict == "agrees"
     (table,) = draw.TASK.tables(results)
     assert [list(row) for row in table.rows] == [
