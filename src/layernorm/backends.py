@@ -307,7 +307,9 @@ def recurrent_kernel_for(operator: str, input: Tensor, others: Sequence[Tensor])
         return kernel
     device, dtype = input.device, input.dtype  # asking each tensor again would take a microsecond
     for t in (input, *others):
-        if t.device != device or not (t.dtype == dtype or checks.is_wide_vector(t, dtype)):
+        if t.device != device or not (
+            t.dtype == dtype or (kernel == "native" and checks.is_wide_vector(t, dtype))
+        ):
             return "reference"
         if (type(t) not in _TRACED or t.layout != torch.strided) and asked_for() is None:
             return "reference"

@@ -158,3 +158,19 @@ def test_autocast_leaves_float64_alone():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(module(x)[0], module(x)[0])
         assert module(x)[0].dtype == torch.float64
+
+
+@pytest.mark.usefixtures("interpreted")
+@every_function
+def test_the_kernels_for_gpus_refuse_what_they_would_misread(cell, variant):
+    wide = widened(drawn(SEQUENCES, cell, variant, torch.bfloat16))
+    with pytest.raises(RuntimeError, match=r"must be of shape .* of torch\.bfloat16"):
+        wide(torch.randn(4, 3, 5).bfloat16())
+
+
+def test_on_a_gpu_the_reference_takes_mixed_dtypes(monkeypatch):
+    monkeypatch.setattr(backends, "kernel_for", lambda *_: "triton")
+    x = torch.zeros(2, 1, 5, dtype=torch.bfloat16)
+    module = layernorm.LayerNormLSTM(5, 7, dtype=torch.bfloat16)
+    assert backends.recurrent_kernel_for("lstm", x, list(module.parameters())) == "triton"
+    assert backends.recurrent_kernel_for("lstm", x, list(widened(module).parameters())) == "reference"

@@ -182,21 +182,17 @@ class Gradients:
             product(grad_x, layer.weight_ih, out, transposed=False)
 
     def results(self) -> tuple[Tensor | list[Tensor], ...]:
-        """Return those that are wanted, each in its tensor's dtype; the others have no element."""
+        """Return those that are wanted, in the layer's dtype; the others have no element."""
         layer = self._layer
 
-        def given(grad: Tensor | None, like: Tensor | None = None) -> Tensor:
-            return (
-                layer.input.new_empty(0)
-                if grad is None
-                else grad.to((layer.input if like is None else like).dtype)
-            )
+        def given(grad: Tensor | None) -> Tensor:
+            return layer.input.new_empty(0) if grad is None else grad.to(layer.dtype)
 
         h, c = (
             given(None if grad is None or not want else layer.cleared(grad))
             for grad, want in zip((self.h, self.c), self._wanted[1:3], strict=True)
         )
-        weights = [given(self._found.get(name), layer.vectors.get(name)) for name in _FOUND]
+        weights = [given(self._found.get(name)) for name in _FOUND]
         return given(self._input), h, c, given(None), given(None), weights
 
     def _wants(self, *names: str) -> bool:

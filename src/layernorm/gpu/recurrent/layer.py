@@ -11,7 +11,6 @@ from typing import Any, Final, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from layernorm import checks
 from layernorm.gpu.launching import aligned, triton_type
 from layernorm.spec import PARAMETERS, LayerSpec
 
@@ -113,7 +112,7 @@ class Layer:
             return None if tensor is None else _held(name, tensor, shape, input.dtype, input)
 
         vectors = {
-            name: _held_vector(name, vector, hidden if name in _OF_UNITS else width, input)
+            name: held(name, vector, hidden if name in _OF_UNITS else width)
             for name, vector in zip(VECTORS, weights[3:], strict=True)
         }
         held_h0 = _held("h", h, (batch, output), input.dtype, input)
@@ -148,17 +147,12 @@ class Layer:
     def key(self) -> tuple[Any, ...]:
         """What the kernels are compiled for, and their launches depend on; equal for equal layers."""
         sizes = (self.input_size, self.hidden_size, self.output_size)
-        flags = (self.reverse, self.is_packed, self.is_projected, self.dtype, self.has_wide_vectors)
+        flags = (self.reverse, self.is_packed, self.is_projected, self.dtype)
         return (self.spec.codes, self.spec.eps, *sizes, *flags)
 
     @property
-    def has_wide_vectors(self) -> bool:
-        """Tell whether gains and biases are of float32 beside half precision."""
-        return any(vector is not None and vector.dtype != self.dtype for vector in self.vectors.values())
-
-    @property
     def dtype(self) -> torch.dtype:
-        """The type of all tensors but sums, statistics and, perhaps, gains and biases."""
+        """The type of all tensors but sums and statistics."""
         return self.input.dtype
 
     @property
@@ -299,14 +293,6 @@ def _held(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
             f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device}"
         )
     return aligned(tensor)
-
-
-def _held_vector(name: str, vector: Tensor | None, size: int, input: Tensor) -> Tensor | None:
-    """Return a gain or bias, which may be of float32 beside half precision."""
-    if vector is None:
-        return None
-    dtype = vector.dtype if checks.is_wide_vector(vector, input.dtype) else input.dtype
-    return _held(name, vector, (size,), dtype, input)
 
 
 def _checked(batch_sizes: Sequence[int], rows: int) -> tuple[int, ...]:

@@ -96,7 +96,7 @@ def _forward(layer: Layer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor | None
 
 def _is_persistent(layer: Layer, *, backward: bool) -> bool:
     """Return whether the persistent kernel computes a direction of a layer."""
-    if not layer.input.is_cuda or layer.has_wide_vectors:
+    if not layer.input.is_cuda:
         return False
     choice = tiers.tier(
         layer.spec,
