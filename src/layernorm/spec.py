@@ -124,7 +124,7 @@ class LayerSpec:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the layer computes in plain values, as checkpoints keep it."""
+        """Describe what the layer computes in plain values, as checkpoints keep it."""
         return {**_values(self.cell, self.variant, self.nonlinearity), "eps": self.eps}
 
     @classmethod

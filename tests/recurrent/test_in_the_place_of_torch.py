@@ -46,7 +46,7 @@ def test_the_attributes_of_an_rnn_base(cell):
     assert ours._flat_weights_names == theirs._flat_weights_names
     assert [p.shape for p in ours._flat_weights] == [p.shape for p in theirs._flat_weights]
     normalized = SEQUENCES[cell](3, 4, **options)
-    assert [p is q for p, q in zip(normalized._flat_weights, normalized.parameters(), strict=True)]
+    assert all(p is q for p, q in zip(normalized._flat_weights, normalized.parameters(), strict=True))
     assert layernorm.LayerNormRNN(3, 4, nonlinearity="relu").mode == "RNN_RELU"
     # What is assigned later is what is listed.
     normalized.weight_hh_l0 = nn.Parameter(torch.zeros_like(normalized.weight_hh_l0))
