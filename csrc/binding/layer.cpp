@@ -19,6 +19,7 @@ Layer::Layer(const layernorm_layer* given, Kind kind) {
         "parameter_dtype must be the layer's dtype, or float32 with half precision");
   r.wide_vectors = given->parameter_dtype != given->dtype;
   r.reverse = given->reverse != 0;
+  r.streamed = kind == kStreamed;
   check_sizes(*given, kind);
   r.steps = kind == kSequence ? given->steps : 1;
   r.batch = given->batch;

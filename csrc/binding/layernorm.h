@@ -186,8 +186,7 @@ typedef struct layernorm_layer_gradients {
   void* grad_c0;
   void* grad_reset_h; /* [N, P], float32 (float64 of float64), zero to begin with */
   void* grad_reset_c; /* [N, H], likewise */
-  void* grad_weights[LAYERNORM_WEIGHTS]; /* float32 (float64 of float64); matrices zero to begin
-                                            with */
+  void* grad_weights[LAYERNORM_WEIGHTS]; /* float32 (float64 of float64) */
 } layernorm_layer_gradients;
 
 LAYERNORM_API layernorm_status layernorm_recurrent_backward(

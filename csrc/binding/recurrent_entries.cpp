@@ -387,7 +387,7 @@ PyObject* recurrent_backward(PyObject*, PyObject* const* arguments, Py_ssize_t c
       const Tensor& weight = given.weights[i];
       if (!wanted[kStates + i] || !weight.defined()) continue;
       grads[i] = input.empty(weight.sizes(), computed_dtype(dtype));
-      if (weight.dims() == 2 || held.rows == 0) grads[i].clear();
+      if (held.rows == 0) grads[i].clear();
       g.grad_weights[i] = grads[i].data();
     }
     ask_threads();

@@ -243,4 +243,36 @@ LAYERNORM_INLINE void each_part(int64_t begin, int64_t end, Body&& body) {
   if (i < end) body(i, First{end - i});
 }
 
+// Calls body(i, part) for vectors of [0, count): kVectors together as often as that goes, then one,
+// the last one perhaps in part.
+template <typename A, int kVectors, typename Body>
+LAYERNORM_INLINE void each_block(int64_t count, Body&& body) {
+  int64_t i = 0;
+  for (; i + kVectors * kLanes<A> <= count; i += kVectors * kLanes<A>) body(i, Block<kVectors>{});
+  if constexpr (kVectors > 1)
+    for (; i + kLanes<A> <= count; i += kLanes<A>) body(i, Block<1>{});
+  if (i < count) body(i, First{count - i});
+}
+template <typename A, typename Body>
+LAYERNORM_INLINE void each_vector(int64_t count, Body&& body) {
+  each_block<A, 1>(count, body);
+}
+
+template <typename T>
+LAYERNORM_INLINE void put(T* p, const auto& a, auto part) {
+  store<false>(p, a, part);
+}
+
+// Adds to a sum, if there is one.
+template <typename A>
+LAYERNORM_INLINE void add_to(A* sum, const auto& a, auto part) {
+  if (sum != nullptr) put(sum, load(sum, part) + a, part);
+}
+template <typename A>
+void add_row(A* sum, const A* row, int64_t count) {
+  if (sum == nullptr) return;
+  each_block<A, 4>(count, [&](int64_t i, auto part)
+                              LAYERNORM_LAMBDA { add_to(sum + i, load(row + i, part), part); });
+}
+
 }  // namespace layernorm::LAYERNORM_ISA

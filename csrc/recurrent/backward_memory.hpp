@@ -7,13 +7,6 @@
 
 namespace layernorm::LAYERNORM_ISA {
 
-// About so many rows are summed in one product.
-inline constexpr int64_t kSumRows = 512;
-
-inline int64_t chunk_steps(const Recurrent& r) {
-  return least(r.steps, parts_of(kSumRows, r.batch > 0 ? r.batch : 1));
-}
-
 inline int64_t blocks_of(const Recurrent& r) { return parts_of(r.batch, rows_per_block(r.batch)); }
 
 // Sums of gains and biases, for each block of rows: of the present chunk, and of those before.
@@ -107,6 +100,7 @@ struct BackwardScratch {
   const A** left;
   const typename Operand<T>::Element** left_grads;
   A *row_x, *row_h, *row_grad_x, *row_grad_h, *gates, *cell;
+  typename Operand<T>::Element* panel;  // of weights that are not packed
   size_t shared_bytes, own_bytes;
 
   BackwardScratch(const Recurrent& r, int64_t rows, Arena shared, Arena own)
@@ -128,6 +122,7 @@ struct BackwardScratch {
         row_grad_h(own.take<A>(kSame ? 0 : kTogether * gate_width(r))),
         gates(own.take<A>(4 * r.hidden_size)),
         cell(own.take<A>(r.hidden_size)),
+        panel(own.take<typename Operand<T>::Element>(kPanelMemory<Operand<T>>)),
         shared_bytes((shared.used + 63) / 64 * 64),
         own_bytes((own.used + 63) / 64 * 64) {}
 

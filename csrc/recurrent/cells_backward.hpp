@@ -40,10 +40,6 @@ LAYERNORM_INLINE void fetch_next(const Recurrent& r, const auto& row, int64_t i)
 }
 
 template <typename A>
-LAYERNORM_INLINE void add_to(A* sum, const auto& a, auto part) {
-  if (sum != nullptr) put(sum, load(sum, part) + a, part);
-}
-template <typename A>
 LAYERNORM_INLINE void add_product_to(A* sum, const auto& a, const auto& b, auto part) {
   if (sum != nullptr) put(sum, fma(a, b, load(sum, part)), part);
 }
@@ -51,12 +47,6 @@ LAYERNORM_INLINE void add_product_to(A* sum, const auto& a, const auto& b, auto 
 template <typename A>
 LAYERNORM_INLINE A* at(A* sums, int64_t k) {
   return sums == nullptr ? nullptr : sums + k;
-}
-template <typename A>
-void add_row(A* sum, const A* row, int64_t count) {
-  if (sum == nullptr) return;
-  each_block<A, 4>(count, [&](int64_t i, auto part)
-                              LAYERNORM_LAMBDA { add_to(sum + i, load(row + i, part), part); });
 }
 
 // Of the gradient t of a normalized n: sums of t and of t·n.

@@ -10,26 +10,6 @@
 
 namespace layernorm::LAYERNORM_ISA {
 
-// Calls body(i, part) for vectors of [0, count): kVectors together as often as that goes, then one,
-// the last one perhaps in part.
-template <typename A, int kVectors, typename Body>
-LAYERNORM_INLINE void each_block(int64_t count, Body&& body) {
-  int64_t i = 0;
-  for (; i + kVectors * kLanes<A> <= count; i += kVectors * kLanes<A>) body(i, Block<kVectors>{});
-  if constexpr (kVectors > 1)
-    for (; i + kLanes<A> <= count; i += kLanes<A>) body(i, Block<1>{});
-  if (i < count) body(i, First{count - i});
-}
-template <typename A, typename Body>
-LAYERNORM_INLINE void each_vector(int64_t count, Body&& body) {
-  each_block<A, 1>(count, body);
-}
-
-template <typename T>
-LAYERNORM_INLINE void put(T* p, const auto& a, auto part) {
-  store<false>(p, a, part);
-}
-
 // The vectors of some parts as one part, and part number `which` of such.
 template <typename A, int k, typename... Parts>
 LAYERNORM_INLINE auto join(const Part<A, k>& first, const Parts&... others) {

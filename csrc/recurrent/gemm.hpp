@@ -63,13 +63,14 @@ using Grad = std::conditional_t<Operand<T>::kPerElement == 2, T, Accumulate<T>>;
 // What a product is added to: nothing, one row for all of its rows, or what is there.
 enum class Onto { kZero, kBias, kSelf };
 
-// c = onto + a·b over `count` elements of k, for the `columns` first columns of the panel b. The
-// rows of a and c begin at a[r] + k and c[r] + column; elements of a row of a are kStride apart.
+// c = onto + a·b over `count` elements of k, for the `columns` first columns of the panel b, whose
+// rows are b_stride apart. The rows of a and c begin at a[r] + k and c[r] + column; elements of a
+// row of a are kStride apart.
 template <typename O, int kRows, int kStride>
 [[gnu::noinline]] void tile(const typename O::Element* const* a, int64_t k,
-                            const typename O::Element* b, int64_t count, Onto onto,
-                            const typename O::Sum* bias, typename O::Sum* const* c, int64_t column,
-                            int64_t columns) {
+                            const typename O::Element* b, int64_t b_stride, int64_t count,
+                            Onto onto, const typename O::Sum* bias, typename O::Sum* const* c,
+                            int64_t column, int64_t columns) {
   using A = typename O::Sum;
   using V = Vec<A>;
   V sum[kRows][kTileVectors] = {};
@@ -80,7 +81,7 @@ template <typename O, int kRows, int kStride>
     V right[kTileVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < kTileVectors; ++j)
-      std::memcpy(&right[j], b + i * kPanel<A> + j * kLanes<A>, sizeof(V));
+      std::memcpy(&right[j], b + i * b_stride + j * kLanes<A>, sizeof(V));
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const V left = O::splat_of(row[r] + i * kStride);
@@ -128,44 +129,15 @@ LAYERNORM_INLINE void tile_of(int64_t rows, const Arguments&... arguments) {
 inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The right operand of a product, [depth, columns], in panels of kPanel columns; within a panel the
-// rows follow one another. What is beyond the last column is 0, and so is the second half of the
-// last pair where depth is odd.
-template <typename O>
-struct Packed {
-  using Element = typename O::Element;
-  static constexpr int64_t kWidth = kPanel<typename O::Sum>;
-  Element* data = nullptr;
-  int64_t depth = 0;  // in elements: numbers or pairs
-  int64_t columns = 0;
-
-  Packed(int64_t numbers, int64_t all_columns)
-      : depth(parts_of(numbers, O::kPerElement)), columns(all_columns) {}
-  [[nodiscard]] int64_t panels() const { return parts_of(columns, kWidth); }
-  [[nodiscard]] int64_t elements() const { return panels() * depth * kWidth; }
-  [[nodiscard]] Element* panel(int64_t p) const { return data + p * depth * kWidth; }
-  [[nodiscard]] int64_t columns_of(int64_t p) const { return least(kWidth, columns - p * kWidth); }
-};
-
-// c = onto + a·b for the columns of the panels [panel_begin, panel_end); a[i] and c[i] are where
-// the rows begin.
-template <typename O>
-void product(int64_t rows, const typename O::Element* const* a, const Packed<O>& b, Onto onto,
-             const typename O::Sum* bias, typename O::Sum* const* c, int64_t panel_begin,
-             int64_t panel_end) {
-  using A = typename O::Sum;
-  const int64_t blocks = parts_of(rows, kTileRows);
-  for (int64_t p = panel_begin; p < panel_end; ++p) {
-    for (int64_t k = 0; k == 0 || k < b.depth; k += O::kBlock) {
-      const int64_t count = least(O::kBlock, b.depth - k);
-      int64_t row = 0;
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t next = (block + 1) * rows / blocks;  // tiles of about the same height
-        tile_of<O, 1>(next - row, a + row, k, b.panel(p) + k * kPanel<A>, count,
-                      k == 0 ? onto : Onto::kSelf, bias, c + row, p * kPanel<A>, b.columns_of(p));
-        row = next;
-      }
-    }
+// Calls run(height, row) for tiles of about the same height.
+template <typename Run>
+LAYERNORM_INLINE void each_tile(int64_t rows, int64_t most, const Run& run) {
+  const int64_t blocks = parts_of(rows, most);
+  int64_t row = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t next = (block + 1) * rows / blocks;
+    run(next - row, row);
+    row = next;
   }
 }
 
@@ -193,34 +165,93 @@ LAYERNORM_INLINE void transpose_by(V (&v)[kCount]) {
   if constexpr (s > 1) transpose_by<s / 2>(v);
 }
 
-// Packs panel p of the transpose of `matrix`, [columns, depth]: a row of it is a column here.
+// A block of the transpose of a matrix, whose rows of `numbers` numbers are columns here: v[i] is
+// element k + i of as many columns from `column` on. Columns from `end` on are 0, and so is what is
+// beyond the end of a row.
+template <typename O, typename T, typename V, int kCount>
+LAYERNORM_INLINE void load_transposed(const T* matrix, int64_t numbers, int64_t k, int64_t column,
+                                      int64_t end, V (&v)[kCount]) {
+  const int64_t at = k * O::kPerElement;
+  const int64_t some = least(kCount * O::kPerElement, numbers - at);
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) {
+    v[i] = V{};
+    if (column + i >= end) continue;
+    const T* const from = matrix + (column + i) * numbers + at;
+    if constexpr (O::kPerElement == 2)
+      std::memcpy(&v[i], from, static_cast<size_t>(some) * sizeof(T));
+    else
+      v[i] = some == kCount ? load(from, Whole{}).v[0] : load(from, First{some}).v[0];
+  }
+  transpose_by<kCount / 2>(v);
+}
+template <typename O>
+using ElementVec = typename VectorOf<typename O::Element, kVectorBytes>::type;
+
+// Packs elements [k, k + count) of the columns [begin, end) of such a transpose as a panel.
 template <typename O, typename T>
-void pack_transposed(const T* matrix, int64_t numbers, const Packed<O>& b, int64_t p) {
-  using E = typename O::Element;
-  constexpr int kCount = kLanes<typename O::Sum>;
-  using V = typename VectorOf<E, kVectorBytes>::type;
-  constexpr bool kNumbers = O::kPerElement == 1;
-  E* const panel = b.panel(p);
-  for (int64_t group = 0; group < b.kWidth; group += kCount) {
-    const int64_t first = p * b.kWidth + group;
-    for (int64_t k = 0; k < b.depth; k += kCount) {
-      V v[kCount];
-      const int64_t count = least(kCount * O::kPerElement, numbers - k * O::kPerElement);
-      for (int i = 0; i < kCount; ++i) {
-        v[i] = V{};
-        if (first + i >= b.columns) continue;
-        const T* const from = matrix + (first + i) * numbers + k * O::kPerElement;
-        // Rows are too many for the processor to foresee; into the second cache, since a power of
-        // two between them brings all to the same place in the first.
-        __builtin_prefetch(from + 16 * kCount * O::kPerElement, 0, 2);
-        if constexpr (!kNumbers)
-          std::memcpy(&v[i], from, static_cast<size_t>(count) * sizeof(T));
-        else
-          v[i] = count == kCount ? load(from, Whole{}).v[0] : load(from, First{count}).v[0];
+void pack_transposed(const T* matrix, int64_t numbers, int64_t k, int64_t count, int64_t begin,
+                     int64_t end, typename O::Element* panel) {
+  using A = typename O::Sum;
+  constexpr int kCount = kLanes<A>;
+  for (int64_t group = 0; group < kPanel<A>; group += kCount) {
+    for (int64_t i = 0; i < count; i += kCount) {
+      ElementVec<O> v[kCount];
+      load_transposed<O>(matrix, numbers, k + i, begin + group, end, v);
+      for (int64_t j = 0; j < least(kCount, count - i); ++j)
+        std::memcpy(panel + (i + j) * kPanel<A> + group, &v[j], sizeof v[j]);
+    }
+  }
+}
+
+// c = onto + a·b for kTransposedColumns columns from `column` on of such a transpose, summed as
+// tile() does, without the packing that a row or two do not repay.
+inline constexpr int kTransposedVectors = 2;  // sums of a row at once: each waits for its last one
+template <typename A>
+inline constexpr int64_t kTransposedColumns = kTransposedVectors * kLanes<A>;
+template <typename O, int kRows, typename T>
+[[gnu::noinline]] void transposing_tile(const typename O::Element* const* a, int64_t k,
+                                        const T* matrix, int64_t numbers, int64_t count, Onto onto,
+                                        const typename O::Sum* bias, typename O::Sum* const* c,
+                                        int64_t column) {
+  using A = typename O::Sum;
+  constexpr int kCount = kLanes<A>;
+  constexpr int kVectors = kTransposedVectors;
+  Vec<A> sum[kVectors][kRows] = {};
+  const typename O::Element* row[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) row[r] = a[r] + k;
+  for (int64_t i = 0; i < count; i += kCount) {
+#pragma GCC unroll 4
+    for (int g = 0; g < kVectors; ++g) {
+      ElementVec<O> v[kCount];
+      const int64_t first = column + g * kCount;
+      load_transposed<O>(matrix, numbers, k + i, first, first + kCount, v);
+      const auto add = [&](int j) LAYERNORM_LAMBDA {
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r)
+          sum[g][r] = O::multiply_add(O::splat_of(row[r] + i + j),
+                                      reinterpret_cast<const Vec<A>&>(v[j]), sum[g][r]);
+      };
+      if (i + kCount <= count) {
+#pragma GCC unroll 16
+        for (int j = 0; j < kCount; ++j) add(j);
+      } else {
+#pragma GCC unroll 16
+        for (int j = 0; j < kCount; ++j)
+          if (i + j < count) add(j);
       }
-      transpose_by<kCount / 2>(v);
-      for (int64_t i = 0; i < least(kCount, b.depth - k); ++i)
-        std::memcpy(panel + (k + i) * b.kWidth + group, &v[i], sizeof(V));
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    A* const to = c[r] + column;
+    const A* const base = onto == Onto::kSelf ? to : bias + column;
+#pragma GCC unroll 4
+    for (int g = 0; g < kVectors; ++g) {
+      Part<A, 1> v{{sum[g][r]}};
+      if (onto != Onto::kZero) v = load(base + g * kCount, Whole{}) + v;
+      store<false>(to + g * kCount, v, Whole{});
     }
   }
 }
@@ -293,13 +324,6 @@ void pack_columns(int64_t depth, const T* rows, int64_t stride, int64_t begin, i
       copy(line + whole * tile, from + whole * kTileRows, rest);
     }
   }
-}
-
-// Packs panel p of a matrix [numbers, columns] as it is.
-template <typename O, typename T>
-void pack_matrix(const T* matrix, int64_t numbers, const Packed<O>& b, int64_t p) {
-  const auto row = [&](int64_t k) { return matrix + k * b.columns; };
-  pack_rows<O, T>(numbers, row, p * b.kWidth, b.columns_of(p), b.panel(p));
 }
 
 }  // namespace layernorm::LAYERNORM_ISA

@@ -37,6 +37,7 @@ struct Recurrent {
   bool relu;             // of an RNN
   bool reverse;
   bool wide_vectors;
+  bool streamed;  // parameters are prepared once, for any number of calls
   double eps;
 
   int64_t steps, batch, input_size, hidden_size, output_size, gates;  // T, N, F, H, P, G
@@ -81,7 +82,7 @@ struct RecurrentGradients {
   void* grad_c0;            // [N, H]
   // [N, P] and [N, H] in the type computed in, zero to begin with.
   void *grad_reset_h, *grad_reset_c;
-  // In the type computed in; to begin with, the matrices are zero.
+  // In the type computed in.
   void *weight_ih, *weight_hh, *weight_hr;
   void *bias_ih, *bias_hh, *gain_ih, *gain_hh, *bias, *bias_hn, *gain_cell, *bias_cell;
 };

@@ -2,8 +2,10 @@
 // parameters prepared for all steps, and working memory.
 #pragma once
 
+#include <limits>
+
 #include "cells.hpp"
-#include "gemm.hpp"
+#include "weights.hpp"
 
 namespace layernorm::LAYERNORM_ISA {
 
@@ -21,13 +23,16 @@ struct Arena {
   }
 };
 
-// The share [begin, end) of count things that the member of this rank has.
-struct Share {
-  int64_t begin, end;
-};
-inline Share share_of(int64_t count, int rank, int members) {
-  return {count * rank / members, count * (rank + 1) / members};
+// About so many rows of all steps are projected together: enough that the weights are read from far
+// away seldom, few enough that the products are still in a cache when their steps come.
+inline constexpr int64_t kChunkRows = 96;
+// About so many rows are summed in one product.
+inline constexpr int64_t kSumRows = 512;
+
+inline int64_t steps_of(const Recurrent& r, int64_t rows) {
+  return least(r.steps, parts_of(rows, r.batch > 0 ? r.batch : 1));
 }
+inline int64_t chunk_steps(const Recurrent& r) { return steps_of(r, kSumRows); }
 
 // The rows of a sequence as steps go by: step number k is the k-th that is computed.
 template <typename T>
@@ -96,10 +101,10 @@ struct Prepared {
   using O = Operand<T>;
   static constexpr int kVectors = 8;
 
-  // For products with what they are in W x: packed transposed. For backward as they are.
-  Packed<O> ih, hh, hr;
-  Packed<O> ih_back, hh_back;
-  Packed<Numbers<A>> hr_back;
+  // For products W x transposed, for backward as they are.
+  Weights<O, T, true> ih, hh, hr;
+  Weights<O, T, false> ih_back, hh_back;
+  Weights<Numbers<A>, T, false> hr_back;
   Vectors<A> vectors{};
   const A *bias_x = nullptr, *bias_h = nullptr;
   A* all_vectors;
@@ -114,25 +119,20 @@ struct Prepared {
   };
 
   Prepared(const Recurrent& r, bool backward, void* memory)
-      : ih(r.input_size, gate_width(r)),
-        hh(r.output_size, gate_width(r)),
-        hr(r.hidden_size, r.projected ? r.output_size : 0),
-        ih_back(gate_width(r), r.input_size),
-        hh_back(gate_width(r), r.output_size),
-        hr_back(r.output_size, r.projected ? r.hidden_size : 0) {
+      : ih(r.weight_ih, r.input_size, gate_width(r), uses(r, backward ? kSumRows : kChunkRows),
+           r.steps * r.batch),
+        hh(r.weight_hh, r.output_size, gate_width(r), uses(r, backward ? kSumRows : 1), r.batch),
+        hr(r.weight_hr, r.hidden_size, r.projected ? r.output_size : 0, uses(r, 1), r.batch),
+        ih_back(r.weight_ih, gate_width(r), r.input_size, uses(r, kChunkRows), r.steps * r.batch),
+        hh_back(r.weight_hh, gate_width(r), r.output_size, uses(r, 1), r.batch),
+        hr_back(r.weight_hr, r.output_size, r.projected ? r.hidden_size : 0, uses(r, 1), r.batch) {
     Arena arena{static_cast<char*>(memory)};
     forward_ = !backward || r.saved_x == nullptr;
     backward_ = backward;
-    if (forward_) {
-      ih.data = arena.take<typename O::Element>(ih.elements());
-      hh.data = arena.take<typename O::Element>(hh.elements());
-      hr.data = arena.take<typename O::Element>(hr.elements());
-    }
-    if (backward_) {
-      ih_back.data = arena.take<typename O::Element>(ih_back.elements());
-      hh_back.data = arena.take<typename O::Element>(hh_back.elements());
-      hr_back.data = arena.take<A>(hr_back.elements());
-    }
+    each_matrix([&](auto& weights) {
+      weights.pack_to(
+          arena.take<std::remove_pointer_t<decltype(weights.packed())>>(weights.packed_elements()));
+    });
     Vector list[kVectors];
     int64_t size = 0;
     list_vectors(r, list);
@@ -167,37 +167,38 @@ struct Prepared {
     for (int i = 0; i < kVectors; ++i) list[i] = all[i];
   }
 
-  [[nodiscard]] int64_t parts() const {
+  // Panels of what is packed, and last the vectors.
+  int64_t parts() {
     int64_t count = 1;
-    if (forward_) count += ih.panels() + hh.panels() + hr.panels();
-    if (backward_) count += ih_back.panels() + hh_back.panels() + hr_back.panels();
+    each_matrix([&](const auto& weights) { count += weights.packed_panels(); });
     return count;
   }
 
   void prepare(const Recurrent& r, int64_t part) {
-    const auto* const weight_ih = static_cast<const T*>(r.weight_ih);
-    const auto* const weight_hh = static_cast<const T*>(r.weight_hh);
-    const auto* const weight_hr = static_cast<const T*>(r.weight_hr);
-    const auto mine = [&](int64_t count) {
-      const bool found = part < count;
-      if (!found) part -= count;
-      return found;
-    };
-    if (forward_) {
-      if (mine(ih.panels())) return pack_transposed<O>(weight_ih, r.input_size, ih, part);
-      if (mine(hh.panels())) return pack_transposed<O>(weight_hh, r.output_size, hh, part);
-      if (mine(hr.panels())) return pack_transposed<O>(weight_hr, r.hidden_size, hr, part);
-    }
-    if (backward_) {
-      if (mine(ih_back.panels())) return pack_matrix(weight_ih, gate_width(r), ih_back, part);
-      if (mine(hh_back.panels())) return pack_matrix(weight_hh, gate_width(r), hh_back, part);
-      if (mine(hr_back.panels())) return pack_matrix(weight_hr, r.output_size, hr_back, part);
-    }
-    prepare_vectors(r);
+    bool is_done = false;
+    each_matrix([&](const auto& weights) {
+      if (!is_done && part < weights.packed_panels()) {
+        weights.pack(part);
+        is_done = true;
+      }
+      part -= weights.packed_panels();
+    });
+    if (!is_done) prepare_vectors(r);
   }
 
  private:
   bool forward_, backward_;
+
+  // How many products are made with a matrix, of so many rows at least.
+  static int64_t uses(const Recurrent& r, int64_t rows) {
+    if (r.streamed) return std::numeric_limits<int64_t>::max();
+    return parts_of(r.steps, steps_of(r, rows));
+  }
+  template <typename Do>
+  void each_matrix(const Do& run) {
+    if (forward_) run(ih), run(hh), run(hr);
+    if (backward_) run(ih_back), run(hh_back), run(hr_back);
+  }
 
   void prepare_vectors(const Recurrent& r) {
     Vector list[kVectors];
@@ -228,21 +229,16 @@ template <typename T>
 struct LeftRows {
   using O = Operand<T>;
   using E = typename O::Element;
+  int64_t numbers, depth, stride;
   const E** rows;  // [most]
-  E* copies;       // [most, depth], shared by the team; null where the rows are read in place
-  int64_t numbers, depth;
+  E* copies;       // [most, stride], shared by the team; null where the rows are read in place
 
-  // Pairs of which the last is half a row's end must not read on; other types are converted.
-  static bool copied(int64_t numbers) {
-    if constexpr (std::is_same_v<E, T>) return false;
-    return O::kPerElement == 1 || numbers % O::kPerElement != 0;
-  }
   LeftRows(Arena& shared, Arena& own, int64_t most, int64_t all_numbers)
-      : rows(own.take<const E*>(most)),
-        copies(copied(all_numbers) ? shared.take<E>(most * parts_of(all_numbers, O::kPerElement))
-                                   : nullptr),
-        numbers(all_numbers),
-        depth(parts_of(all_numbers, O::kPerElement)) {}
+      : numbers(all_numbers),
+        depth(parts_of(all_numbers, O::kPerElement)),
+        stride(depth + kLine),
+        rows(own.take<const E*>(most)),
+        copies(is_copied(most) ? shared.take<E>(most * stride) : nullptr) {}
 
   // Row i is at `from`; this member copies it if the row is among its own.
   void set(int64_t i, const T* from, bool own) {
@@ -250,7 +246,7 @@ struct LeftRows {
       rows[i] = reinterpret_cast<const E*>(from);
       return;
     }
-    E* const to = copies + i * depth;
+    E* const to = copies + i * stride;
     rows[i] = to;
     if (!own) return;
     if constexpr (O::kPerElement == 1) {
@@ -261,6 +257,18 @@ struct LeftRows {
       to[depth - 1] = 0;
       std::memcpy(to, from, static_cast<size_t>(numbers) * sizeof(T));
     }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(E);
+
+  [[nodiscard]] bool is_copied(int64_t most) const {
+    // Rows whose distance is a multiple of this push one another out of a cache.
+    constexpr int64_t kAlias = 2048 / sizeof(E);
+    if (most > 1 && depth % kAlias == 0) return true;
+    // Pairs of which the last is half a row's end must not read on; other types are converted.
+    if constexpr (O::kPerElement == 1) return !std::is_same_v<E, T>;
+    return numbers % O::kPerElement != 0;
   }
 };
 

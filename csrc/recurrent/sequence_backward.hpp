@@ -118,11 +118,11 @@ class Backward {
       }
     }
     team_.wait();
-    const Share panels = share(weights_.ih.panels());
-    product(all, s_.inputs.rows, weights_.ih, Onto::kBias, weights_.bias_x, s_.to_x, panels.begin,
-            panels.end);
-    product(all, s_.states.rows, weights_.hh, summed ? Onto::kSelf : Onto::kBias, weights_.bias_h,
-            s_.to_h, panels.begin, panels.end);
+    weights_.ih.multiply(all, s_.inputs.rows, Onto::kBias, weights_.bias_x, s_.to_x,
+                         share(weights_.ih.panels()), s_.panel);
+    if (summed) team_.wait();
+    weights_.hh.multiply(all, s_.states.rows, summed ? Onto::kSelf : Onto::kBias, weights_.bias_h,
+                         s_.to_h, share(weights_.hh.panels()), s_.panel);
     team_.wait();
     for (i = mine.begin; i < mine.end; ++i) {
       RowStep<T> row{};
@@ -162,8 +162,8 @@ class Backward {
         s_.to[i] = s_.grad_hidden + i * r_.hidden_size;
       }
       const Share panels = share(weights_.hr_back.panels());
-      product<Numbers<A>>(active, s_.left, weights_.hr_back, Onto::kZero, nullptr, s_.to,
-                          panels.begin, panels.end);
+      weights_.hr_back.multiply(active, s_.left, Onto::kZero, nullptr, s_.to, panels,
+                                reinterpret_cast<A*>(s_.panel));
       team_.wait();
     }
     for (int64_t n = rows.begin; n < rows.end;) {
@@ -179,8 +179,7 @@ class Backward {
     }
     const Share panels = share(weights_.hh_back.panels());
     const Onto onto = r_.cell == CellKind::kGru ? Onto::kSelf : Onto::kZero;
-    product<Operand<T>>(active, s_.left_grads, weights_.hh_back, onto, nullptr, s_.to, panels.begin,
-                        panels.end);
+    weights_.hh_back.multiply(active, s_.left_grads, onto, nullptr, s_.to, panels, s_.panel);
     team_.wait();
     for (int64_t n = rows.begin; n < rows.end; ++n) {
       if (!rows_.reset(k, n)) continue;

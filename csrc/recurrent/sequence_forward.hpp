@@ -5,10 +5,6 @@
 
 namespace layernorm::LAYERNORM_ISA {
 
-// About so many rows of all steps are projected together: enough that the weights are read from far
-// away seldom, few enough that the products are still in a cache when their steps come.
-inline constexpr int64_t kChunkRows = 96;
-
 // Working memory of a team and of its member.
 template <typename T>
 struct ForwardScratch {
@@ -22,7 +18,8 @@ struct ForwardScratch {
   LeftRows<T> inputs, states, hiddens;
   A **to_x, **to_h, **to_wide;
   A *below_out, *cell;
-  GateNorm<A>* norms;  // of the rows of x, where they are their own
+  typename Operand<T>::Element* panel;  // of weights that are not packed
+  GateNorm<A>* norms;                   // of the rows of x, where they are their own
   size_t shared_bytes, own_bytes;
 
   // Null memory only counts.
@@ -45,6 +42,7 @@ struct ForwardScratch {
         to_wide(own.take<A*>(rows)),
         below_out(own.take<A>(kTogether * r.hidden_size)),
         cell(own.take<A>(kTogether * r.hidden_size)),
+        panel(own.take<typename Operand<T>::Element>(r.streamed ? 0 : kPanelMemory<Operand<T>>)),
         norms(shared.take<GateNorm<A>>(r.inputs == Inputs::kSeparate ? chunk * rows : 0)),
         shared_bytes((shared.used + 63) / 64 * 64),
         own_bytes((own.used + 63) / 64 * 64) {}
@@ -129,8 +127,8 @@ class Forward {
     }
     if (s_.inputs.copies != nullptr) team_.wait();
     const Share panels = share(weights_.ih.panels());
-    product(all, s_.inputs.rows, weights_.ih, Onto::kBias, weights_.bias_x, s_.to_x, panels.begin,
-            panels.end);
+    weights_.ih.multiply(all, s_.inputs.rows, Onto::kBias, weights_.bias_x, s_.to_x, panels,
+                         s_.panel);
     team_.wait();
     if (r_.inputs != Inputs::kSeparate || groups_.count == 0) return all;
     A* kept[kTogether];
@@ -168,8 +166,8 @@ class Forward {
     }
     if (s_.states.copies != nullptr) team_.wait();
     const Share panels = share(weights_.hh.panels());
-    product(active, s_.states.rows, weights_.hh, summed ? Onto::kSelf : Onto::kBias,
-            weights_.bias_h, s_.to_h, panels.begin, panels.end);
+    weights_.hh.multiply(active, s_.states.rows, summed ? Onto::kSelf : Onto::kBias,
+                         weights_.bias_h, s_.to_h, panels, s_.panel);
     team_.wait();
     for (int64_t i = mine.begin; i < mine.end; i += kTogether) {
       const int some = static_cast<int>(least(kTogether, mine.end - i));
@@ -240,8 +238,8 @@ class Forward {
     }
     if (s_.hiddens.copies != nullptr) team_.wait();
     const Share panels = share(weights_.hr.panels());
-    product<Operand<T>>(active, s_.hiddens.rows, weights_.hr, Onto::kZero, nullptr, s_.to_wide,
-                        panels.begin, panels.end);
+    weights_.hr.multiply(active, s_.hiddens.rows, Onto::kZero, nullptr, s_.to_wide, panels,
+                         s_.panel);
     team_.wait();
     if constexpr (!ForwardScratch<T>::kSame) {
       for (int64_t i = mine.begin; i < mine.end; ++i) {

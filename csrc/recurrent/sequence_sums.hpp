@@ -48,6 +48,7 @@ struct ChunkSums {
     arena.take<const T*>(rows);
     arena.take<A*>(2 * (width + kTileRows));
     arena.take<A>(kAtOnce * r.input_size);
+    arena.take<typename Operand<T>::Element>(kPanelMemory<Operand<T>>);
     return arena.used + static_cast<size_t>(r.hidden_size) * sizeof(T) + 512;
   }
 
@@ -78,7 +79,8 @@ struct ChunkSums {
       outer<O, Grad<T>, T>(arena, shared.grad_wh, stride, part, row, r.output_size, g.weight_hh);
   }
 
-  // result[i, :] += sum over the chunk's rows k of left[k, i]·right(k)[:], for the rows in `part`.
+  // result[i, :] += sum over the chunk's rows k of left[k, i]·right(k)[:], for the rows in `part`;
+  // the first chunk's is the result.
   template <typename O, typename Left, typename Right, typename Row>
   void outer(Arena arena, const Left* left, int64_t stride, Share part, const Row& right,
              int64_t columns, void* result) const {
@@ -95,13 +97,15 @@ struct ChunkSums {
       a[i] = packed + i / kTileRows * kTileRows * depth + i % kTileRows;
       c[i] = static_cast<A*>(result) + (part.begin + i) * columns;
     }
+    const bool is_first = chunk.last == r.steps;  // to be summed
     for (int64_t column = 0; column < columns; column += kPanel<A>) {
       const int64_t count = least(kPanel<A>, columns - column);
       pack_rows<O, Right>(chunk.rows, right, column, count, panel);
       for (int64_t k = 0; k < depth; k += O::kBlock)
         for (int64_t i = 0; i < height; i += kTileRows)
           tile_of<O, kTileRows>(least(kTileRows, height - i), a + i, k * kTileRows,
-                                panel + k * kPanel<A>, least(O::kBlock, depth - k), Onto::kSelf,
+                                panel + k * kPanel<A>, kPanel<A>, least(O::kBlock, depth - k),
+                                k == 0 && is_first ? Onto::kZero : Onto::kSelf,
                                 static_cast<const A*>(nullptr), c + i, column, count);
     }
   }
@@ -111,6 +115,7 @@ struct ChunkSums {
     const Prepared<T> weights(r, true, const_cast<void*>(prepared));
     Arena arena{static_cast<char*>(scratch)};
     A* const wide = arena.take<A>(kAtOnce * r.input_size);
+    auto* const memory = arena.take<typename Operand<T>::Element>(kPanelMemory<Operand<T>>);
     constexpr bool kSame = std::is_same_v<T, A>;
     using O = Operand<T>;
     for (int64_t first = begin; first < end; first += kAtOnce) {
@@ -128,8 +133,8 @@ struct ChunkSums {
         else
           to[i] = wide + i * r.input_size;
       }
-      product<O>(count, left, weights.ih_back, Onto::kZero, nullptr, to, 0,
-                 weights.ih_back.panels());
+      weights.ih_back.multiply(count, left, Onto::kZero, nullptr, to, {0, weights.ih_back.panels()},
+                               memory);
       if constexpr (!kSame) {
         for (int64_t i = 0; i < count; ++i)
           each_block<A, 4>(r.input_size, [&](int64_t j, auto part) LAYERNORM_LAMBDA {

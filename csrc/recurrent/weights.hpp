@@ -1,0 +1,193 @@
+// Weight matrices as right operands of products: packed whole where that is repaid, else read where
+// they lie or packed piece by piece.
+#pragma once
+
+#include "dot.hpp"
+
+namespace layernorm::LAYERNORM_ISA {
+
+// The share [begin, end) of count things that the member of this rank has.
+struct Share {
+  int64_t begin, end;
+};
+inline Share share_of(int64_t count, int rank, int members) {
+  return {count * rank / members, count * (rank + 1) / members};
+}
+
+// Elements of working memory for a piece of a matrix that is not packed.
+template <typename O>
+inline constexpr int64_t kPanelMemory = O::kBlock * kPanel<typename O::Sum>;
+
+// kTransposed: of rows [columns, numbers], along which the sums go; else [numbers, columns].
+template <typename O, typename T, bool kTransposed>
+class Weights {
+ public:
+  using E = typename O::Element;
+  using A = typename O::Sum;
+
+  // Of a matrix that so many products are made with, of so many rows.
+  Weights(const void* matrix, int64_t numbers, int64_t columns, int64_t products, int64_t rows)
+      : matrix_(static_cast<const T*>(matrix)),
+        numbers_(numbers),
+        depth_(parts_of(numbers, O::kPerElement)),
+        columns_(columns),
+        // Sums of a block and more are those of dot.hpp. They have to be added up, which for
+        // shorter ones takes too long; but where they are few rows' they are as fast as memory.
+        is_dot_(kTransposed && depth_ >= O::kBlock),
+        is_packed_(products >= repaid(rows)),
+        width_(is_dot_ ? kDotColumns<A> : kPanel<A>),
+        block_(is_dot_ ? kDotBlock : O::kBlock) {}
+
+  [[nodiscard]] int64_t panels() const { return parts_of(columns_, width_); }
+  [[nodiscard]] int64_t packed_panels() const { return is_packed_ ? panels() : 0; }
+  [[nodiscard]] int64_t packed_elements() const {
+    return packed_panels() * width_ * padded(depth_);
+  }
+  [[nodiscard]] E* packed() const { return packed_; }
+  void pack_to(E* memory) { packed_ = memory; }
+  void pack(int64_t p) const {
+    for (int64_t k = 0; k < depth_; k += block_) {
+      const int64_t count = least(block_, depth_ - k);
+      E* const to = const_cast<E*>(packed_at(p, k, count));
+      is_dot_ ? pack_groups(p, k, count, to) : pack_panel(p, k, count, to);
+    }
+  }
+
+  // c = onto + a·b for the columns of some panels; a[i] and c[i] are where the rows begin, and
+  // `memory` has kPanelMemory elements, unless the matrix is packed.
+  void multiply(int64_t rows, const E* const* a, Onto onto, const A* bias, A* const* c,
+                Share panels, E* memory) const {
+    if constexpr (kTransposed) {
+      if (is_dot_) return multiply_dots(rows, a, onto, bias, c, panels, memory);
+    }
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      for (int64_t k = 0; k == 0 || k < depth_; k += block_) {
+        const Piece piece{p, k, least(block_, depth_ - k), k == 0 ? onto : Onto::kSelf};
+        if (is_packed_)
+          multiply_panel(rows, a, packed_at(p, k, piece.count), kPanel<A>, piece, bias, c);
+        else if (rows <= most_in_place() && columns_of(p) == width_)
+          multiply_in_place(rows, a, piece, bias, c);
+        else
+          pack_panel(p, k, piece.count, memory),
+              multiply_panel(rows, a, memory, kPanel<A>, piece, bias, c);
+      }
+    }
+  }
+
+ private:
+  // Elements of k of a panel.
+  struct Piece {
+    int64_t panel, k, count;
+    Onto onto;
+  };
+
+  const T* matrix_;
+  E* packed_ = nullptr;
+  int64_t numbers_, depth_;  // depth in elements: numbers or pairs
+  int64_t columns_;
+  bool is_dot_, is_packed_;
+  int64_t width_, block_;
+
+  // Products from which on packing the whole matrix takes less time than it saves.
+  [[nodiscard]] int64_t repaid(int64_t rows) const {
+    if (is_dot_) return 8;
+    return rows <= most_in_place() ? 4 : 2;
+  }
+  // Rows up to which a matrix is read where it lies rather than packed piece by piece.
+  static constexpr int64_t most_in_place() {
+    if constexpr (kTransposed) return 2;
+    return std::is_same_v<T, E> ? kTileRows : 0;
+  }
+  [[nodiscard]] int64_t columns_of(int64_t p) const { return least(width_, columns_ - p * width_); }
+  // Elements of a column where it is packed: whole groups.
+  [[nodiscard]] int64_t padded(int64_t count) const {
+    return is_dot_ ? parts_of(count, kGroup<A>) * kGroup<A> : count;
+  }
+  // Block after block of k, each with the panels in order: as they are read.
+  [[nodiscard]] const E* packed_at(int64_t p, int64_t k, int64_t count) const {
+    return packed_ + (panels() * k + p * padded(count)) * width_;
+  }
+
+  void pack_panel(int64_t p, int64_t k, int64_t count, E* to) const {
+    const int64_t first = p * width_;
+    if constexpr (kTransposed) {
+      pack_transposed<O>(matrix_, numbers_, k, count, first, first + columns_of(p), to);
+    } else {
+      const auto row = [&](int64_t i) { return matrix_ + (k * O::kPerElement + i) * columns_; };
+      const int64_t numbers = least(count * O::kPerElement, numbers_ - k * O::kPerElement);
+      pack_rows<O, T>(numbers, row, first, columns_of(p), to);
+    }
+  }
+
+  void multiply_panel(int64_t rows, const E* const* a, const E* from, int64_t stride,
+                      const Piece& piece, const A* bias, A* const* c) const {
+    each_tile(rows, kTileRows, [&](int64_t height, int64_t row) LAYERNORM_LAMBDA {
+      tile_of<O, 1>(height, a + row, piece.k, from, stride, piece.count, piece.onto, bias, c + row,
+                    piece.panel * width_, columns_of(piece.panel));
+    });
+  }
+  void multiply_in_place(int64_t rows, const E* const* a, const Piece& piece, const A* bias,
+                         A* const* c) const {
+    const int64_t first = piece.panel * width_;
+    if constexpr (kTransposed) {
+      for (int64_t column = first; column < first + width_; column += kTransposedColumns<A>) {
+        if (rows == 1)
+          transposing_tile<O, 1>(a, piece.k, matrix_, numbers_, piece.count, piece.onto, bias, c,
+                                 column);
+        else
+          transposing_tile<O, 2>(a, piece.k, matrix_, numbers_, piece.count, piece.onto, bias, c,
+                                 column);
+      }
+    } else {
+      const auto* const from = reinterpret_cast<const E*>(matrix_ + piece.k * columns_ + first);
+      multiply_panel(rows, a, from, columns_, piece, bias, c);
+    }
+  }
+
+  // Elements [k, k + count) of panel p as dot.hpp reads what is packed.
+  void pack_groups(int64_t p, int64_t k, int64_t count, E* to) const {
+    const int64_t at = k * O::kPerElement;
+    const RowsInPlace<O, T> rows(matrix_ + at, numbers_, numbers_ - at);
+    const bool is_whole = columns_of(p) == width_;
+    for (int64_t i = 0; i < count; i += kGroup<A>) {
+      const bool is_last = (k + i + kGroup<A>)*O::kPerElement > numbers_;
+      for (int j = 0; j < kDotVectors; ++j, to += kLanes<A>) {
+        const Vec<A> v =
+            is_whole && !is_last ? rows.load(p, i, j) : rows.load_some(p, i, j, columns_of(p));
+        std::memcpy(to, &v, sizeof v);
+      }
+    }
+  }
+
+  void multiply_dots(int64_t rows, const E* const* a, Onto onto, const A* bias, A* const* c,
+                     Share panels, E* memory) const {
+    constexpr int64_t kAtOnce = 8;  // panels that stay in a cache while all rows meet them
+    // What is read in place, where nothing beyond a row's end is read; the rest is packed first.
+    int64_t whole = is_packed_ || numbers_ % O::kPerElement == 0 ? panels.end : panels.begin;
+    if (!is_packed_ && whole > panels.begin && columns_of(whole - 1) < width_) --whole;
+    for (int64_t p = panels.begin; p < panels.end;) {
+      const int64_t end = p < whole ? least(p + kAtOnce, whole) : p + 1;
+      for (int64_t k = 0; k < depth_; k += block_) {
+        const int64_t count = least(block_, depth_ - k);
+        const int64_t at = k * O::kPerElement;
+        const auto run = [&](const auto& right) LAYERNORM_LAMBDA {
+          each_tile(rows, kDotRows, [&](int64_t height, int64_t row) LAYERNORM_LAMBDA {
+            dot_tile_of<O>(height, a + row, k, right, count, k == 0 ? onto : Onto::kSelf, bias,
+                           c + row, p, end, columns_of(end - 1));
+          });
+        };
+        if (is_packed_) {
+          run(PackedGroups<O>{packed_at(0, k, count), padded(count) * width_});
+        } else if (p < whole) {
+          run(RowsInPlace<O, T>(matrix_ + at, numbers_, numbers_ - at));
+        } else {
+          pack_groups(p, k, count, memory);
+          run(PackedGroups<O>{memory, 0});
+        }
+      }
+      p = end;
+    }
+  }
+};
+
+}  // namespace layernorm::LAYERNORM_ISA
