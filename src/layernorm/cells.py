@@ -70,8 +70,10 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
         self._check_dtype(rows, weights[0]["weight_ih"].dtype, RuntimeError)
         if resets is not None:
             resets = recurrent_checks.reset_mask(name, resets, input).reshape(1, -1)  # (T, N) of one step
-        shapes = [tuple(s.shape) for s in state]
-        starts = recurrent_checks.reset_state(name, reset_state, resets, shapes, input)
+        starts = None
+        if reset_state is not None:
+            shapes = [tuple(s.shape) for s in state]
+            starts = recurrent_checks.reset_state(name, reset_state, resets, shapes, input)
         self._check_weights(weights)
         data = rows.unsqueeze(0)
         _, state = functional.recurrent_layer(

@@ -481,6 +481,13 @@ def recurrent_layer(
         if reset_state is not None:
             reset_state, rest = rest[:count], rest[count:]
         weights = dict(zip(weights, rest, strict=True))
+    # Where a call's own arguments decide, the compiled kernels look at them themselves.
+    if state[0].size(-1) and backends.compiled_module() is not None:
+        found = ops.recurrent_layer_natively(
+            spec, input, state, weights, reverse, batch_sizes, resets, recompute, reset_state
+        )
+        if found is not NotImplemented:
+            return found
     others = (*state, *weights.values()) if reset_state is None else (*state, *reset_state, *weights.values())
     kernel = backends.recurrent_kernel_for(spec.cell, input, others)
     resets_by_kernel = reset_state is None or kernel == "native"

@@ -134,8 +134,13 @@ class RecurrentParameters(torch.nn.Module):
         reads each once, for a parametrized one is computed anew each time, which may have side effects.
         """
         return [
-            {name: getattr(self, name + suffix) for name in shapes} for suffix, shapes in self._shapes.items()
+            {name: self._weight(name + suffix) for name in shapes} for suffix, shapes in self._shapes.items()
         ]
+
+    def _weight(self, name: str) -> Tensor:
+        """Return an attribute, most likely a parameter: a module looks for those last."""
+        found = self._parameters.get(name)
+        return getattr(self, name) if found is None else found  # type: ignore[no-any-return]
 
     def layer_shapes(self) -> list[Mapping[str, tuple[int, ...]]]:
         """Return the shapes that they have."""

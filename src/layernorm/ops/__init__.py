@@ -21,7 +21,7 @@ from layernorm.ops import flops, gates, norm, recurrent
 from layernorm.ops.gates import lstm_gates
 from layernorm.ops.loading import CAPABILITY_VARIABLE, NATIVE_PROBLEM, native
 from layernorm.ops.norm import NORMS
-from layernorm.ops.recurrent import recurrent_layer
+from layernorm.ops.recurrent import recurrent_layer, recurrent_layer_natively
 from layernorm.ops.registration import gpu_kernel
 
 flops.register()
@@ -36,4 +36,5 @@ __all__ = [
     "lstm_gates",
     "native",
     "recurrent_layer",
+    "recurrent_layer_natively",
 ]

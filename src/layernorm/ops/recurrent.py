@@ -77,14 +77,47 @@ def recurrent_layer(
     """
     if not is_compiling() and count_dispatch_modes() > 0:
         flops.register()
+    options = (reverse, batch_sizes, resets, recompute, reset_state)
+    if not is_compiling():
+        found = recurrent_layer_natively(spec, input, state, weights, *options)
+        if found is not NotImplemented:
+            return found
+    return _as_layer(_RECURRENT(*_arguments(spec, input, state, weights, *options)), len(state))
+
+
+def recurrent_layer_natively(
+    spec: LayerSpec, input: Tensor, state: Sequence[Tensor], weights: Mapping[str, Tensor], *options: Any
+) -> Any:
+    """Compute it by the compiled kernels, or return NotImplemented where they do not take these tensors."""
+    if native is None:
+        return NotImplemented
+    found = native.recurrent(*_arguments(spec, input, state, weights, *options))
+    return found if found is NotImplemented else _as_layer(found, len(state))
+
+
+def _arguments(
+    spec: LayerSpec,
+    input: Tensor,
+    state: Sequence[Tensor],
+    weights: Mapping[str, Tensor],
+    reverse: bool,
+    batch_sizes: Sequence[int] | None,
+    resets: Tensor | None,
+    recompute: bool,
+    reset_state: Sequence[Tensor] | None,
+) -> tuple[Any, ...]:
+    """Return the arguments of the operator."""
     h, c = state[0], state[1] if len(state) > 1 else None
     sizes = None if batch_sizes is None else list(batch_sizes)
     starts = (None, None) if reset_state is None else (*reset_state, None)[:2]
-    options = (resets, *starts, sizes, spec.codes, spec.eps, reverse, recompute)
-    arguments = (input, h, c, spec.listed(weights), *options)
-    found = NotImplemented if native is None or is_compiling() else native.recurrent(*arguments)
-    output, hn, cn = _RECURRENT(*arguments) if found is NotImplemented else found
-    return output, (hn, cn) if len(state) > 1 else (hn,)
+    tensors = (input, h, c, spec.listed(weights), resets, *starts)
+    return (*tensors, sizes, spec.codes, spec.eps, reverse, recompute)
+
+
+def _as_layer(found: tuple[Tensor, ...], states: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the output, and the final state of a cell that has so many tensors."""
+    output, hn, cn = found
+    return output, (hn, cn) if states > 1 else (hn,)
 
 
 def _outputs(input: Tensor, h: Tensor, c: Tensor | None, spec: LayerSpec) -> tuple[Tensor, ...]:
