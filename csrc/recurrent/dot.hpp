@@ -2,7 +2,7 @@
 // deep matrix is read where it lies, or packed by copying alone.
 //
 // Each element of a product is kGroup sums at once, of every kGroup-th element of k, added up in a
-// fixed order at the end; in blocks of kDotBlock that are added up in order. That order is the same
+// fixed order at the end; in blocks of kBlock that are added up in order. That order is the same
 // packed or not, in every tile, so a row of the result has the same bits alone, in any batch and in
 // any thread.
 #pragma once
@@ -15,7 +15,6 @@ namespace layernorm::LAYERNORM_ISA {
 template <typename A>
 inline constexpr int kGroup = kVectorBytes == 64 ? kLanes<A> / 2 : kLanes<A>;
 inline constexpr int kDotVectors = 4;
-inline constexpr int64_t kDotBlock = 512;
 // Columns of a tile. Vector j has column j and, where it has two, column j + kDotVectors.
 template <typename A>
 inline constexpr int64_t kDotColumns = kDotVectors * kLanes<A> / kGroup<A>;

@@ -17,6 +17,7 @@ inline Share share_of(int64_t count, int rank, int members) {
 // Elements of working memory for a piece of a matrix that is not packed.
 template <typename O>
 inline constexpr int64_t kPanelMemory = O::kBlock * kPanel<typename O::Sum>;
+static_assert(kPanel<float> >= kDotColumns<float> && kPanel<double> >= kDotColumns<double>);
 
 // kTransposed: of rows [columns, numbers], along which the sums go; else [numbers, columns].
 template <typename O, typename T, bool kTransposed>
@@ -35,8 +36,7 @@ class Weights {
         // shorter ones takes too long; but where they are few rows' they are as fast as memory.
         is_dot_(kTransposed && depth_ >= O::kBlock),
         is_packed_(products >= repaid(rows)),
-        width_(is_dot_ ? kDotColumns<A> : kPanel<A>),
-        block_(is_dot_ ? kDotBlock : O::kBlock) {}
+        width_(is_dot_ ? kDotColumns<A> : kPanel<A>) {}
 
   [[nodiscard]] int64_t panels() const { return parts_of(columns_, width_); }
   [[nodiscard]] int64_t packed_panels() const { return is_packed_ ? panels() : 0; }
@@ -46,8 +46,8 @@ class Weights {
   [[nodiscard]] E* packed() const { return packed_; }
   void pack_to(E* memory) { packed_ = memory; }
   void pack(int64_t p) const {
-    for (int64_t k = 0; k < depth_; k += block_) {
-      const int64_t count = least(block_, depth_ - k);
+    for (int64_t k = 0; k < depth_; k += O::kBlock) {
+      const int64_t count = least(O::kBlock, depth_ - k);
       E* const to = const_cast<E*>(packed_at(p, k, count));
       is_dot_ ? pack_groups(p, k, count, to) : pack_panel(p, k, count, to);
     }
@@ -61,8 +61,8 @@ class Weights {
       if (is_dot_) return multiply_dots(rows, a, onto, bias, c, panels, memory);
     }
     for (int64_t p = panels.begin; p < panels.end; ++p) {
-      for (int64_t k = 0; k == 0 || k < depth_; k += block_) {
-        const Piece piece{p, k, least(block_, depth_ - k), k == 0 ? onto : Onto::kSelf};
+      for (int64_t k = 0; k == 0 || k < depth_; k += O::kBlock) {
+        const Piece piece{p, k, least(O::kBlock, depth_ - k), k == 0 ? onto : Onto::kSelf};
         if (is_packed_)
           multiply_panel(rows, a, packed_at(p, k, piece.count), kPanel<A>, piece, bias, c);
         else if (rows <= most_in_place() && columns_of(p) == width_)
@@ -86,7 +86,7 @@ class Weights {
   int64_t numbers_, depth_;  // depth in elements: numbers or pairs
   int64_t columns_;
   bool is_dot_, is_packed_;
-  int64_t width_, block_;
+  int64_t width_;
 
   // Products from which on packing the whole matrix takes less time than it saves.
   [[nodiscard]] int64_t repaid(int64_t rows) const {
@@ -167,8 +167,8 @@ class Weights {
     if (!is_packed_ && whole > panels.begin && columns_of(whole - 1) < width_) --whole;
     for (int64_t p = panels.begin; p < panels.end;) {
       const int64_t end = p < whole ? least(p + kAtOnce, whole) : p + 1;
-      for (int64_t k = 0; k < depth_; k += block_) {
-        const int64_t count = least(block_, depth_ - k);
+      for (int64_t k = 0; k < depth_; k += O::kBlock) {
+        const int64_t count = least(O::kBlock, depth_ - k);
         const int64_t at = k * O::kPerElement;
         const auto run = [&](const auto& right) LAYERNORM_LAMBDA {
           each_tile(rows, kDotRows, [&](int64_t height, int64_t row) LAYERNORM_LAMBDA {
