@@ -19,6 +19,11 @@ Layer::Layer(const layernorm_layer* given, Kind kind) {
         "parameter_dtype must be the layer's dtype, or float32 with half precision");
   r.wide_vectors = given->parameter_dtype != given->dtype;
   r.reverse = given->reverse != 0;
+  check(given->weight_kind >= LAYERNORM_AS_GIVEN && given->weight_kind <= LAYERNORM_AS_INT8 &&
+            (given->weight_kind == LAYERNORM_AS_GIVEN ||
+             (kind == kStreamed && given->dtype == LAYERNORM_FLOAT32)),
+        "weight_kind must be LAYERNORM_AS_GIVEN, or another of a float32 stream");
+  r.weight_kind = static_cast<WeightKind>(given->weight_kind);
   r.streamed = kind == kStreamed;
   check_sizes(*given, kind);
   r.steps = kind == kSequence ? given->steps : 1;

@@ -128,13 +128,22 @@ enum {
   LAYERNORM_WEIGHTS
 };
 
+/* What a stream keeps matrices as. */
+typedef int32_t layernorm_weight_kind;
+enum {
+  LAYERNORM_AS_GIVEN,
+  LAYERNORM_AS_BFLOAT16, /* of float32 */
+  LAYERNORM_AS_INT8      /* of float32; with a scale for each row of the matrix */
+};
+
 /* One layer and direction, and what it reads. */
 typedef struct layernorm_layer {
   size_t struct_size;
   layernorm_dtype dtype;
   layernorm_dtype parameter_dtype; /* of gains and biases: dtype, or float32 with half precision */
-  int32_t reverse;                 /* from the last step to the first */
-  const int64_t* spec;             /* the codes of layernorm.spec.LayerSpec */
+  layernorm_weight_kind weight_kind; /* of a stream's layers; LAYERNORM_AS_GIVEN elsewhere */
+  int32_t reverse;                   /* from the last step to the first */
+  const int64_t* spec;               /* the codes of layernorm.spec.LayerSpec */
   int64_t spec_count;
   double eps;
   int64_t steps, batch, input_size, hidden_size, output_size; /* T, N, F, H, P */

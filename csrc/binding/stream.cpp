@@ -98,7 +98,9 @@ layernorm_stream::layernorm_stream(const layernorm_layer* layers, int64_t count)
     const int64_t products = r.gates * r.hidden_size * (r.input_size + r.output_size) +
                              (r.projected ? r.hidden_size * r.output_size : 0);
     products_ += r.batch * products;
-    weight_bytes_ += products * static_cast<int64_t>(element_);
+    constexpr int64_t kNarrow[] = {0, 2, 1};  // bytes of an element, by layernorm_weight_kind
+    const int64_t narrow = kNarrow[layers[i].weight_kind];
+    weight_bytes_ += products * (narrow > 0 ? narrow : static_cast<int64_t>(element_));
   }
   input_size_ = layers_.front().layer.r.input_size;
   input_ = Scratch(static_cast<size_t>(batch_ * input_size_) * element_);

@@ -81,15 +81,16 @@ void read_weights(PyObject* list, Dtype dtype, layernorm_layer& layer,
   }
 }
 
-// Stream(weights, h, c, spec, eps): lists of weights, the state (layers, N, size) that the steps
-// write to, and the spec of every layer.
+// Stream(weights, h, c, spec, eps, weight_kind): lists of weights, the state (layers, N, size) that
+// the steps write to, the spec of every layer, and what its matrices are kept as.
 PyObject* create(PyTypeObject* type, PyObject* arguments, PyObject* /*keywords*/) {
   return guarded([&]() -> PyObject* {
     PyObject *lists = nullptr, *hidden = nullptr, *cell_state = nullptr, *codes = nullptr;
     auto stream = std::make_unique<Stream>();
     double eps = 0;
-    if (!PyArg_ParseTuple(arguments, "O!OOOd", &PyList_Type, &lists, &hidden, &cell_state, &codes,
-                          &eps))
+    int weight_kind = 0;
+    if (!PyArg_ParseTuple(arguments, "O!OOOd|i", &PyList_Type, &lists, &hidden, &cell_state, &codes,
+                          &eps, &weight_kind))
       throw PythonError();
     const std::vector<int64_t> spec = as_integers(codes, "spec");
     Recurrent r{};
@@ -119,6 +120,7 @@ PyObject* create(PyTypeObject* type, PyObject* arguments, PyObject* /*keywords*/
       layer.spec = spec.data();
       layer.spec_count = static_cast<int64_t>(spec.size());
       layer.eps = eps;
+      layer.weight_kind = weight_kind;
       layer.batch = stream->batch;
       layer.output_size = stream->output_size;
       layer.h0 = at_layer(stream->h, i);

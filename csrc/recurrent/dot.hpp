@@ -236,22 +236,9 @@ template <typename O, int kRows, typename Right>
 template <typename O, typename... Arguments>
 LAYERNORM_INLINE void dot_tile_of(int64_t rows, const typename O::Element* const* a,
                                   const Arguments&... arguments) {
-  switch (rows) {
-    case 1:
-      return dot_tile<O, 1>(a, arguments...);
-    case 2:
-      return dot_tile<O, 2>(a, arguments...);
-    case 3:
-      return dot_tile<O, 3>(a, arguments...);
-#if defined(LAYERNORM_AVX512) || defined(__ARM_NEON)
-    case 4:
-      return dot_tile<O, 4>(a, arguments...);
-    case 5:
-      return dot_tile<O, 5>(a, arguments...);
-#endif
-    default:
-      return dot_tile<O, kDotRows>(a, arguments...);
-  }
+  of_height(rows, [&](auto height) LAYERNORM_LAMBDA {
+    if constexpr (height <= kDotRows) dot_tile<O, height>(a, arguments...);
+  });
 }
 
 }  // namespace layernorm::LAYERNORM_ISA

@@ -63,14 +63,32 @@ using Grad = std::conditional_t<Operand<T>::kPerElement == 2, T, Accumulate<T>>;
 // What a product is added to: nothing, one row for all of its rows, or what is there.
 enum class Onto { kZero, kBias, kSelf };
 
+// A row of a panel, as it is multiplied.
+template <typename O>
+LAYERNORM_INLINE void load_right(const typename O::Element* p,
+                                 Vec<typename O::Sum> (&right)[kTileVectors]) {
+#pragma GCC unroll 8
+  for (int j = 0; j < kTileVectors; ++j)
+    std::memcpy(&right[j], p + j * kLanes<typename O::Sum>, sizeof right[j]);
+}
+// Likewise of bfloat16 beside float: two vectors share their words.
+template <typename O>
+LAYERNORM_INLINE void load_right(const bfloat16* p, Vec<float> (&right)[kTileVectors]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < kTileVectors; j += 2) {
+    const auto both = load(p + j * kLanes<float>, Pair{});
+    right[j] = both.v[0];
+    right[j + 1] = both.v[1];
+  }
+}
+
 // c = onto + a·b over `count` elements of k, for the `columns` first columns of the panel b, whose
 // rows are b_stride apart. The rows of a and c begin at a[r] + k and c[r] + column; elements of a
 // row of a are kStride apart.
-template <typename O, int kRows, int kStride>
-[[gnu::noinline]] void tile(const typename O::Element* const* a, int64_t k,
-                            const typename O::Element* b, int64_t b_stride, int64_t count,
-                            Onto onto, const typename O::Sum* bias, typename O::Sum* const* c,
-                            int64_t column, int64_t columns) {
+template <typename O, int kRows, int kStride, typename B>
+[[gnu::noinline]] void tile(const typename O::Element* const* a, int64_t k, const B* b,
+                            int64_t b_stride, int64_t count, Onto onto, const typename O::Sum* bias,
+                            typename O::Sum* const* c, int64_t column, int64_t columns) {
   using A = typename O::Sum;
   using V = Vec<A>;
   V sum[kRows][kTileVectors] = {};
@@ -79,9 +97,7 @@ template <typename O, int kRows, int kStride>
   for (int r = 0; r < kRows; ++r) row[r] = a[r] + k;
   for (int64_t i = 0; i < count; ++i) {
     V right[kTileVectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < kTileVectors; ++j)
-      std::memcpy(&right[j], b + i * b_stride + j * kLanes<A>, sizeof(V));
+    load_right<O>(b + i * b_stride, right);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const V left = O::splat_of(row[r] + i * kStride);
@@ -108,22 +124,27 @@ template <typename O, int kRows, int kStride>
   }
 }
 
-template <typename O, int kStride, typename... Arguments>
-LAYERNORM_INLINE void tile_of(int64_t rows, const Arguments&... arguments) {
+// Calls run with a height of a tile as a constant.
+template <typename Run>
+LAYERNORM_INLINE void of_height(int64_t rows, const Run& run) {
   switch (rows) {
     case 1:
-      return tile<O, 1, kStride>(arguments...);
+      return run(std::integral_constant<int, 1>{});
     case 2:
-      return tile<O, 2, kStride>(arguments...);
+      return run(std::integral_constant<int, 2>{});
     case 3:
-      return tile<O, 3, kStride>(arguments...);
+      return run(std::integral_constant<int, 3>{});
     case 4:
-      return tile<O, 4, kStride>(arguments...);
+      return run(std::integral_constant<int, 4>{});
     case 5:
-      return tile<O, 5, kStride>(arguments...);
+      return run(std::integral_constant<int, 5>{});
     default:
-      return tile<O, 6, kStride>(arguments...);
+      return run(std::integral_constant<int, 6>{});
   }
+}
+template <typename O, int kStride, typename... Arguments>
+LAYERNORM_INLINE void tile_of(int64_t rows, const Arguments&... arguments) {
+  of_height(rows, [&](auto height) LAYERNORM_LAMBDA { tile<O, height, kStride>(arguments...); });
 }
 
 inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -230,8 +251,8 @@ template <typename O, int kRows, typename T>
       const auto add = [&](int j) LAYERNORM_LAMBDA {
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r)
-          sum[g][r] = O::multiply_add(O::splat_of(row[r] + i + j),
-                                      reinterpret_cast<const Vec<A>&>(v[j]), sum[g][r]);
+          sum[g][r] = O::multiply_add(O::splat_of(row[r] + i + j), reinterpret_cast<Vec<A>>(v[j]),
+                                      sum[g][r]);
       };
       if (i + kCount <= count) {
 #pragma GCC unroll 16

@@ -26,6 +26,9 @@ enum class Inputs {
   kLate,      // GRU, summed but not over all gates: the candidate is summed after the reset
 };
 
+// What a stream keeps matrices as.
+enum class WeightKind { kAsGiven, kBFloat16, kInt8 };
+
 // One layer and direction. Elements are of the kernel's type T unless said otherwise.
 struct Recurrent {
   CellKind cell;
@@ -37,7 +40,8 @@ struct Recurrent {
   bool relu;             // of an RNN
   bool reverse;
   bool wide_vectors;
-  bool streamed;  // parameters are prepared once, for any number of calls
+  bool streamed;           // parameters are prepared once, for any number of calls
+  WeightKind weight_kind;  // as given, unless streamed and of float
   double eps;
 
   int64_t steps, batch, input_size, hidden_size, output_size, gates;  // T, N, F, H, P, G

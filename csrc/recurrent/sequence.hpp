@@ -120,9 +120,11 @@ struct Prepared {
 
   Prepared(const Recurrent& r, bool backward, void* memory)
       : ih(r.weight_ih, r.input_size, gate_width(r), uses(r, backward ? kSumRows : kChunkRows),
-           r.steps * r.batch),
-        hh(r.weight_hh, r.output_size, gate_width(r), uses(r, backward ? kSumRows : 1), r.batch),
-        hr(r.weight_hr, r.hidden_size, r.projected ? r.output_size : 0, uses(r, 1), r.batch),
+           r.steps * r.batch, r.weight_kind),
+        hh(r.weight_hh, r.output_size, gate_width(r), uses(r, backward ? kSumRows : 1), r.batch,
+           r.weight_kind),
+        hr(r.weight_hr, r.hidden_size, r.projected ? r.output_size : 0, uses(r, 1), r.batch,
+           r.weight_kind),
         ih_back(r.weight_ih, gate_width(r), r.input_size, uses(r, kChunkRows), r.steps * r.batch),
         hh_back(r.weight_hh, gate_width(r), r.output_size, uses(r, 1), r.batch),
         hr_back(r.weight_hr, r.output_size, r.projected ? r.hidden_size : 0, uses(r, 1), r.batch) {

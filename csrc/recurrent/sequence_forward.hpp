@@ -42,10 +42,20 @@ struct ForwardScratch {
         to_wide(own.take<A*>(rows)),
         below_out(own.take<A>(kTogether * r.hidden_size)),
         cell(own.take<A>(kTogether * r.hidden_size)),
-        panel(own.take<typename Operand<T>::Element>(r.streamed ? 0 : kPanelMemory<Operand<T>>)),
+        panel(own.take<typename Operand<T>::Element>(panel_elements(r, chunk * rows))),
         norms(shared.take<GateNorm<A>>(r.inputs == Inputs::kSeparate ? chunk * rows : 0)),
         shared_bytes((shared.used + 63) / 64 * 64),
         own_bytes((own.used + 63) / 64 * 64) {}
+
+ private:
+  static int64_t panel_elements(const Recurrent& r, int64_t rows) {
+    const Prepared<T> weights(r, false, nullptr);
+    int64_t most = 0;
+    for (const int64_t some :
+         {weights.ih.memory(rows), weights.hh.memory(rows), weights.hr.memory(rows)})
+      most = some > most ? some : most;
+    return most;
+  }
 };
 
 // Where member `rank`'s own memory begins: behind the shared.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "dot.hpp"
+#include "narrow.hpp"
 
 namespace layernorm::LAYERNORM_ISA {
 
@@ -27,25 +28,46 @@ class Weights {
   using A = typename O::Sum;
 
   // Of a matrix that so many products are made with, of so many rows.
-  Weights(const void* matrix, int64_t numbers, int64_t columns, int64_t products, int64_t rows)
-      : matrix_(static_cast<const T*>(matrix)),
+  Weights(const void* matrix, int64_t numbers, int64_t columns, int64_t products, int64_t rows,
+          WeightKind kind = WeightKind::kAsGiven)
+      : kind_(kind),
+        matrix_(static_cast<const T*>(matrix)),
         numbers_(numbers),
         depth_(parts_of(numbers, O::kPerElement)),
         columns_(columns),
         // Sums of a block and more are those of dot.hpp. They have to be added up, which for
         // shorter ones takes too long; but where they are few rows' they are as fast as memory.
-        is_dot_(kTransposed && depth_ >= O::kBlock),
+        is_dot_(kTransposed && kind == WeightKind::kAsGiven && depth_ >= O::kBlock),
         is_packed_(products >= repaid(rows)),
         width_(is_dot_ ? kDotColumns<A> : kPanel<A>) {}
 
   [[nodiscard]] int64_t panels() const { return parts_of(columns_, width_); }
   [[nodiscard]] int64_t packed_panels() const { return is_packed_ ? panels() : 0; }
   [[nodiscard]] int64_t packed_elements() const {
-    return packed_panels() * width_ * padded(depth_);
+    switch (kind_) {
+      case WeightKind::kBFloat16:
+        return parts_of(packed_panels() * width_ * depth_, 2);
+      case WeightKind::kInt8:
+        return panels() * (width_ + int8_panel() / 4);
+      default:
+        return packed_panels() * width_ * padded(depth_);
+    }
+  }
+  // Elements of working memory for products of so many rows.
+  [[nodiscard]] int64_t memory(int64_t rows) const {
+    if (kind_ == WeightKind::kInt8) return NarrowRows::floats(rows, numbers_);
+    return is_packed_ ? 0 : kPanelMemory<O>;
   }
   [[nodiscard]] E* packed() const { return packed_; }
   void pack_to(E* memory) { packed_ = memory; }
   void pack(int64_t p) const {
+    if constexpr (kNarrows) {
+      const int64_t begin = p * width_, end = begin + columns_of(p);
+      if (kind_ == WeightKind::kBFloat16)
+        return pack_bfloat16(matrix_, numbers_, begin, end, bfloat16_at(p, 0));
+      if (kind_ == WeightKind::kInt8)
+        return pack_int8(matrix_, numbers_, begin, end, int8_at(p), packed_ + begin);
+    }
     for (int64_t k = 0; k < depth_; k += O::kBlock) {
       const int64_t count = least(O::kBlock, depth_ - k);
       E* const to = const_cast<E*>(packed_at(p, k, count));
@@ -54,16 +76,21 @@ class Weights {
   }
 
   // c = onto + a·b for the columns of some panels; a[i] and c[i] are where the rows begin, and
-  // `memory` has kPanelMemory elements, unless the matrix is packed.
+  // `memory` has memory(rows) elements.
   void multiply(int64_t rows, const E* const* a, Onto onto, const A* bias, A* const* c,
                 Share panels, E* memory) const {
+    if constexpr (kNarrows) {
+      if (kind_ == WeightKind::kInt8) return multiply_int8(rows, a, onto, bias, c, panels, memory);
+    }
     if constexpr (kTransposed) {
       if (is_dot_) return multiply_dots(rows, a, onto, bias, c, panels, memory);
     }
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       for (int64_t k = 0; k == 0 || k < depth_; k += O::kBlock) {
         const Piece piece{p, k, least(O::kBlock, depth_ - k), k == 0 ? onto : Onto::kSelf};
-        if (is_packed_)
+        if (kind_ == WeightKind::kBFloat16)
+          multiply_bfloat16(rows, a, piece, bias, c);
+        else if (is_packed_)
           multiply_panel(rows, a, packed_at(p, k, piece.count), kPanel<A>, piece, bias, c);
         else if (rows <= most_in_place() && columns_of(p) == width_)
           multiply_in_place(rows, a, piece, bias, c);
@@ -81,6 +108,10 @@ class Weights {
     Onto onto;
   };
 
+  // Whether a kind other than the given can be.
+  static constexpr bool kNarrows = kTransposed && std::is_same_v<T, float>;
+
+  WeightKind kind_;
   const T* matrix_;
   E* packed_ = nullptr;
   int64_t numbers_, depth_;  // depth in elements: numbers or pairs
@@ -119,7 +150,35 @@ class Weights {
     }
   }
 
-  void multiply_panel(int64_t rows, const E* const* a, const E* from, int64_t stride,
+  [[nodiscard]] bfloat16* bfloat16_at(int64_t p, int64_t k) const {
+    return reinterpret_cast<bfloat16*>(packed_) + (p * depth_ + k) * width_;
+  }
+  // The scales of all columns come first.
+  [[nodiscard]] int64_t int8_panel() const { return parts_of(numbers_, 2) * 2 * width_; }
+  [[nodiscard]] int8_t* int8_at(int64_t p) const {
+    return reinterpret_cast<int8_t*>(packed_ + panels() * width_) + p * int8_panel();
+  }
+  void multiply_bfloat16(int64_t rows, const E* const* a, const Piece& piece, const A* bias,
+                         A* const* c) const {
+    if constexpr (kNarrows)
+      multiply_panel(rows, a, bfloat16_at(piece.panel, piece.k), width_, piece, bias, c);
+  }
+  void multiply_int8(int64_t rows, const E* const* a, Onto onto, const A* bias, A* const* c,
+                     Share panels, E* memory) const {
+    const NarrowRows narrow(rows, numbers_, memory);
+    for (int64_t i = 0; i < rows; ++i) narrow.set(i, a[i], numbers_);
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      each_tile(rows, kTileRows, [&](int64_t height, int64_t row) LAYERNORM_LAMBDA {
+        of_height(height, [&](auto count) LAYERNORM_LAMBDA {
+          int8_tile<count>(narrow, row, int8_at(p), packed_ + p * width_, numbers_, onto, bias, c,
+                           p * width_, columns_of(p));
+        });
+      });
+    }
+  }
+
+  template <typename B>
+  void multiply_panel(int64_t rows, const E* const* a, const B* from, int64_t stride,
                       const Piece& piece, const A* bias, A* const* c) const {
     each_tile(rows, kTileRows, [&](int64_t height, int64_t row) LAYERNORM_LAMBDA {
       tile_of<O, 1>(height, a + row, piece.k, from, stride, piece.count, piece.onto, bias, c + row,

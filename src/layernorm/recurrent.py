@@ -238,18 +238,21 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
                 data = F.dropout(data, self.dropout, self.training)
         return data, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
-    def stream(self, batch_size: int = 1, state: State | None = None) -> Stream:
+    def stream(self, batch_size: int = 1, state: State | None = None, weights: str | None = None) -> Stream:
         """Return the module one time step at a time, for online inference: see ``layernorm.Stream``.
 
         Args:
             batch_size: N, the sequences that step together.
             state: h (num_layers, N, P), for an LSTM (h, c) with c (num_layers, N, H); None for zeros.
+            weights: what the matrices of a float32 module are kept as, ``"bfloat16"`` or ``"int8"``: rounded,
+                and faster from hidden sizes of some hundreds on; None for as they are.
 
         Returns:
             A ``Stream``, whose ``step(x_t)`` takes (N, F) and gives (N, P).
 
         Raises:
-            ValueError: the module is bidirectional, or batch_size not positive.
+            ValueError: the module is bidirectional, batch_size not positive, or weights not a kind that there
+                is for the module.
             TypeError: batch_size is not an int, or state not of the module's kind.
             RuntimeError: the state has the wrong shape or device, a forward pre-hook may compute a weight, or
                 a weight is sharded.
@@ -260,7 +263,7 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
             >>> stream.step(torch.randn(1, 10)).shape
             torch.Size([1, 20])
         """
-        return Stream(self, batch_size, state)
+        return Stream(self, batch_size, state, weights)
 
     def _check_input(self, data: Tensor, weight: torch.dtype) -> None:
         self._check_dtype(data, weight)

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from math import gcd
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from layernorm.checks import as_list
+
+#: What the matrices of a stream can be kept as; None is as they are.
+WEIGHT_KINDS: Final = (None, "bfloat16", "int8")
+
+
+def weight_kind(operator: str, kind: object, weight: Tensor) -> None:
+    """Check that a stream's matrices can be kept as this kind; ``weight`` is one of them."""
+    if not any(kind is known or kind == known for known in WEIGHT_KINDS):
+        raise ValueError(f"{operator}: weights must be None, 'bfloat16' or 'int8', got {kind!r}")
+    if kind is not None and weight.device.type != "cpu":
+        raise ValueError(
+            f"{operator}: weights={kind!r} is for modules on the CPU, and this one is on {weight.device}, "
+            "where there is weights=None alone; convert the module itself, for example with module.bfloat16()"
+        )
+    if kind is not None and weight.dtype != torch.float32:
+        raise ValueError(
+            f"{operator}: weights={kind!r} is for modules of float32, and this one is of {weight.dtype}, for "
+            "which there is weights=None alone"
+        )
 
 
 def step_argument(

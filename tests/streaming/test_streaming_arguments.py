@@ -229,6 +229,9 @@ STATE, CODES = torch.zeros(1, 1, 3), layer_spec("gru", "paper").codes
         ([3], STATE, None, CODES, 1e-5),
         ([[torch.zeros(9, 3)] * 11], STATE, None, list(CODES), 1e-5),
         ([[torch.zeros(9, 3)] * 11], STATE, None, ("gru", *CODES[1:]), 1e-5),
+        ([[torch.zeros(9, 3)] * 2 + [None] * 9], STATE, None, CODES, 1e-5, 3),
+        ([[torch.zeros(9, 3)] * 2 + [None] * 9], STATE, None, CODES, 1e-5, -1),
+        ([[torch.zeros(9, 3).double()] * 2 + [None] * 9], STATE.double(), None, CODES, 1e-5, 1),
     ],
 )
 def test_the_compiled_type_checks_its_arguments(arguments):
