@@ -487,7 +487,7 @@ def recurrent_layer(
             spec, input, state, weights, reverse, batch_sizes, resets, recompute, reset_state
         )
         if found is not NotImplemented:
-            return found
+            return found  # type: ignore[no-any-return]
     others = (*state, *weights.values()) if reset_state is None else (*state, *reset_state, *weights.values())
     kernel = backends.recurrent_kernel_for(spec.cell, input, others)
     resets_by_kernel = reset_state is None or kernel == "native"

@@ -140,7 +140,7 @@ class RecurrentParameters(torch.nn.Module):
     def _weight(self, name: str) -> Tensor:
         """Return an attribute, most likely a parameter: a module looks for those last."""
         found = self._parameters.get(name)
-        return getattr(self, name) if found is None else found  # type: ignore[no-any-return]
+        return getattr(self, name) if found is None else found
 
     def layer_shapes(self) -> list[Mapping[str, tuple[int, ...]]]:
         """Return the shapes that they have."""

@@ -236,7 +236,7 @@ class BatchNormLSTM(LayerNormRNNBase):
             weights[f"running_mean_{name}"][kept].lerp_(mean[kept], share)
             weights[f"running_var_{name}"][kept].lerp_(var[kept] * unbiased, share)
 
-    def stream(self, batch_size: int = 1, state: State | None = None) -> NoReturn:
+    def stream(self, batch_size: int = 1, state: State | None = None, weights: str | None = None) -> NoReturn:
         """Raise TypeError: only layer-normalized layers are streamed."""
         raise TypeError(
             "BatchNormLSTM has no stream, as its statistics depend on the step; call it on whole sequences, "

@@ -81,7 +81,7 @@ def recurrent_layer(
     if not is_compiling():
         found = recurrent_layer_natively(spec, input, state, weights, *options)
         if found is not NotImplemented:
-            return found
+            return found  # type: ignore[no-any-return]
     return _as_layer(_RECURRENT(*_arguments(spec, input, state, weights, *options)), len(state))
 
 
