@@ -1,5 +1,6 @@
 // The norms of layernorm.h: the rows are shared among threads.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "isa/capability.hpp"
@@ -90,6 +91,8 @@ void backward(const layernorm_norm& norm, const layernorm_norm_backward_call& ca
   check(!parameters || norm.gain != nullptr,
         "gain must be given where a gradient of it or of the "
         "bias is wanted");
+  if (call.grad_gain != nullptr) check_dtype(call.grad_gain_dtype, "the dtype of a gradient");
+  if (call.grad_bias != nullptr) check_dtype(call.grad_bias_dtype, "the dtype of a gradient");
   const int64_t per_block = rows_per_block(norm.rows, norm.width);
   const int64_t blocks = (norm.rows + per_block - 1) / per_block;
   const size_t element = norm.dtype == LAYERNORM_FLOAT64 ? 8 : 4;
@@ -116,22 +119,20 @@ void backward(const layernorm_norm& norm, const layernorm_norm_backward_call& ca
                      per_block};
   const auto& table = (*capability().norms)[norm.centred != 0];
   const auto& kernels = table[types(norm.dtype, norm.parameter_dtype)];
-  in_parallel(blocks, per_block * norm.width,
-              [&](int64_t begin, int64_t end) { kernels.backward(all, begin, end); });
-  // The kernels sum columns in parts of at most 64.
-  constexpr int64_t kColumns = 64;
   const auto reduce = [&](const char* block_sums, void* total, layernorm_dtype dtype) {
     if (total == nullptr) return;
-    check_dtype(dtype, "the dtype of a gradient");
     const Reduce columns{block_sums, total, blocks, norm.width};
-    const auto& of_dtype = table[types(norm.dtype, dtype)];
-    const int64_t parts = (norm.width + kColumns - 1) / kColumns;
-    in_parallel(parts, blocks * kColumns, [&](int64_t begin, int64_t end) {
-      of_dtype.reduce(columns, begin * kColumns, std::min(end * kColumns, norm.width));
-    });
+    table[types(norm.dtype, dtype)].reduce(columns, 0, norm.width);
   };
-  reduce(block_gain, call.grad_gain, call.grad_gain_dtype);
-  reduce(block_bias, call.grad_bias, call.grad_bias_dtype);
+  // One parallel region: on a busy machine another could wait for a whole time slice. Whoever
+  // finishes last adds up the blocks.
+  std::atomic<int64_t> left{blocks};
+  in_parallel(blocks, per_block * norm.width, [&](int64_t begin, int64_t end) {
+    kernels.backward(all, begin, end);
+    if (left.fetch_sub(end - begin, std::memory_order_acq_rel) > end - begin) return;
+    reduce(block_gain, call.grad_gain, call.grad_gain_dtype);
+    reduce(block_bias, call.grad_bias, call.grad_bias_dtype);
+  });
 }
 
 // Without rows or columns: sums of nothing.
