@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from benchmarks.cells.measure import COMMAND as CELLS
 from benchmarks.core.benchmark import Benchmark, Command
 from benchmarks.gpu_norms.measure import COMMAND as GPU
 from benchmarks.norms.measure import COMMAND as NORMS
@@ -12,6 +13,6 @@ from benchmarks.stream.measure import COMMAND as STREAM
 from benchmarks.updates.measure import COMMAND as UPDATES
 
 #: A new benchmark is a command here.
-COMMANDS: Final[tuple[Command, ...]] = (RECURRENT, STREAM, UPDATES, NORMS, GPU)
+COMMANDS: Final[tuple[Command, ...]] = (RECURRENT, STREAM, CELLS, UPDATES, NORMS, GPU)
 #: Their tables.
 BENCHMARKS: Final[tuple[Benchmark, ...]] = tuple(each for one in COMMANDS for each in one.benchmarks)

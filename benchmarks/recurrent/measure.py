@@ -41,7 +41,7 @@ _COMPILE_LIMIT: Final = 600.0
 # Results may differ from those of PyTorch's functions in float32 by this much, relative to their norm, or by
 # twice what PyTorch's own in that dtype do: a hundred steps of rounding in another order, and bfloat16 keeps
 # 8 bits in each of them. A wrong formula is off by far more.
-_TOLERANCE: Final = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+TOLERANCE: Final = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 _JUDGES: Final = {True: "torch", False: "loop"}  # by whether the cell is un-normalized
 #: By whether the cell is un-normalized, the results that are right.
 Expected = Mapping[bool, list[Tensor]]
@@ -113,7 +113,7 @@ def check_of(point: Point, case: Case, expected: Expected, unnormalized: Sequenc
     """
 
     def allows(name: str, off: float) -> bool:
-        if off <= _TOLERANCE[point.dtype]:
+        if off <= TOLERANCE[point.dtype]:
             return True
         judge = PEERS[_JUDGES[name in unnormalized]](case).results()
         return off <= 2 * difference(judge, expected[name in unnormalized])
