@@ -65,6 +65,8 @@ def norms_table(path: Path, *operators: str, **fields: object) -> None:
         ("recurrent --time 0", "--time: expected a number of seconds greater than 0, got '0'"),
         ("recurrent --peers keras", "got 'keras'"),
         ("recurrent --compile-limit inf", "--compile-limit: expected a number of seconds"),
+        ("short-calls --steps 1,0", "--steps: expected a whole number of at least 1, got '0'"),
+        ("short-calls --peers torch", "unrecognized arguments: --peers torch"),
         ("cells --cells mgu", "--cells: expected some of lstm, gru, rnn, separated by commas; got 'mgu'"),
         ("cells --steps 1,2", "--steps: expected a whole number of at least 1, got '1,2'"),
         ("stream --batches -1", "--batches: expected a whole number of at least 1, got '-1'"),
