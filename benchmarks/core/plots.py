@@ -121,12 +121,13 @@ def _looks(peers: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {peer: _LOOKS[peer] if peer in _LOOKS else next(free, _OTHERS[-1]) for peer in peers}
 
 
-def ratio_curves(data: pd.DataFrame) -> Figure:
+def ratio_curves(data: pd.DataFrame, of: str = "torch.nn") -> Figure:
     """Draw ratios over the hidden size, a line for each batch; a panel for each cell, mode and dtype.
 
     Args:
         data: this package's rows of one number of threads, with the columns ``cell``, ``mode``, ``dtype``,
             ``batch``, ``hidden``, ``ratio_to_torch``, ``ratio_q25`` and ``ratio_q75``.
+        of: what the ratios are to.
     """
     cells = list(dict.fromkeys(data.cell))
     kinds = list(dict.fromkeys(zip(data["mode"], data.dtype, strict=True)))
@@ -146,7 +147,7 @@ def ratio_curves(data: pd.DataFrame) -> Figure:
                 )
             axis.axhline(1, color="#000000", linewidth=1, zorder=2)
             axis.set_title(f"{cell.upper()}, {mode}, {dtype}", fontsize=9)
-    _over_sizes(axes, sorted(data.hidden.unique()), "times the speed of torch.nn")
+    _over_sizes(axes, sorted(data.hidden.unique()), f"times the speed of {of}")
     handles = [
         mpl.lines.Line2D([], [], color=colour, marker=marker, label=f"batch {batch}")
         for batch, (colour, marker) in zip(batches, cycle(_CURVES), strict=False)

@@ -26,7 +26,7 @@ class Case:
         training: forward and backward, or forward alone.
         x: the input (T, N, F).
         grad: the gradient of the output (T, N, H).
-        normalized: the weights of the variant "paper", by name.
+        normalized: the weights of the normalized variant, by name.
         unnormalized: those of ``torch.nn``'s layer, by name.
     """
 
@@ -57,7 +57,16 @@ class Case:
         )
 
 
-def make_case(cell: Any, batch: int, hidden: int, steps: int, training: bool, device: str = "cpu") -> Case:
+def make_case(
+    cell: Any,
+    batch: int,
+    hidden: int,
+    steps: int,
+    training: bool,
+    device: str = "cpu",
+    *,
+    variant: str = "paper",
+) -> Case:
     """Return random float32 tensors, the same ones each time, whose values bfloat16 holds exactly."""
     random = torch.Generator(device).manual_seed(0)
 
@@ -78,7 +87,7 @@ def make_case(cell: Any, batch: int, hidden: int, steps: int, training: bool, de
         return found
 
     x, grad = normal(steps, batch, hidden), normal(steps, batch, hidden)
-    normalized = weights("paper")
+    normalized = weights(variant)
     matrices = {name: value for name, value in normalized.items() if name.startswith("weight")}
     unnormalized = weights("none") | matrices
     return Case(cell, training, x.bfloat16().float(), grad.bfloat16().float(), normalized, unnormalized)

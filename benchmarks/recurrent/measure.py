@@ -41,7 +41,7 @@ _COMPILE_LIMIT: Final = 600.0
 # Results may differ from those of PyTorch's functions in float32 by this much, relative to their norm, or by
 # twice what PyTorch's own in that dtype do: a hundred steps of rounding in another order, and bfloat16 keeps
 # 8 bits in each of them. A wrong formula is off by far more.
-_TOLERANCE: Final = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+TOLERANCE: Final = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 _JUDGES: Final = {True: "torch", False: "loop"}  # by whether the cell is un-normalized
 #: By whether the cell is un-normalized, the results that are right.
 Expected = Mapping[bool, list[Tensor]]
@@ -82,7 +82,7 @@ class Point(benchmark.Point):
 def measure(job: dict[str, Any], emit: Emit) -> None:
     """Measure the points of a job; the worker."""
     right = right_results()
-    each_point(job, emit, Point, lambda point: _measure(point, right(point), job, emit))
+    each_point(job, emit, Point, lambda point: measure_point(point, right(point), job, emit))
 
 
 def right_results(device: str = "cpu") -> Callable[[Point], Expected]:
@@ -113,7 +113,7 @@ def check_of(point: Point, case: Case, expected: Expected, unnormalized: Sequenc
     """
 
     def allows(name: str, off: float) -> bool:
-        if off <= _TOLERANCE[point.dtype]:
+        if off <= TOLERANCE[point.dtype]:
             return True
         judge = PEERS[_JUDGES[name in unnormalized]](case).results()
         return off <= 2 * difference(judge, expected[name in unnormalized])
@@ -121,7 +121,15 @@ def check_of(point: Point, case: Case, expected: Expected, unnormalized: Sequenc
     return Check(lambda name: expected[name in unnormalized], allows)
 
 
-def _measure(point: Point, expected: Expected, job: Mapping[str, Any], emit: Emit) -> list[Row]:
+def measure_point(point: Point, expected: Expected, job: Mapping[str, Any], emit: Emit) -> list[Row]:
+    """Measure a point; return its rows.
+
+    Args:
+        point: of the grid.
+        expected: what is right.
+        job: has "peers", "large" and "memory" beside what ``sample`` takes.
+        emit: is told why a peer has no figures.
+    """
     training = point.mode == "training"
     names = BENCHMARK.in_mode(job["peers"], point.mode)
     if point.gflop > job["large"]:
@@ -143,7 +151,7 @@ def _measure(point: Point, expected: Expected, job: Mapping[str, Any], emit: Emi
         found = layer_figures(subjects[name], check.differences[name], samples[name], samples["products"])
         if "read" in samples:
             found["weights_us"] = significant(point.steps * limits.read_us(samples))
-        return found | {"saved_bytes": kept.get(name, "")}
+        return found | ({"saved_bytes": kept[name]} if name in kept else {})
 
     return peer_rows(
         point,

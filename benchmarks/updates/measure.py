@@ -20,6 +20,7 @@ from benchmarks.core.benchmark import BASE, INSTALL, OURS, Axis, Benchmark, Comm
 from benchmarks.core.measuring import Row, each_point, peer_rows, ready, sample
 from benchmarks.core.subjects import Subject, difference, first_line
 from benchmarks.core.workers import Emit, serve
+from benchmarks.world_model.measure import BENCHMARK as WORLD_MODEL
 
 if TYPE_CHECKING:
     from layernorm.experiments.run.training import Trainer
@@ -151,7 +152,7 @@ def _problem_here() -> str | None:
 
 
 _ABOUT: Final = """\
-peers:
+peers of the experiments:
   layernorm        the task's network with layer norm
   torch            that of torch.nn, without norm; ratios are relative to it
 
@@ -165,7 +166,8 @@ BENCHMARK: Final = Benchmark(
     folder="updates",
     point=Point,
     axes=(
-        Axis(("task",), "tasks", choices=TASKS),
+        # The command measures a world model too, unless tasks are named.
+        Axis(("task",), "tasks", choices=TASKS, always_shown=True),
         Axis(("preset",), "presets", choices=PRESETS, default=("small",)),
     ),
     expand=grid,
@@ -179,12 +181,17 @@ BENCHMARK: Final = Benchmark(
 )
 COMMAND: Final = Command(
     name="updates",
-    title="training updates of the recurrent experiments",
+    title="training updates of the recurrent experiments and of a world model",
     description="Measure the time of one whole update of each recurrent experiment (forward, backward,\n"
     "clipping, optimizer) with layer norm next to that of torch.nn without norm, on the same batches,\n"
-    "interleaved in one process for each number of threads; write a table, pictures and a page.",
-    benchmarks=(BENCHMARK,),
-    examples=("--quick", "--tasks draw,handwriting --presets small,paper --threads 1"),
+    "interleaved in one process for each number of threads; and that of a world model's recurrence next to\n"
+    "the same with its cell written by hand. Write tables, pictures and a page.",
+    benchmarks=(BENCHMARK, WORLD_MODEL),
+    about="""\
+The experiments and the world model have tables of their own, and --tasks chooses. --presets is for
+experiments, --batches, --hidden and --steps are for the world model.
+""",
+    examples=("--quick", "--tasks world-model", "--tasks draw,handwriting --presets small,paper --threads 1"),
 )
 
 if __name__ == "__main__":

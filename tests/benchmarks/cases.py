@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,6 +53,20 @@ def measured_by_worker(
     return rows_and_notes(workers.events(f"benchmarks.{folder}.measure", job(points, peers, **changes), 1))
 
 
+def in_this_process(measure: Callable[..., None]) -> Callable[..., Iterator[dict[str, Any]]]:
+    """Return what stands in for ``workers.events``: the work of this worker, done here."""
+
+    def events(
+        module: str, job: Mapping[str, Any], threads: int, limit: float | None
+    ) -> Iterator[dict[str, Any]]:
+        assert module == measure.__module__
+        found: list[dict[str, Any]] = []
+        measure(dict(job) | {"threads": threads}, found.append)
+        yield from found
+
+    return events
+
+
 def rows_and_notes(events: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
     found = list(events)
     rows = [row for event in found for row in event.get("rows", ())]
@@ -100,7 +114,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         main(arguments)
     assert end.value.code == 2
     errors = capsys.readouterr().err
-    assert re.match(r"python -m benchmarks( \w+)?: error: ", errors)
+    assert re.match(r"python -m benchmarks( [\w-]+)?: error: ", errors)
     assert errors.count("\n") == 1
     return errors
 

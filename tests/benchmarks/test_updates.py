@@ -16,7 +16,14 @@ from benchmarks.updates.measure import BENCHMARK
 from layernorm.experiments import registry
 from layernorm.experiments import task as tasks
 from layernorm.experiments.run.training import Run, Trainer
-from tests.benchmarks.cases import failure, measured, rows_of_point, table_of, write_table
+from tests.benchmarks.cases import (
+    failure,
+    in_this_process,
+    measured,
+    rows_of_point,
+    table_of,
+    write_table,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALLEST = updates.Point("digits-rows", "small", 4)
@@ -26,14 +33,6 @@ measured_here = partial(measured, updates.measure, [SMALLEST], list(updates.PEER
 @pytest.fixture(autouse=True)
 def _fresh_problems():
     updates._problem.cache_clear()
-
-
-def here(module, job, threads, limit):
-    """In place of ``workers.events``: the worker's work in this process."""
-    assert module == "benchmarks.updates.measure"
-    events = []
-    updates.measure({**job, "threads": threads}, events.append)
-    yield from events
 
 
 @pytest.fixture
@@ -118,7 +117,7 @@ def test_updates_that_do_not_train_have_failed(scale, monkeypatch):
 def test_a_task_without_data_is_listed_and_the_others_are_measured(
     without_data, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(workers, "events", here)
+    monkeypatch.setattr(workers, "events", in_this_process(updates.measure))
     arguments = ["--tasks", "digits-rows,draw", "--threads", "1", "--rounds", "1"]
     assert main(["updates", *arguments, "--out", str(tmp_path)]) == 0
     assert table_of(BENCHMARK, tmp_path, "task", "batch", "peer", "status") == [
@@ -141,7 +140,7 @@ def test_a_task_without_data_is_listed_and_the_others_are_measured(
 
 
 def test_no_data_at_all_gives_a_page_too(without_data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(workers, "events", here)
+    monkeypatch.setattr(workers, "events", in_this_process(updates.measure))
     assert main(["updates", "--tasks", "draw", "--threads", "1", "--out", str(tmp_path)]) == 0
     assert "1 thread, small: – times the speed" in capsys.readouterr().out
 

@@ -1,0 +1,1 @@
+"""The recurrent cells, called step by step, on CPUs."""

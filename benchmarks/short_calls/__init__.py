@@ -1,0 +1,1 @@
+"""The recurrent layers over a few steps, on CPUs."""
