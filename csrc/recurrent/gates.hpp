@@ -85,6 +85,13 @@ class Gates {
     return states + n * r_.hidden_size;
   }
 
+  [[nodiscard]] Soon<T> soon(int64_t n) const {
+    const int64_t next = n + kTogether;
+    if (next >= r_.batch) return {};
+    const int64_t at = next * gate_width(r_);
+    return {static_cast<const T*>(r_.input) + at, static_cast<const T*>(r_.hidden_gates) + at};
+  }
+
   // Row n of the products, to place i.
   void take_products(int64_t n, int64_t i) {
     const int64_t width = gate_width(r_);
@@ -107,6 +114,7 @@ class Gates {
     row.x = x_ + i * gate_width(r_);
     row.h = h_ + i * gate_width(r_);
     row.hidden = state_at(static_cast<T*>(r_.hn), n);
+    row.soon = soon(n);
     if (is_lstm()) {
       row.c_prev = state_at(static_cast<const T*>(r_.c0), n);
       row.c = state_at(static_cast<T*>(r_.cn), n);
@@ -140,6 +148,7 @@ class Gates {
     }
     row.gates = gates_;
     row.cell = cell_;
+    row.soon = soon(n);
     return row;
   }
 
