@@ -11,10 +11,10 @@ from torch.nn.utils.rnn import pack_sequence
 
 import layernorm
 from layernorm import functional as LF
-from tests.recurrent.cases import CELLS, SEQUENCES, as_hx, weights_of
+from layernorm.variants import GATES
+from tests.recurrent.cases import CELLS, GATES_CELLS, SEQUENCES, as_hx, weights_of
 
-X, H, GATES = torch.randn(4, 2, 3), torch.zeros(2, 5), torch.randn(2, 20)
-ROWS = torch.randn(2, 3)
+X, H, ROWS = torch.randn(4, 2, 3), torch.zeros(2, 5), torch.randn(2, 3)
 
 
 def weights(cell):
@@ -22,7 +22,14 @@ def weights(cell):
     return weights_of(cell, "paper", 3, 5, dtype=torch.float32, needs_grad=False)
 
 
-VECTORS = {name: tensor for name, tensor in weights("lstm").items() if not name.startswith("weight")}
+def gates(cell):
+    """Return the arguments of a step after its products."""
+    products = torch.randn(2, GATES[cell] * 5)
+    vectors = {name: tensor for name, tensor in weights(cell).items() if not name.startswith("weight")}
+    state = {"c" if cell == "lstm" else "h": H}
+    return {"input_gates": products, "hidden_gates": products, **state, "weights": vectors}
+
+
 NO_OPTIONS = (3, 2.5, "a", [1, 2], (H,), {}, object(), np.zeros((2, 5)), torch.Tensor)  # tensors, or None
 NO_TENSORS = (None, *NO_OPTIONS, pack_sequence([H]))
 NO_STATES = {"lstm": (H, (H, 3), (H, H, H)), "gru": ((H, H),), "rnn": ((H, H),)}
@@ -54,7 +61,7 @@ NO_DIMS = (
 )
 #: What an argument of a name cannot be.
 WRONG = {
-    **dict.fromkeys(("input", "residual", "input_gates", "hidden_gates", "c"), NO_TENSORS),
+    **dict.fromkeys(("input", "residual", "input_gates", "hidden_gates", "c", "h"), NO_TENSORS),
     **dict.fromkeys(("weight", "bias", "resets"), NO_TENSORS[1:]),
     **dict.fromkeys(("reverse", "recompute"), (None, 1, "True", torch.tensor(True))),
     "weights": (None, 3, "a", [H], H, object()),
@@ -68,8 +75,8 @@ WRONG = {
 
 def subjects():
     """Yield functions by name, with arguments that they take and what else some of these cannot be."""
-    gates = {"input_gates": GATES, "hidden_gates": GATES, "c": H, "weights": VECTORS, "variant": "paper"}
-    yield "lstm_gates", LF.lstm_gates, gates, {}
+    for cell in GATES_CELLS:
+        yield f"{cell}_gates", getattr(LF, f"{cell}_gates"), gates(cell) | {"variant": "paper"}, {}
     for cell in SEQUENCES:
         hx = as_hx([H] * (2 if cell == "lstm" else 1))
         nonlinearity = {"nonlinearity": "tanh"} if cell == "rnn" else {}
@@ -118,10 +125,10 @@ def test_a_value_of_the_wrong_type_is_a_type_error_that_names_it(case):
             function(**given | {name: value})
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru", "rnn", "lstm_gates"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn", "lstm_gates", "gru_gates"])
 def test_a_weight_of_the_wrong_type_is_named(name):
     given = CASES[f"{name}: weights"][1]
-    names = ("gain_ih",) if name == "lstm_gates" else ("weight_ih", "weight_hh", "bias")
+    names = ("gain_ih",) if name.endswith("gates") else ("weight_ih", "weight_hh", "bias")
     for weight, value in itertools.product(names, NO_TENSORS):
         with pytest.raises(TypeError, match=rf"(^|\W)weights\['{weight}'\]\W.*(must|should) be"):
             getattr(LF, name)(**given | {"weights": given["weights"] | {weight: value}})
@@ -180,13 +187,15 @@ def test_tensors_of_other_kinds_are_refused_in_words(change, name):
         LF.gru(x, h, given)
 
 
-def test_gates_of_other_kinds_are_refused_in_words():
+@pytest.mark.parametrize(("cell", "state"), [("lstm", "c"), ("gru", "h")])
+def test_gates_of_other_kinds_are_refused_in_words(cell, state):
+    given, width = gates(cell), GATES[cell] * 5
     for change, message in (
-        ({"gain_ih": torch.ones(20, device="meta")}, "c is on cpu and gain_ih on meta"),
-        ({"bias": torch.ones(20).long()}, "bias must be of a floating-point dtype, got torch.int64"),
+        ({"gain_ih": torch.ones(width, device="meta")}, f"{state} is on cpu and gain_ih on meta"),
+        ({"bias": torch.ones(width).long()}, "bias must be of a floating-point dtype, got torch.int64"),
     ):
-        with pytest.raises(RuntimeError, match=f"lstm_gates: .*{message}"):
-            LF.lstm_gates(GATES, GATES, H, VECTORS | change)
+        with pytest.raises(RuntimeError, match=f"{cell}_gates: .*{message}"):
+            getattr(LF, f"{cell}_gates")(**given | {"weights": given["weights"] | change})
 
 
 def test_complex_sequences_where_torch_has_them():

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import layernorm
 from layernorm import Variant
 from layernorm import functional as LF
-from layernorm.variants import PRESETS, parameter_shapes
+from layernorm.variants import GATES, PRESETS, parameter_shapes
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 F, H, P, STEPS, ROWS = 5, 7, 3, 6, 3
@@ -105,11 +105,11 @@ def layers(cell: str, variant: Variant, dtype: torch.dtype, **options: Any) -> I
             "cell",
             differentiated(flat(one(x[0], first)), [*leaves[: 1 + len(flat(state))], *one.parameters()]),
         )
-    if cell == "lstm" and not proj:
-        shapes = parameter_shapes("lstm", variant, F, H)
+    if cell != "rnn" and not proj:
+        shapes = parameter_shapes(cell, variant, F, H)
         vectors = {n: draw.leaf(*shape) for n, shape in shapes.items() if not n.startswith("weight")}
-        a, b = draw.leaf(ROWS, 4 * H), draw.leaf(ROWS, 4 * H)
-        state_after = LF.lstm_gates(a, b, c[0], vectors, variant=variant)
+        a, b = (draw.leaf(ROWS, GATES[cell] * H) for _ in range(2))
+        state_after = flat(getattr(LF, f"{cell}_gates")(a, b, c[0], vectors, variant=variant))
         yield "gates", differentiated(state_after, [a, b, c, *vectors.values()])
 
 

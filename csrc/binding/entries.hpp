@@ -17,7 +17,7 @@ PyObject* record(PyObject* module, PyObject* recorders);
 using Entry = PyObject*(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 Entry layer_norm, rms_norm, add_layer_norm, add_rms_norm, norm_forward, norm_backward;
 Entry recurrent, recurrent_forward, recurrent_backward;
-Entry lstm_gates, lstm_gates_forward, lstm_gates_backward;
+Entry gates, gates_forward, gates_backward;
 
 // The Python type `layernorm._native.Stream`, or null with an exception set.
 PyObject* stream_type();

@@ -11,7 +11,7 @@ Layer::Layer(const layernorm_layer* given, Kind kind) {
         "dtype is no layernorm_dtype");
   const std::string problem = decode_spec(given->spec, given->spec_count, given->eps, r);
   check(problem.empty(), problem);
-  check(kind != kGates || r.cell == CellKind::kLstm, "spec must be of an LSTM");
+  check(kind != kGates || r.cell != CellKind::kRnn, "spec must be of an LSTM or a GRU");
   kernels = &(*capability().recurrences)[given->dtype];
   const bool half = given->dtype >= LAYERNORM_BFLOAT16;
   check(given->parameter_dtype == given->dtype ||

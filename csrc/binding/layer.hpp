@@ -16,8 +16,8 @@ struct Layer {
   const RecurrentKernels* kernels = nullptr;
   int64_t rows = 0;  // of all steps
 
-  // A layer over a sequence; one step of a stream, which has no input yet; or the part of an LSTM's
-  // step after its products.
+  // A layer over a sequence; one step of a stream, which has no input yet; or the part of a step
+  // after its products.
   enum Kind { kSequence, kStreamed, kGates };
   Layer(const layernorm_layer* given, Kind kind);
 

@@ -201,14 +201,17 @@ typedef struct layernorm_layer_gradients {
 LAYERNORM_API layernorm_status layernorm_recurrent_backward(
     const layernorm_layer* layer, const layernorm_layer_gradients* gradients);
 
-/* The part of an LSTM's step after its products: input is W_ih x and h0 is W_hh h, both [N, 4·H];
- * the matrices, steps, input_size and output_size are not read. Gradients: grad_hn and grad_cn come
- * in; grad_input, grad_h0 (where the inputs are not summed), grad_c0 and those of gains and biases
- * go out, all float32 (float64 of float64). */
-LAYERNORM_API layernorm_status layernorm_lstm_gates_forward(const layernorm_layer* step, void* h,
-                                                            void* c);
-LAYERNORM_API layernorm_status layernorm_lstm_gates_backward(
-    const layernorm_layer* step, const layernorm_layer_gradients* gradients);
+/* The part of a step after its products, of an LSTM from c0 or of a GRU from h0: the step's input
+ * is W_ih x and hidden_gates W_hh h, both [N, G·H]; the matrices, steps, input_size and output_size
+ * are not read. c is an LSTM's. Gradients: grad_hn and grad_cn come in; grad_input,
+ * grad_hidden_gates, grad_c0 or grad_h0 and those of gains and biases go out. Where the inputs are
+ * summed, grad_input is the gradient of both products, and grad_hidden_gates is NULL. */
+LAYERNORM_API layernorm_status layernorm_gates_forward(const layernorm_layer* step,
+                                                       const void* hidden_gates, void* h, void* c);
+LAYERNORM_API layernorm_status layernorm_gates_backward(const layernorm_layer* step,
+                                                        const void* hidden_gates,
+                                                        const layernorm_layer_gradients* gradients,
+                                                        void* grad_hidden_gates);
 
 /* ---- streams: layers one step at a time, their parameters packed once ---- */
 

@@ -1,5 +1,5 @@
-// The recurrent layers of layernorm.h over whole sequences, and the part of an LSTM's step after
-// its products: the work is shared among threads.
+// The recurrent layers of layernorm.h over whole sequences, and the part of a step after its
+// products: the work is shared among threads.
 #include <algorithm>
 #include <atomic>
 
@@ -148,7 +148,7 @@ void backward(Layer& layer, const layernorm_layer_gradients& given) {
   kernels.finish(r, g, shared.data());
 }
 
-// ---- the part of an LSTM's step after its products ----
+// ---- the part of a step after its products ----
 
 // Elements that take about as long as a row: norms, activations.
 int64_t work_of_row(const Recurrent& r) { return 4 * r.gates * r.hidden_size; }
@@ -171,10 +171,19 @@ void each(const Layer& layer, int64_t count, int64_t elements, const Run& run) {
   });
 }
 
-void gates_forward(Layer& layer, void* h, void* c) {
+// Checks that all that is read is there.
+void read_gates(Layer& layer, const void* hidden_gates) {
   auto& r = layer.r;
-  check(h != nullptr && c != nullptr && r.input != nullptr && r.h0 != nullptr,
-        "input, h0, h and c must be given");
+  r.hidden_gates = hidden_gates;
+  check(r.input != nullptr && hidden_gates != nullptr &&
+            (r.cell == CellKind::kLstm ? r.c0 : r.h0) != nullptr,
+        "input, hidden_gates and the state must be given");
+}
+
+void gates_forward(Layer& layer, const void* hidden_gates, void* h, void* c) {
+  auto& r = layer.r;
+  read_gates(layer, hidden_gates);
+  check(h != nullptr && (c != nullptr || r.cell != CellKind::kLstm), "h and c must be given");
   r.hn = h;
   r.cn = c;
   const Scratch prepared = prepare_gates(layer);
@@ -183,14 +192,14 @@ void gates_forward(Layer& layer, void* h, void* c) {
   });
 }
 
-void gates_backward(const Layer& layer, const layernorm_layer_gradients& given) {
+void gates_backward(Layer& layer, const void* hidden_gates, const layernorm_layer_gradients& given,
+                    void* grad_hidden_gates) {
   const auto& r = layer.r;
-  check(given.grad_hn != nullptr && given.grad_cn != nullptr && given.grad_input != nullptr &&
-            given.grad_c0 != nullptr &&
-            (given.grad_h0 != nullptr) == (r.inputs == Inputs::kSeparate),
-        "the gradients of h, c, the input and c0 must be given, and where the inputs are separate "
-        "that of h0");
-  const RecurrentGradients g = gradients_of(given);
+  read_gates(layer, hidden_gates);
+  check(r.inputs != Inputs::kSummed || grad_hidden_gates == nullptr,
+        "grad_hidden_gates must not be given where the inputs are summed");
+  RecurrentGradients g = gradients_of(given);
+  g.grad_hidden_gates = grad_hidden_gates;
   const Scratch prepared = prepare_gates(layer);
   const size_t bytes = layer.kernels->gate_sums_bytes(r, g);
   const Scratch sums(bytes);
@@ -239,18 +248,21 @@ layernorm_status layernorm_recurrent_backward(const layernorm_layer* layer,
   });
 }
 
-layernorm_status layernorm_lstm_gates_forward(const layernorm_layer* step, void* h, void* c) {
+layernorm_status layernorm_gates_forward(const layernorm_layer* step, const void* hidden_gates,
+                                         void* h, void* c) {
   return layernorm::status_of([&] {
     Layer all(step, Layer::kGates);
-    if (all.r.batch > 0) layernorm::gates_forward(all, h, c);
+    if (all.r.batch > 0) layernorm::gates_forward(all, hidden_gates, h, c);
   });
 }
 
-layernorm_status layernorm_lstm_gates_backward(const layernorm_layer* step,
-                                               const layernorm_layer_gradients* gradients) {
+layernorm_status layernorm_gates_backward(const layernorm_layer* step, const void* hidden_gates,
+                                          const layernorm_layer_gradients* gradients,
+                                          void* grad_hidden_gates) {
   return layernorm::status_of([&] {
-    const Layer all(step, Layer::kGates);
+    Layer all(step, Layer::kGates);
     layernorm::check_struct(gradients, "gradients");
-    if (all.r.batch > 0) layernorm::gates_backward(all, *gradients);
+    if (all.r.batch > 0)
+      layernorm::gates_backward(all, hidden_gates, *gradients, grad_hidden_gates);
   });
 }

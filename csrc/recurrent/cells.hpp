@@ -16,6 +16,23 @@ struct Vectors {
   const A *gain_x, *gain_h, *bias, *bias_hn, *gain_cell, *bias_cell;
 };
 
+// Rows of products that are read from memory soon, and may be fetched while others are computed
+// with; null where there are none.
+template <typename T>
+struct Soon {
+  const T *x = nullptr, *h = nullptr;
+
+  // The share of the features that go with part i of the hidden units.
+  LAYERNORM_INLINE void fetch(int64_t gates, int64_t i, auto part) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t end = gates * (i + part.kVectors * kLanes<Accumulate<T>>);
+    for (const T* row : {x, h}) {
+      if (row == nullptr) continue;
+      for (int64_t k = gates * i; k < end; k += kLine) __builtin_prefetch(row + k);
+    }
+  }
+};
+
 // What one row of one step reads and writes.
 template <typename T>
 struct RowStep {
@@ -31,6 +48,7 @@ struct RowStep {
   T* hidden;     // h before any projection
   A* below_out;  // [H], LSTM: working memory for what divides the output gate, and
   A* cell;       // [H]
+  Soon<T> soon;
 };
 
 // A candidate that is summed after the reset: both norms in place, the reset gate's first.
@@ -103,6 +121,7 @@ void lstm_cell(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowSte
   using A = Accumulate<T>;
   const bool normed = r.cell_norm != CellNorm::kNone;
   each_vector<A>(r.hidden_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    row.soon.fetch(4, i, part);
     const auto gates = lstm_gates<kTwo, kNorm>(v, row, r.hidden_size, i, part);
     const auto above = [&](int which) { return piece<1>(gates.above, which); };
     const auto below = [&](int which) { return piece<1>(gates.below, which); };
@@ -207,6 +226,7 @@ template <typename T, bool kNorm>
 void gru_step(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowStep<T>& row) {
   using A = Accumulate<T>;
   each_block<A, 2>(r.hidden_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    row.soon.fetch(3, i, part);
     const auto gates = gru_gates<kNorm>(r, v, row, i, part);
     const auto& n = gates.candidate;
     put(row.hidden + i, fma(gates.update, load(row.h_prev + i, part) - n, n), part);

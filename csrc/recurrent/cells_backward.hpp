@@ -28,16 +28,8 @@ struct RowGradient {
   A* hidden;             // where wanted: h before any projection, again
   A* gates;              // [4·H], working memory, and
   A* cell;               // [H]
+  Soon<T> soon;
 };
-
-// Backward reads rows that were kept long ago: while one is computed, the next may be fetched.
-template <bool kTwo>
-LAYERNORM_INLINE void fetch_next(const Recurrent& r, const auto& row, int64_t i) {
-  for (int64_t k = i; k < r.gates * r.hidden_size; k += r.hidden_size) {
-    __builtin_prefetch(row.x + r.gates * r.hidden_size + k);
-    if constexpr (kTwo) __builtin_prefetch(row.h + r.gates * r.hidden_size + k);
-  }
-}
 
 template <typename A>
 LAYERNORM_INLINE void add_product_to(A* sum, const auto& a, const auto& b, auto part) {
@@ -182,7 +174,7 @@ void lstm_backward(const Recurrent& r, const Vectors<Accumulate<T>>& v,
   A* const gates = row.gates;
   A* const cell = row.cell;
   each_vector<A>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
-    fetch_next<kTwo>(r, row, i);
+    row.soon.fetch(4, i, part);
     const auto all = lstm_gates<kTwo, false>(v, row, size, i, part).divided();
     const auto gate = [&](int which) { return piece<1>(all, which); };
 #pragma GCC unroll 4
@@ -252,6 +244,7 @@ void gru_backward(const Recurrent& r, const Vectors<Accumulate<T>>& v,
   const int64_t size = r.hidden_size;
   const bool late = r.inputs == Inputs::kLate;
   each_block<A, 2>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
+    row.soon.fetch(3, i, part);
     const auto gates = gru_gates<false>(r, v, row, i, part);
     const auto& n = gates.candidate;
     const auto& z = gates.update;

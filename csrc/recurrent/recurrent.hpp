@@ -51,9 +51,10 @@ struct Recurrent {
 
   const void* input;  // element (t, n, 0) is t·step_stride + n·row_stride
   int64_t input_step_stride, input_row_stride;
-  const void* h0;         // [N, P]
-  const void* c0;         // [N, H], LSTM
-  const uint8_t* resets;  // [rows of all steps], or null
+  const void* h0;            // [N, P]
+  const void* c0;            // [N, H], LSTM
+  const void* hidden_gates;  // [N, G·H], of gates alone: W_hh h, beside W_ih x as the input
+  const uint8_t* resets;     // [rows of all steps], or null
   // The state from which a row goes on where it is reset, as h0 and c0; null for zeros.
   const void *reset_h, *reset_c;
 
@@ -84,6 +85,7 @@ struct RecurrentGradients {
   void* grad_input;         // [rows, F]
   void* grad_h0;            // [N, P]
   void* grad_c0;            // [N, H]
+  void* grad_hidden_gates;  // [N, G·H], of gates alone
   // [N, P] and [N, H] in the type computed in, zero to begin with.
   void *grad_reset_h, *grad_reset_c;
   // In the type computed in.
@@ -132,10 +134,10 @@ struct RecurrentKernels {
   // After the last chunk: gradients of the initial state, and of gains and biases.
   void (*finish)(const Recurrent&, const RecurrentGradients&, void* shared);
 
-  // The part of an LSTM's step after its products: `input` is W_ih x and h0 is W_hh h, both [N,
-  // G·H], and there is no input or output size. Forward goes by rows; backward by blocks of
-  // rows_per_block() rows, with grad_input and grad_h0 of these products, all gradients in the type
-  // computed in, and sums that are zero to begin with.
+  // The part of a step after its products, of an LSTM from c0 or of a GRU from h0: `input` is
+  // W_ih x and `hidden_gates` W_hh h, both [N, G·H], and there is no input or output size. Forward
+  // goes by rows; backward by blocks of rows_per_block() rows, with sums that are zero to begin
+  // with. Where the products are summed, their one gradient is grad_input.
   size_t (*gates_bytes)(const Recurrent&);
   void (*gates)(const Recurrent&, const void* prepared, void* scratch, int64_t row_begin,
                 int64_t row_end);

@@ -255,6 +255,9 @@ class Backward {
     row.hidden = r_.projected ? shared_.hidden + at * size : nullptr;
     row.gates = s_.gates;
     row.cell = s_.cell;
+    // Rows that were kept long ago are read one after another.
+    if constexpr (std::is_same_v<T, A>)
+      row.soon = {row.x + width, r_.inputs == Inputs::kSeparate ? row.h + width : nullptr};
     return row;
   }
 

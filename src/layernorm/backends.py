@@ -43,7 +43,7 @@ OPERATORS: Final = ("native", "triton", "persistent")
 NORMS: Final = ops.NORMS
 RECURRENT: Final = ("lstm", "gru", "rnn")
 #: Recurrent too, but for the CPU alone.
-GATES: Final = "lstm_gates"
+GATES: Final = ("lstm_gates", "gru_gates")
 NATIVE_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
@@ -144,7 +144,7 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """Return the kernel for ``operator`` on tensors of this device and dtype, here and now.
 
     Args:
-        operator: one of ``NORMS`` or ``RECURRENT``, or ``GATES``.
+        operator: one of ``NORMS``, ``RECURRENT`` or ``GATES``.
         device: where the input lies.
         dtype: the input's dtype.
 
@@ -159,9 +159,9 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
         >>> backends.choose("lstm", torch.device("meta"), torch.float32).kernel
         'reference'
     """
-    if operator not in (*NORMS, *RECURRENT, GATES):
+    if operator not in (*NORMS, *RECURRENT, *GATES):
         raise ValueError(
-            f"operator must be one of {', '.join((*NORMS, *RECURRENT, GATES))}; got {operator!r}"
+            f"operator must be one of {', '.join((*NORMS, *RECURRENT, *GATES))}; got {operator!r}"
         )
     for name, given, kind in (("device", device, torch.device), ("dtype", dtype, torch.dtype)):
         if not isinstance(given, kind):
@@ -171,7 +171,7 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
 
 def _choose(call: Call) -> Choice:
     on_gpu = call.device.type == "cuda"
-    if on_gpu and call.operator == GATES:
+    if on_gpu and call.operator in GATES:
         return Choice("reference", "it has no kernel for GPUs")
     if (kernel := asked_for()) is not None:
         return _forced(override.checked(kernel, VARIABLE), call)

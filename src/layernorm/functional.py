@@ -417,19 +417,77 @@ def lstm_gates(
         >>> h.shape
         torch.Size([2, 5])
     """
-    spec = layer_spec("lstm", variant)
-    recurrent_checks.gates_arguments(spec, input_gates, hidden_gates, c, weights)
-    if is_any_autocast_enabled():
-        given = (input_gates, hidden_gates, c, *weights.values())
-        input_gates, hidden_gates, c, *rest = autocast.cast(given, c.device)
+    h, c = _gates_step(layer_spec("lstm", variant), input_gates, hidden_gates, c, weights)
+    return h, c
+
+
+def gru_gates(
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    h: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    variant: str | Variant = "paper",
+) -> Tensor:
+    """Compute the part of a normalized GRU's step after its products (paper eq. 26-28).
+
+    h' = (1 - z)·n + z·h, as in ``gru``. For networks that make the products themselves, such as world models
+    whose input depends on the state; kernels and errors are those of ``lstm_gates``.
+
+    Args:
+        input_gates: W_ih x (N, 3H), in the order r, z, n of ``torch.nn.GRU``, without a bias.
+        hidden_gates: W_hh h (N, 3H), likewise.
+        h: the state before (N, H), which also gets a gradient that does not pass ``hidden_gates``.
+        weights: gains and biases by name, without the matrices; any bias may be left out.
+        variant: a preset's name or a ``layernorm.Variant``.
+
+    Returns:
+        The new h (N, H).
+
+    Raises:
+        ValueError: an unknown variant, or weights that are not the variant's.
+        TypeError: an argument is of the wrong type.
+        RuntimeError: a tensor of the wrong shape, device or dtype.
+
+    Examples:
+        >>> import torch, layernorm
+        >>> from layernorm import functional as LF
+        >>> cell = layernorm.LayerNormGRUCell(3, 5)
+        >>> weights = {n: p for n, p in cell.named_parameters() if not n.startswith("weight")}
+        >>> x, h = torch.randn(2, 3), torch.zeros(2, 5)
+        >>> h = LF.gru_gates(x @ cell.weight_ih.T, h @ cell.weight_hh.T, h, weights)
+        >>> h.shape
+        torch.Size([2, 5])
+    """
+    (h,) = _gates_step(layer_spec("gru", variant), input_gates, hidden_gates, h, weights)
+    return h
+
+
+def _gates_step(
+    spec: LayerSpec, input_gates: Tensor, hidden_gates: Tensor, state: Tensor, weights: Mapping[str, Tensor]
+) -> tuple[Tensor, ...]:
+    """Compute the part of a step after its products by the kernel that is chosen for it."""
+    is_autocast_enabled = is_any_autocast_enabled()
+    if (compiled := backends.compiled_module()) is not None and not is_autocast_enabled:
+        found: tuple[Tensor, ...] = compiled.gates(
+            input_gates, hidden_gates, state, weights, spec.gates_names, spec.codes, spec.eps
+        )
+        if found is not NotImplemented:
+            return found
+    recurrent_checks.gates_arguments(spec, input_gates, hidden_gates, state, weights)
+    if is_autocast_enabled:
+        given = (input_gates, hidden_gates, state, *weights.values())
+        input_gates, hidden_gates, state, *rest = autocast.cast(given, state.device)
         weights = dict(zip(weights, rest, strict=True))
-    kernel = backends.recurrent_kernel_for(backends.GATES, c, (input_gates, hidden_gates, *weights.values()))
-    if kernel in backends.OPERATORS:
-        return ops.lstm_gates(spec, input_gates, hidden_gates, c, weights)
-    named = {"c": c, "input_gates": input_gates, "hidden_gates": hidden_gates, **weights}
-    recurrent_checks.numbers_of_one_kind(backends.GATES, spec.variant, named, one_dtype=False)
-    with autocast.disabled(c.device):
-        return reference.lstm_gates(spec, input_gates, hidden_gates, c, weights)
+    operator = f"{spec.cell}_gates"
+    kernel = backends.recurrent_kernel_for(operator, state, (input_gates, hidden_gates, *weights.values()))
+    if kernel in backends.OPERATORS and state.size(-1):  # none has no kernel
+        return ops.gates_step(spec, input_gates, hidden_gates, state, weights)
+    named = {recurrent_checks.gates_state(spec): state}
+    named |= {"input_gates": input_gates, "hidden_gates": hidden_gates, **weights}
+    recurrent_checks.numbers_of_one_kind(operator, spec.variant, named, one_dtype=False)
+    with autocast.disabled(state.device):
+        return reference.gates_step(spec, input_gates, hidden_gates, state, weights)
 
 
 def _sequence(

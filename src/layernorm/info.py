@@ -42,7 +42,7 @@ def text() -> str:
         f"{'operator':<16}{'device':<8}{'dtype':<28}{'kernel':<11}why",
     ]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for operator in (*backends.NORMS, *backends.RECURRENT, backends.GATES):
+    for operator in (*backends.NORMS, *backends.RECURRENT, *backends.GATES):
         for device in devices:
             served: dict[backends.Choice, list[str]] = {}
             for dtype in _DTYPES:

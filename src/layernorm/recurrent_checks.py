@@ -177,25 +177,30 @@ def _names(operator: str, weights: Mapping[str, Tensor], shapes: Mapping[str, tu
         )
 
 
+def gates_state(spec: LayerSpec) -> str:
+    """Return the name of the state that the part of a step after its products takes."""
+    return "c" if spec.cell == "lstm" else "h"
+
+
 def gates_arguments(
-    spec: LayerSpec, input_gates: Tensor, hidden_gates: Tensor, c: Tensor, weights: Mapping[str, Tensor]
+    spec: LayerSpec, input_gates: Tensor, hidden_gates: Tensor, state: Tensor, weights: Mapping[str, Tensor]
 ) -> None:
-    """Check the call of ``lstm_gates``; ``weights`` are the gains and biases alone."""
-    operator = "lstm_gates"
+    """Check the call of ``lstm_gates`` or ``gru_gates``; ``weights`` are the gains and biases alone."""
+    operator, state_name = f"{spec.cell}_gates", gates_state(spec)
     for name, given in (("input_gates", input_gates), ("hidden_gates", hidden_gates)):
         checks.tensor(operator, name, given)
-    dims = checks.tensor(operator, "c", c).dim()
+    dims = checks.tensor(operator, state_name, state).dim()
     _weights(operator, weights)
     if dims != 2:
-        raise RuntimeError(f"{operator}: c must have 2 dimensions, got {dims}")
-    shapes = spec.parameter_shapes(1, c.size(-1))
+        raise RuntimeError(f"{operator}: {state_name} must have 2 dimensions, got {dims}")
+    shapes = spec.parameter_shapes(1, state.size(-1))
     shapes = {name: shape for name, shape in shapes.items() if not name.startswith("weight")}
-    expected = (c.size(0), 4 * c.size(1))
+    expected = (state.size(0), spec.gates * state.size(1))
     for name, given in (("input_gates", input_gates), ("hidden_gates", hidden_gates)):
         if given.shape != expected:
             raise RuntimeError(
-                f"{operator}: Expected {name} of shape {as_list(expected)} beside c of {as_list(c.shape)}, "
-                f"but got {as_list(given.shape)}"
+                f"{operator}: Expected {name} of shape {as_list(expected)} beside {state_name} of "
+                f"{as_list(state.shape)}, but got {as_list(given.shape)}"
             )
     parameters(operator, weights, shapes)
 

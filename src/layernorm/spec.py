@@ -53,10 +53,8 @@ PARAMETERS: Final = (
     "gain_cell",
     "bias_cell",
 )
-#: Those among them that ``lstm_gates`` takes, in their order.
-GATES_PARAMETERS: Final = tuple(
-    name for name in PARAMETERS if not name.startswith("weight") and name != "bias_hn"
-)
+#: Those among them that the part of a step after its products takes, in their order: all but the matrices.
+GATES_PARAMETERS: Final = PARAMETERS[3:]
 
 # What each of ``codes`` stands for, in order.
 _CODES: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -187,11 +185,13 @@ class LayerSpec:
 
     def listed_for_gates(self, weights: Mapping[str, Tensor]) -> list[Tensor | None]:
         """Return the parameters in the order of ``GATES_PARAMETERS``."""
-        return [
-            weights.get(name)
-            for name, parameter in zip(self.names, PARAMETERS, strict=True)
-            if parameter in GATES_PARAMETERS
-        ]
+        return [weights.get(name) for name in self.names[-len(GATES_PARAMETERS) :]]
+
+    @functools.cached_property
+    def gates_names(self) -> tuple[str | None, ...]:
+        """The name of each of ``GATES_PARAMETERS`` in this variant, None for those it does not have."""
+        shapes = self.parameter_shapes(1, 1)
+        return tuple(name if name in shapes else None for name in self.names[-len(GATES_PARAMETERS) :])
 
     def named(
         self, tensors: Sequence[Tensor | None], parameters: Sequence[str] = PARAMETERS

@@ -19,7 +19,7 @@ from .draws import Draw, Failure, by_reference, check, unit
 from .noise import roundings
 
 DRAWS = 3
-INPUTS = ("input", "h", "c", "input_gates", "hidden_gates")
+INPUTS = ("input", "h", "c", "state", "input_gates", "hidden_gates")
 
 
 def largest_share(

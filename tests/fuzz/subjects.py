@@ -108,11 +108,18 @@ def sequence_function(draw: Draw) -> Call:
 
 
 def gates_function(draw: Draw) -> Call:
-    variant = variant_of(draw, "lstm")
-    weights = {n: t for n, t in weights_of(draw, "lstm", variant).items() if not n.startswith("weight")}
-    products = [torch.randn(ROWS, 4 * HIDDEN) for _ in range(2)]
-    arguments = {"input_gates": products[0], "hidden_gates": products[1], "c": torch.randn(ROWS, HIDDEN)}
-    return named("lstm_gates", LF.lstm_gates), arguments | {"weights": weights, "variant": variant}
+    cell = draw.choice(cases.GATES_CELLS)
+    variant = variant_of(draw, cell)
+    weights = {n: t for n, t in weights_of(draw, cell, variant).items() if not n.startswith("weight")}
+    arguments = {**inputs_of_gates(cell), "weights": weights, "variant": variant}
+    return named(f"{cell}_gates", getattr(LF, f"{cell}_gates")), arguments
+
+
+def inputs_of_gates(cell: str) -> dict[str, Tensor]:
+    """Return the products and the state of a step after its products."""
+    products = torch.randn(2, ROWS, GATES[cell] * HIDDEN)  # type: ignore[index]
+    state = {"c" if cell == "lstm" else "h": torch.randn(ROWS, HIDDEN)}
+    return {"input_gates": products[0], "hidden_gates": products[1], **state}
 
 
 def sequence_module(draw: Draw) -> Call:
@@ -207,14 +214,14 @@ def recurrent_operators(draw: Draw) -> Call:
 
 
 def gates_operators(draw: Draw) -> Call:
-    spec = layer_spec("lstm", variant_of(draw, "lstm"))
-    listed = spec.listed_for_gates(weights_of(draw, "lstm", spec.variant))
-    arguments: dict[str, Any] = dict(zip(GATES_PARAMETERS, listed, strict=True))
-    arguments |= {"input_gates": torch.randn(ROWS, 4 * HIDDEN), "hidden_gates": torch.randn(ROWS, 4 * HIDDEN)}
-    arguments |= {"c": torch.randn(ROWS, HIDDEN), "spec": list(spec.codes), "eps": spec.eps}
-    name = draw.choice(("lstm_gates", "lstm_gates_backward", "lstm_gates_composite_backward"))
+    cell = draw.choice(cases.GATES_CELLS)
+    spec = layer_spec(cell, variant_of(draw, cell))  # type: ignore[arg-type]
+    listed = spec.listed_for_gates(weights_of(draw, cell, spec.variant))
+    arguments: dict[str, Any] = inputs_of_gates(cell) | dict(zip(GATES_PARAMETERS, listed, strict=True))
+    arguments |= {"spec": list(spec.codes), "eps": spec.eps}
+    name = cell + draw.choice(("_gates", "_gates_backward", "_gates_composite_backward"))
     if name.endswith("backward"):
-        arguments |= {"grad_hidden": torch.randn(ROWS, HIDDEN), "grad_cn": torch.randn(ROWS, HIDDEN)}
+        arguments["grads"] = [torch.randn(ROWS, HIDDEN) for _ in range(2 if cell == "lstm" else 1)]
         arguments["wanted"] = [True] * 3 + [t is not None for t in listed]
     return named(name, getattr(torch.ops.layernorm, name)), arguments
 

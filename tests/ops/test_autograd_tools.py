@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import layernorm
 from layernorm import functional as LF
 from layernorm.variants import GATES
-from tests.recurrent.cases import CELLS, SEQUENCES, F, H, flat
+from tests.recurrent.cases import CELLS, GATES_CELLS, SEQUENCES, F, H, flat
 from tests.settings import needs_torch
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
@@ -35,13 +35,16 @@ def subjects(dtype=torch.float64):
     yield "recompute", (lambda x: recompute(x)[0]), list(recompute.parameters())
     cell = layernorm.LayerNormLSTMCell(F, H).to(dtype)
     yield "cell", (lambda x: cell(x[0])[1]), list(cell.parameters())
-    vectors = {n: p for n, p in cell.named_parameters() if not n.startswith("weight")}
+    for kind in GATES_CELLS:
+        single = CELLS[kind](F, H).to(dtype)
 
-    def gates(x: Tensor) -> Tensor:
-        products = x[0] @ cell.weight_ih.T
-        return torch.cat(LF.lstm_gates(products, products.sin(), x.new_ones(x.size(1), H), vectors), -1)
+        def gates(x: Tensor, kind: str = kind, single: torch.nn.Module = single) -> Tensor:
+            products = x[0] @ single.weight_ih.T
+            vectors = {n: p for n, p in single.named_parameters() if not n.startswith("weight")}
+            step = getattr(LF, f"{kind}_gates")
+            return torch.cat(flat(step(products, products.sin(), x.new_ones(x.size(1), H), vectors)), -1)
 
-    yield "lstm_gates", gates, list(cell.parameters())
+        yield f"{kind}_gates", gates, list(single.parameters())
     norm = layernorm.LayerNorm(F).to(dtype)
     yield "layer_norm", norm, list(norm.parameters())
     gain = torch.randn(F, dtype=dtype, requires_grad=True)
@@ -127,7 +130,7 @@ def test_arguments_that_depend_on_one_another_count_once(cell):
 
 @needs_torch(2, 6, "has another interface of compiled autograd")
 @pytest.mark.parametrize("changed", [False, True], ids=["kept", "changed in place"])
-@pytest.mark.parametrize("name", ["lstm-paper", "gru-paper", "lstm_gates", "add_layer_norm"])
+@pytest.mark.parametrize("name", ["lstm-paper", "gru-paper", "lstm_gates", "gru_gates", "add_layer_norm"])
 def test_compiled_autograd_takes_nodes_that_ran_eagerly(name, changed):
     function, parameters = next((f, p) for n, f, p in subjects() if n == name)
     torch._dynamo.reset()

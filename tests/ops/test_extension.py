@@ -18,6 +18,8 @@ import layernorm
 from layernorm import functional as LF
 from layernorm import ops
 from layernorm.pytorch_internals import used_by_the_kernels
+from layernorm.variants import GATES
+from tests.recurrent.cases import CELLS, GATES_CELLS, flat
 from tests.settings import thread_count
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -62,10 +64,12 @@ def everything() -> list[Tensor]:
             found += [stream.step(x_t) for x_t in x]
             out = torch.empty(40, 13, dtype=dtype).mT
             found.append(stream.step(x[0].mT.contiguous().mT, out))
-    cell = layernorm.LayerNormLSTMCell(24, 40)
-    vectors = {n: p for n, p in cell.named_parameters() if not n.startswith("weight")}
-    h, c = LF.lstm_gates(torch.randn(5, 160), torch.randn(5, 160), torch.randn(5, 40), vectors)
-    return [*found, h, c, *torch.autograd.grad(h.sum() + c.sum(), list(vectors.values()))]
+    for name in GATES_CELLS:
+        vectors = {n: p for n, p in CELLS[name](24, 40).named_parameters() if not n.startswith("weight")}
+        products, state = torch.randn(2, 5, GATES[name] * 40), torch.randn(5, 40)
+        after = flat(getattr(LF, f"{name}_gates")(*products, state, vectors))
+        found += [*after, *torch.autograd.grad([t.sum() for t in after], list(vectors.values()))]
+    return found
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from layernorm import Variant
 from layernorm.spec import layer_spec
-from tests.recurrent.cases import backward_arguments, detached, operator_arguments
+from tests.recurrent.cases import GATES_CELLS, backward_arguments, detached, operator_arguments, weights_of
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
@@ -59,15 +59,17 @@ def recurrent_calls(name, **options):
 
 
 def gates_calls(dtype=torch.float32):
-    """Yield the gates' operator and its derivative with their arguments by position."""
-    input_gates, hidden_gates, c = (torch.randn(3, n).to(dtype) for n in (20, 20, 5))
-    ones, zeros = torch.ones(20).to(dtype), torch.zeros(20).to(dtype)
-    parameters = (None, None, ones, ones, zeros, ones[:5].clone(), zeros[:5].clone())
-    spec = layer_spec("lstm", Variant())
-    forward = (input_gates, hidden_gates, c, *parameters, list(spec.codes), spec.eps)
-    yield "lstm_gates", forward
-    wanted = [True] * 3 + [p is not None for p in parameters]
-    yield "lstm_gates_backward", (c.clone(), c.clone(), *forward, wanted)
+    """Yield the gates' operators and their derivatives with their arguments by position."""
+    for cell in GATES_CELLS:
+        spec = layer_spec(cell, Variant())
+        sizes = (spec.gates * 5, spec.gates * 5, 5)
+        input_gates, hidden_gates, state = (torch.randn(3, size).to(dtype) for size in sizes)
+        parameters = spec.listed_for_gates(weights_of(cell, spec.variant, 1, 5, 0, dtype, needs_grad=False))
+        forward = (input_gates, hidden_gates, state, *parameters, list(spec.codes), spec.eps)
+        yield f"{cell}_gates", forward
+        wanted = [True] * 3 + [p is not None for p in parameters]
+        grads = [state.clone() for _ in range(2 if cell == "lstm" else 1)]
+        yield f"{cell}_gates_backward", (grads, *forward, wanted)
 
 
 def every_call():

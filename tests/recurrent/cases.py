@@ -226,28 +226,33 @@ def seeds_like(layer, steps, rows, dtype=torch.float32):
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
-# ---- an LSTM's step after its products ----
+# ---- a step after its products ----
 
-GATES_INPUTS = ("input_gates", "hidden_gates", "c")
+#: The cells that have such a function.
+GATES_CELLS = ("lstm", "gru")
+#: The state is an LSTM's c, or a GRU's h.
+GATES_INPUTS = ("input_gates", "hidden_gates", "state")
 
 
-def called_gates(variant: str | Variant, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return h and c, from inputs and parameters by name."""
+def called_gates(cell: str, variant: str | Variant, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return h, and an LSTM's c, from inputs and parameters by name."""
     weights = {name: tensor for name, tensor in tensors.items() if name not in GATES_INPUTS}
-    return LF.lstm_gates(*(tensors[name] for name in GATES_INPUTS), weights, variant=variant)
+    inputs = [tensors[name] for name in GATES_INPUTS]
+    return flat(getattr(LF, f"{cell}_gates")(*inputs, weights, variant=variant))
 
 
 def gates_results(
-    variant: str | Variant, tensors: Mapping[str, Tensor], seeds: Sequence[Tensor]
+    cell: str, variant: str | Variant, tensors: Mapping[str, Tensor], seeds: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """Return h, c and every gradient of Σ seeds·(h, c), by name."""
+    """Return the new state and every gradient of Σ seeds·state, by name; seeds are for h and c."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    outputs = called_gates(variant, leaves)
+    outputs = called_gates(cell, variant, leaves)
+    seeds = seeds[: len(outputs)]
     grads = torch.autograd.grad(outputs, list(leaves.values()), seeds, materialize_grads=True)
     for leaf, grad in zip(leaves.values(), grads, strict=True):
         assert (grad.dtype, grad.shape) == (leaf.dtype, leaf.shape)
-    h, c = (output.detach() for output in outputs)
-    return {"output h": h, "output c": c, **dict(zip(leaves, grads, strict=True))}
+    found = {f"output {name}": output.detach() for name, output in zip(("h", "c"), outputs, strict=False)}
+    return found | dict(zip(leaves, grads, strict=True))
 
 
 # ---- promises of a layer ----

@@ -11,7 +11,7 @@ from torch import nn
 import layernorm
 from layernorm import backends
 from layernorm import functional as LF
-from tests.recurrent.cases import CELLS, FUNCTIONS, HALVES, SEQUENCES, flat
+from tests.recurrent.cases import CELLS, FUNCTIONS, GATES_CELLS, HALVES, SEQUENCES, flat
 
 KERNELS = ("native", "reference")
 every_function = pytest.mark.parametrize(("cell", "variant"), FUNCTIONS)
@@ -104,11 +104,11 @@ def test_cells_streams_and_gates_take_them(cell, variant):
         for a, b in zip(found, flat(single(x[0])), strict=True):
             assert a.dtype == b.dtype == torch.bfloat16
             torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
-    if cell == "lstm":
+    if cell in GATES_CELLS:
         vectors = {n: p for n, p in single.named_parameters() if p.dim() == 1}
         h = torch.zeros(3, 7, dtype=torch.bfloat16)
         gates = x[0] @ single.weight_ih.T, h @ single.weight_hh.T
-        outputs = LF.lstm_gates(*gates, h, vectors, variant=variant)
+        outputs = flat(getattr(LF, f"{cell}_gates")(*gates, h, vectors, variant=variant))
         for a, b in zip(outputs, found, strict=True):
             torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
         sum(t.float().sum() for t in outputs).backward()

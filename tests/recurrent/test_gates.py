@@ -1,26 +1,33 @@
-"""The part of an LSTM's step after its products: the compiled operator against the reference."""
+"""The part of a step after its products: the compiled operators against the reference."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import MappingProxyType
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
-import layernorm
 from layernorm import Variant, backends
 from layernorm import functional as LF
 from layernorm.spec import layer_spec
-from layernorm.variants import PRESETS
+from layernorm.variants import GATES, PRESETS
 from tests.recurrent.cases import (
     ALL_FUNCTIONS,
+    CELLS,
+    FUNCTIONS,
+    GATES_CELLS,
     GATES_INPUTS,
+    as_hx,
+    called,
     called_gates,
+    flat,
     gates_results,
     largest,
+    of_functions,
     same,
     weights_of,
 )
@@ -28,37 +35,39 @@ from tests.settings import needs_torch, thread_count
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
-VARIANTS = [variant for cell, variant in ALL_FUNCTIONS if cell == "lstm"]
-every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=map(str, range(len(VARIANTS))))
-some_variants = pytest.mark.parametrize("variant", [VARIANTS[i] for i in (0, 9, 16, -1)], ids=str)
+every_function = of_functions(f for f in ALL_FUNCTIONS if f[0] in GATES_CELLS)
+some_functions = of_functions(f for f in FUNCTIONS if f[0] in GATES_CELLS)
+each_cell = pytest.mark.parametrize("cell", GATES_CELLS)
 # Rows in parts of blocks of parts; features in parts of vectors.
 SIZES = [(1, 33), (3, 7), (4, 33), (5, 1), (19, 7)]
 
 
 def drawn(
-    variant: Variant, rows: int, hidden: int, dtype=torch.float64, biases=True
+    cell: str, variant: Variant, rows: int, hidden: int, dtype=torch.float64, biases=True
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of a call by name, with gains and biases away from 1 and 0."""
-    shapes = {"input_gates": (rows, 4 * hidden), "hidden_gates": (rows, 4 * hidden), "c": (rows, hidden)}
-    tensors = {name: torch.randn(shape).to(dtype).requires_grad_() for name, shape in shapes.items()}
-    weights = weights_of("lstm", variant, 1, hidden, dtype=dtype, bias=biases)
+    sizes = dict(zip(GATES_INPUTS, (GATES[cell], GATES[cell], 1), strict=True))
+    tensors = {n: torch.randn(rows, size * hidden).to(dtype).requires_grad_() for n, size in sizes.items()}
+    weights = weights_of(cell, variant, 1, hidden, dtype=dtype, bias=biases)
     return tensors | {name: w for name, w in weights.items() if not name.startswith("weight")}
 
 
-def results(variant: Variant, tensors: dict[str, torch.Tensor], kernel: str) -> dict[str, torch.Tensor]:
-    """Return h, c and the gradients of a random sum of them."""
-    generator, c = torch.Generator().manual_seed(5), tensors["c"]
-    seeds = [torch.randn(c.shape, generator=generator).to(c.dtype) for _ in range(2)]
+def results(
+    cell: str, variant: Variant, tensors: dict[str, torch.Tensor], kernel: str
+) -> dict[str, torch.Tensor]:
+    """Return the new state and the gradients of a random sum of it."""
+    generator, state = torch.Generator().manual_seed(5), tensors["state"]
+    seeds = [torch.randn(state.shape, generator=generator).to(state.dtype) for _ in range(2)]
     with backends.use(kernel):
-        return gates_results(variant, tensors, seeds)
+        return gates_results(cell, variant, tensors, seeds)
 
 
 @pytest.mark.usefixtures("poisoned")
-@every_variant
-def test_float64(variant):
+@every_function
+def test_float64(cell, variant):
     for (rows, hidden), biases in itertools.product(SIZES, (True, False)):
-        tensors = drawn(variant, rows, hidden, biases=biases)
-        found, expected = (results(variant, tensors, kernel) for kernel in ("native", "reference"))
+        tensors = drawn(cell, variant, rows, hidden, biases=biases)
+        found, expected = (results(cell, variant, tensors, kernel) for kernel in ("native", "reference"))
         # Sums of at most 132 features or 19 rows, √132 = 11 units of 1.1e-16; a norm amplifies by at most
         # 1/√eps = 316, a gradient passes the norms of gates and cell: 11·316²·1.1e-16 = 1.2e-10 at worst.
         for name, e in expected.items():
@@ -67,18 +76,18 @@ def test_float64(variant):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("poisoned")
-@every_variant
-def test_lower_precisions(variant, dtype):
+@every_function
+def test_lower_precisions(cell, variant, dtype):
     unit = torch.finfo(dtype).eps / 2
     for rows, hidden in ((1, 7), (5, 33), (4, 64)):
-        tensors = drawn(variant, rows, hidden, dtype)
+        tensors = drawn(cell, variant, rows, hidden, dtype)
         wide = {name: tensor.double() for name, tensor in tensors.items()}
-        exact = results(variant, wide, "reference")
-        found = results(variant, tensors, "native")
-        others = [results(variant, tensors, "reference")]
+        exact = results(cell, variant, wide, "reference")
+        found = results(cell, variant, tensors, "native")
+        others = [results(cell, variant, tensors, "reference")]
         for _ in range(2):
             moved = {name: t * (1 + unit * torch.randn(t.shape)) for name, t in wide.items()}
-            others.append(results(variant, moved, "reference"))
+            others.append(results(cell, variant, moved, "reference"))
         # Eight times what the results move by when the arguments do by random units of roundoff, and what
         # the reference is off by.
         for name, e in exact.items():
@@ -87,165 +96,222 @@ def test_lower_precisions(variant, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@every_variant
-def test_the_same_bits_as_in_a_sequence(variant, dtype):
+@every_function
+def test_the_same_bits_as_in_a_sequence_and_a_cell(cell, variant, dtype):
     # Matrices that select: the products are exact there.
-    hidden = 24
-    tensors = {name: t.detach() for name, t in drawn(variant, 7, hidden, dtype).items()}
-    h0 = torch.randn(7, hidden).to(dtype)
+    hidden, gates = 24, GATES[cell]
+    tensors = {name: t.detach() for name, t in drawn(cell, variant, 7, hidden, dtype).items()}
+    state = [torch.randn(7, hidden).to(dtype), tensors["state"]][-1 if cell == "gru" else 0 :]
     weights = {name: t for name, t in tensors.items() if name not in GATES_INPUTS}
-    matrices = {
-        "weight_ih": torch.eye(4 * hidden, dtype=dtype),
-        "weight_hh": torch.eye(hidden, dtype=dtype).repeat(4, 1),
+    weights |= {
+        "weight_ih": torch.eye(gates * hidden, dtype=dtype),
+        "weight_hh": torch.eye(hidden, dtype=dtype).repeat(gates, 1),
     }
+    single = CELLS[cell](gates * hidden, hidden, variant=variant, dtype=dtype)
+    single.load_state_dict(single.state_dict() | weights)
     with backends.use("native"):
-        _, expected = LF.lstm(
-            tensors["input_gates"][None], (h0, tensors["c"]), matrices | weights, variant=variant
-        )
-        found = called_gates(variant, tensors | {"hidden_gates": h0.repeat(1, 4)})
-    assert same(found, expected)
+        _, *expected = called(cell, tensors["input_gates"][None], state, weights, variant=variant)
+        found = called_gates(cell, variant, tensors | {"hidden_gates": state[0].repeat(1, gates)})
+        assert same(found, expected)
+        assert same(found, flat(single(tensors["input_gates"], as_hx(state))))
 
 
-@every_variant
-def test_a_row_has_its_bits_in_any_batch_and_for_any_number_of_threads(variant):
-    tensors = drawn(variant, 300, 33, torch.float32)
-    whole = results(variant, tensors, "native")
+@every_function
+def test_a_row_has_its_bits_in_any_batch_and_for_any_number_of_threads(cell, variant):
+    tensors = drawn(cell, variant, 300, 33, torch.float32)
+    whole = results(cell, variant, tensors, "native")
     with thread_count(3):
-        assert same(results(variant, tensors, "native").values(), whole.values())
+        assert same(results(cell, variant, tensors, "native").values(), whole.values())
     with torch.no_grad():
-        some = called_gates(variant, tensors | {name: tensors[name][11:14] for name in GATES_INPUTS})
-    assert same(some, [whole["output h"][11:14], whole["output c"][11:14]])
+        some = called_gates(cell, variant, tensors | {name: tensors[name][11:14] for name in GATES_INPUTS})
+    assert same(some, [t[11:14] for name, t in whole.items() if name.startswith("output")])
 
 
-def test_layouts_and_an_empty_batch():
+@each_cell
+def test_layouts_and_an_empty_batch(cell):
     variant = Variant()
-    tensors = drawn(variant, 6, 9, torch.float32)
-    expected = results(variant, tensors, "native")
+    tensors = drawn(cell, variant, 6, 9, torch.float32)
+    expected = results(cell, variant, tensors, "native")
     strided = {
         name: torch.stack([t.detach(), t.detach().flip(-1)], -1)[..., 0] for name, t in tensors.items()
     }
-    assert not strided["c"].is_contiguous()
+    assert not strided["state"].is_contiguous()
     with torch.no_grad(), backends.use("native"):
-        assert torch.equal(called_gates(variant, strided)[0], expected["output h"])
+        assert torch.equal(called_gates(cell, variant, strided)[0], expected["output h"])
     empty = {name: t[:0] if t.dim() == 2 else t for name, t in tensors.items()}
-    found = results(variant, empty, "native")
+    found = results(cell, variant, empty, "native")
     assert found["output h"].shape == (0, 9)
-    assert found["gain_ih"].shape == (36,)
+    assert found["gain_ih"].shape == (9 * GATES[cell],)
     assert not found["gain_ih"].any()
 
 
-def test_rows_that_float32_cannot_square():
-    tensors = drawn(Variant(), 5, 40, torch.float32)
+@each_cell
+def test_no_features_are_the_references(cell):
+    tensors = {name: t[..., :0].detach() for name, t in drawn(cell, Variant(), 2, 3).items()}
+    assert all(output.shape == (2, 0) for output in called_gates(cell, Variant(), tensors))
+
+
+@each_cell
+def test_rows_that_float32_cannot_square(cell):
+    tensors = drawn(cell, Variant(), 5, 40, torch.float32)
     with torch.no_grad():
         tensors["input_gates"] *= 1e25
         tensors["hidden_gates"] *= 1e-30
     wide = {name: t.detach().double() for name, t in tensors.items()}
-    exact, found = results(Variant(), wide, "reference"), results(Variant(), tensors, "native")
-    for name in ("output h", "output c", "c", "gain_ih", "bias"):
+    exact, found = (results(cell, Variant(), *given) for given in ((wide, "reference"), (tensors, "native")))
+    for name in (*(n for n in found if n.startswith("output")), "state", "gain_ih", "bias"):
         assert largest(found[name].double() - exact[name]) <= 1e-5 * (1 + largest(exact[name])), name
 
 
-@some_variants
-def test_derivatives_of_both_orders(variant):
+@some_functions
+def test_derivatives_of_both_orders(cell, variant):
     # A large eps keeps curvature within what finite differences of two orders can resolve.
     variant = dataclasses.replace(variant, eps=0.5)
-    tensors = drawn(variant, 3, 4)
+    tensors = drawn(cell, variant, 3, 4)
 
     def function(*values):
-        return called_gates(variant, dict(zip(tensors, values, strict=True)))
+        return tuple(called_gates(cell, variant, dict(zip(tensors, values, strict=True))))
 
     with backends.use("native"):
         gradcheck(function, tuple(tensors.values()))
         gradgradcheck(function, tuple(tensors.values()))
 
 
-@pytest.mark.parametrize("part", [0, 1])
-def test_the_gradient_of_one_result_and_of_some_arguments(part):
-    tensors = drawn(Variant(), 3, 5)
-    for name in ("hidden_gates", "gain_cell"):
+@pytest.mark.parametrize(("cell", "part"), [("lstm", 0), ("lstm", 1), ("gru", 0)])
+def test_the_gradient_of_one_result_and_of_some_arguments(cell, part):
+    tensors = drawn(cell, Variant(), 3, 5)
+    for name in ("hidden_gates", "gain_cell" if cell == "lstm" else "bias_hn"):
         tensors[name].requires_grad_(False)
     needed = [t for t in tensors.values() if t.requires_grad]
     grads = []
     for kernel in ("native", "reference"):
         with backends.use(kernel):
-            output = called_gates(Variant(), tensors)[part]
+            output = called_gates(cell, Variant(), tensors)[part]
         grads.append(torch.autograd.grad(output.sum(), needed, allow_unused=True, materialize_grads=True))
     assert all(torch.allclose(a, e, rtol=1e-9, atol=1e-10) for a, e in zip(*grads, strict=True))
 
 
-def arguments(variant: Variant, dtype=torch.float32):
+@some_functions
+def test_a_gradient_has_its_bits_whatever_else_is_wanted(cell, variant):
+    for dtype, name in itertools.product((torch.float32, torch.bfloat16), GATES_INPUTS):
+        tensors = drawn(cell, variant, 5, 9, dtype)
+        expected = results(cell, variant, tensors, "native")
+        tensors[name] = tensors[name].detach()
+        leaves = [t for t in tensors.values() if t.requires_grad]
+        for wanted in (leaves, leaves[:1]):
+            outputs = called_gates(cell, variant, tensors)
+            generator = torch.Generator().manual_seed(5)
+            seeds = [torch.randn(o.shape, generator=generator).to(dtype) for o in outputs]
+            names = [n for n, t in tensors.items() if any(t is leaf for leaf in wanted)]
+            found = torch.autograd.grad(outputs, wanted, seeds, materialize_grads=True, allow_unused=True)
+            assert same(found, [expected[n] for n in names]), (dtype, name)
+
+
+@each_cell
+def test_weights_in_any_mapping(cell):
+    tensors = {name: t.detach() for name, t in drawn(cell, Variant(), 3, 5).items()}
+    inputs = [tensors.pop(name) for name in GATES_INPUTS]
+    expected, *found = (
+        flat(getattr(LF, f"{cell}_gates")(*inputs, weights))
+        for weights in (tensors, MappingProxyType(tensors), torch.nn.ParameterDict(tensors))
+    )
+    assert all(same(outputs, expected) for outputs in found)
+
+
+def operator(cell: str, suffix: str = ""):
+    """Return an operator of a cell."""
+    return getattr(torch.ops.layernorm, f"{cell}_gates{suffix}")
+
+
+def arguments(cell: str, variant: Variant, dtype=torch.float32):
     """Return the operator's arguments by position."""
-    spec, tensors = layer_spec("lstm", variant), drawn(variant, 3, 4, dtype)
+    spec, tensors = layer_spec(cell, variant), drawn(cell, variant, 3, 4, dtype)
     return (*(tensors[name] for name in GATES_INPUTS), *spec.listed_for_gates(tensors), spec.codes, spec.eps)
 
 
-@some_variants
-def test_opcheck(variant):
-    given = arguments(variant)
-    opcheck(torch.ops.layernorm.lstm_gates.default, given)
+@some_functions
+def test_opcheck(cell, variant):
+    given = arguments(cell, variant)
+    opcheck(operator(cell).default, given)
     detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in given)
-    grads = torch.randn(3, 4), torch.randn(3, 4)
-    wanted = [a is not None for a in given[:10]]
-    opcheck(torch.ops.layernorm.lstm_gates_backward.default, (*grads, *detached, wanted))
+    grads = [torch.randn(3, 4) for _ in range(2 if cell == "lstm" else 1)]
+    wanted = [a is not None for a in given[:-2]]
+    opcheck(operator(cell, "_backward").default, (grads, *detached, wanted))
 
 
 @needs_torch(2, 7, "cannot trace it in one graph")
-def test_compiled_it_is_the_same():
-    tensors = drawn(Variant(), 3, 5, torch.float32)
+@each_cell
+def test_compiled_it_is_the_same(cell):
+    tensors = drawn(cell, Variant(), 3, 5, torch.float32)
     compiled = torch.compile(called_gates, fullgraph=True, backend="aot_eager")
     found = []
     for function in (called_gates, compiled):
-        h, c = function(Variant(), tensors)
-        found.append((h, c, *torch.autograd.grad(h.sum() + c.square().sum(), list(tensors.values()))))
+        outputs = function(cell, Variant(), tensors)
+        total = sum(output.pow(i + 1).sum() for i, output in enumerate(outputs))
+        found.append((*outputs, *torch.autograd.grad(total, list(tensors.values()))))
     assert same(*found)
 
 
-def test_autocast_computes_in_the_lower_precision():
-    tensors = drawn(Variant(), 3, 8, torch.float32)
+@each_cell
+def test_autocast_computes_in_the_lower_precision(cell):
+    tensors = drawn(cell, Variant(), 3, 8, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        h, _ = called_gates(Variant(), tensors)
-    expected, _ = called_gates(Variant(), {name: t.bfloat16() for name, t in tensors.items()})
+        h, *_ = called_gates(cell, Variant(), tensors)
+    expected, *_ = called_gates(cell, Variant(), {name: t.bfloat16() for name, t in tensors.items()})
     assert h.dtype == torch.bfloat16
     assert torch.equal(h, expected)
 
 
-def test_forward_mode_is_the_references():
-    tensors = {name: t.detach() for name, t in drawn(Variant(), 3, 4).items()}
+@each_cell
+def test_forward_mode_is_the_references(cell):
+    tensors = {name: t.detach() for name, t in drawn(cell, Variant(), 3, 4).items()}
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(tensors["c"], torch.randn(3, 4).double())
-        h, _ = called_gates(Variant(), tensors | {"c": dual})
+        dual = torch.autograd.forward_ad.make_dual(tensors["state"], torch.randn(3, 4).double())
+        h, *_ = called_gates(cell, Variant(), tensors | {"state": dual})
         assert torch.autograd.forward_ad.unpack_dual(h).tangent.isfinite().all()
-        given = list(arguments(Variant(), torch.float64))
+        given = list(arguments(cell, Variant(), torch.float64))
         given[2] = dual
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-            torch.ops.layernorm.lstm_gates(*given)
+            operator(cell)(*given)
 
 
-@pytest.mark.parametrize("preset", [name for name, cells in PRESETS.items() if "lstm" in cells])
-def test_a_cell_is_made_of_it(preset):
-    cell = layernorm.LayerNormLSTMCell(3, 5, variant=preset).double()
+@pytest.mark.parametrize(
+    ("cell", "preset"),
+    [(cell, name) for name, cells in PRESETS.items() for cell in GATES_CELLS if cell in cells],
+)
+def test_a_cell_is_made_of_it(cell, preset):
+    single = CELLS[cell](3, 5, variant=preset).double()
     x, h, c = (torch.randn(4, size, dtype=torch.float64) for size in (3, 5, 5))
-    weights = {n: p for n, p in cell.named_parameters() if not n.startswith("weight")}
-    found = LF.lstm_gates(x @ cell.weight_ih.T, h @ cell.weight_hh.T, c, weights, variant=preset)
-    for a, e in zip(found, cell(x, (h, c)), strict=True):
+    products = {"input_gates": x @ single.weight_ih.T, "hidden_gates": h @ single.weight_hh.T}
+    weights = {n: p for n, p in single.named_parameters() if not n.startswith("weight")}
+    found = called_gates(cell, preset, {**products, "state": c if cell == "lstm" else h, **weights})
+    for a, e in zip(found, flat(single(x, as_hx([h, c][: len(found)]))), strict=True):
         assert torch.allclose(a, e, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"input_gates": torch.zeros(3, 15)}, RuntimeError, r"Expected input_gates of shape \[3, 16\]"),
-        ({"hidden_gates": torch.zeros(2, 16)}, RuntimeError, r"Expected hidden_gates of shape \[3, 16\]"),
-        ({"c": torch.zeros(4)}, RuntimeError, "c must have 2 dimensions, got 1"),
-        ({"gain_ih": torch.ones(4)}, RuntimeError, r"Expected gain_ih of shape \[16\]"),
+        ({"input_gates": torch.zeros(3, 15)}, RuntimeError, r"Expected input_gates of shape \[3, {width}\]"),
+        (
+            {"hidden_gates": torch.zeros(2, 16)},
+            RuntimeError,
+            r"Expected hidden_gates of shape \[3, {width}\]",
+        ),
+        ({"state": torch.zeros(4)}, RuntimeError, "{state} must have 2 dimensions, got 1"),
+        ({"gain_ih": torch.ones(4)}, RuntimeError, r"Expected gain_ih of shape \[{width}\]"),
         ({"weight_ih": torch.ones(16, 2)}, ValueError, "unknown: weight_ih"),
         ({"gain_ih": None}, ValueError, "missing: gain_ih"),
     ],
 )
-def test_bad_arguments_are_refused(change, error, message):
-    tensors = drawn(Variant(), 3, 4, torch.float32) | change
-    with pytest.raises(error, match="lstm_gates: .*" + message):
-        called_gates(Variant(), {name: tensor for name, tensor in tensors.items() if tensor is not None})
+@each_cell
+def test_bad_arguments_are_refused(cell, change, error, message):
+    tensors = drawn(cell, Variant(), 3, 4, torch.float32) | change
+    message = message.format(width=4 * GATES[cell], state="c" if cell == "lstm" else "h")
+    with pytest.raises(error, match=f"{cell}_gates: .*{message}"):
+        called_gates(
+            cell, Variant(), {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        )
 
 
 @pytest.mark.parametrize(
@@ -253,20 +319,23 @@ def test_bad_arguments_are_refused(change, error, message):
     [
         (0, torch.zeros(3, 15), "input_gates must be"),
         (1, torch.zeros(3, 16).double(), "hidden_gates must be"),
-        (2, torch.zeros(3), "c must have two dimensions"),
-        (2, torch.zeros(3, 4, dtype=torch.int64), "c must have two dimensions"),
+        (2, torch.zeros(3), "must have two dimensions"),
+        (2, torch.zeros(3, 4, dtype=torch.int64), "must have two dimensions"),
         (5, torch.zeros(3), "gain_ih must be"),
+        (-2, layer_spec("rnn", "paper").codes, "spec must be of the cell"),
     ],
 )
-def test_the_operator_refuses_bad_arguments(place, value, message):
-    given = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments(Variant())]
+@each_cell
+def test_the_operator_refuses_bad_arguments(cell, place, value, message):
+    given = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments(cell, Variant())]
     given[place] = value
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.layernorm.lstm_gates(*given)
+        operator(cell)(*given)
 
 
-def test_the_operator_refuses_parameters_of_another_variant():
-    given = list(arguments(Variant()))
-    given[10] = layer_spec("lstm", "none").codes
+@each_cell
+def test_the_operator_refuses_parameters_of_another_variant(cell):
+    given = list(arguments(cell, Variant()))
+    given[-2] = layer_spec(cell, "none").codes
     with pytest.raises(RuntimeError, match="a gain or bias that this variant does not have"):
-        torch.ops.layernorm.lstm_gates(*given)
+        operator(cell)(*given)

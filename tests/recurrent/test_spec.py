@@ -85,6 +85,7 @@ def test_names_are_those_of_the_parameters(spec):
     places = [PARAMETERS.index(parameter) for parameter in GATES_PARAMETERS]
     assert all(a is listed[place] for a, place in zip(for_gates, places, strict=True))
     assert spec.named(for_gates, GATES_PARAMETERS).items() <= named.items()
+    assert [name for name in spec.gates_names if name] == [n for n in shapes if not n.startswith("weight")]
 
 
 # ---- codes of no spec ----
@@ -129,6 +130,7 @@ def test_every_operator_names_the_code_that_is_unknown(codes, message):
         lambda: operators.recurrent(**given),
         lambda: operators.recurrent_forward(**given),
         lambda: operators.lstm_gates(*gates, *vectors, codes, 1e-5),
+        lambda: operators.gru_gates(*gates, *vectors, codes, 1e-5),
         lambda: layernorm.ops.native.Stream([given["weights"]], *state, tuple(codes), 1e-5),
     ]
     for call in calls:
@@ -143,7 +145,7 @@ def test_every_operator_names_the_code_that_is_unknown(codes, message):
         with pytest.raises(RuntimeError, match=message):
             operators.lstm_gates(*step, codes, 1e-5)
         with pytest.raises(RuntimeError, match=message):
-            operators.lstm_gates_backward(*step[1:3], *step, codes, 1e-5, [True] * 8)
+            operators.lstm_gates_backward(step[1:3], *step, codes, 1e-5, [True] * 11)
 
 
 # ---- specs of presets and modules ----

@@ -13,12 +13,12 @@ compiled or exported, of subclasses, under modes, and on GPUs:
 - ``recurrent``: one layer and direction of a recurrent network, with ``recurrent_forward``, which also
   returns what is kept, and ``recurrent_backward``. ``recurrent_composite_backward`` is the latter by the
   reference's own derivative, for derivatives of higher order;
-- ``lstm_gates``: the part of an LSTM's step after its products, on the CPU alone, with
-  ``lstm_gates_backward`` and ``lstm_gates_composite_backward``.
+- ``lstm_gates`` and ``gru_gates``: the part of a step after its products, on the CPU alone, each with its
+  ``…_backward`` and ``…_composite_backward``.
 """
 
 from layernorm.ops import flops, gates, norm, recurrent
-from layernorm.ops.gates import lstm_gates
+from layernorm.ops.gates import gates_step
 from layernorm.ops.loading import CAPABILITY_VARIABLE, NATIVE_PROBLEM, native
 from layernorm.ops.norm import NORMS
 from layernorm.ops.recurrent import recurrent_layer, recurrent_layer_natively
@@ -32,8 +32,8 @@ __all__ = [
     "CAPABILITY_VARIABLE",
     "NATIVE_PROBLEM",
     "NORMS",
+    "gates_step",
     "gpu_kernel",
-    "lstm_gates",
     "native",
     "recurrent_layer",
     "recurrent_layer_natively",

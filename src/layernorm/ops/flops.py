@@ -76,6 +76,8 @@ _FORMULAS: Final = {
             "norm_backward",
             "lstm_gates",
             "lstm_gates_backward",
+            "gru_gates",
+            "gru_gates_backward",
         ),
         _nothing,
     ),

@@ -1,8 +1,13 @@
-"""The operators of an LSTM's step after its products: schemas, fake kernels, CPU kernels, derivatives."""
+"""The operators of a step after its products: schemas, fake kernels, CPU kernels, derivatives.
+
+An LSTM's and a GRU's are alike: they take W_ih x, W_hh h, one tensor of the state (an LSTM's c, a GRU's h),
+the gains and biases, and the spec. They return the new state: h, and an LSTM's c.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -24,139 +29,174 @@ from layernorm.ops.registration import (
 from layernorm.pytorch_internals import below_autograd, is_in_forward_mode, recorder_of
 from layernorm.spec import GATES_PARAMETERS, LayerSpec
 
-_STEP: Final = (
-    "Tensor input_gates, Tensor hidden_gates, Tensor c, "
-    + ", ".join(f"Tensor? {name}" for name in GATES_PARAMETERS)
-    + ", int[] spec, float eps"
-)
-_GRADS: Final = ", ".join(
-    f"Tensor grad_{name}" for name in ("input_gates", "hidden_gates", "c", *GATES_PARAMETERS)
-)
-torch.library.define("layernorm::lstm_gates", f"({_STEP}) -> (Tensor hidden, Tensor cn)")
-_LSTM_GATES: Final = torch.ops.layernorm.lstm_gates.default
-# wanted: of the gates, c and the parameters. A gradient that is not wanted has no element.
-for _name in ("lstm_gates_backward", "lstm_gates_composite_backward"):
-    torch.library.define(
-        f"layernorm::{_name}",
-        f"(Tensor grad_hidden, Tensor? grad_cn, {_STEP}, bool[{3 + len(GATES_PARAMETERS)}] wanted)"
-        f" -> ({_GRADS})",
+#: By cell, the tensor of the state that its operator takes, and what it returns.
+_STATES: Final = {"lstm": ("c", "(Tensor hidden, Tensor cn)"), "gru": ("h", "Tensor")}
+_PARAMETERS: Final = ", ".join(f"Tensor? {name}" for name in GATES_PARAMETERS)
+
+
+def _define(cell: str) -> None:
+    """Define the operators of a cell.
+
+    ``grads`` are those of the new state, and ``wanted`` is of the products, the state and the parameters; a
+    gradient that is not wanted has no element.
+    """
+    state, returned = _STATES[cell]
+    step = f"Tensor input_gates, Tensor hidden_gates, Tensor {state}, {_PARAMETERS}, int[] spec, float eps"
+    found = ", ".join(
+        f"Tensor grad_{name}" for name in ("input_gates", "hidden_gates", state, *GATES_PARAMETERS)
     )
+    torch.library.define(f"layernorm::{cell}_gates", f"({step}) -> {returned}")
+    wanted = f"bool[{3 + len(GATES_PARAMETERS)}] wanted"
+    for name in (f"{cell}_gates_backward", f"{cell}_gates_composite_backward"):
+        torch.library.define(f"layernorm::{name}", f"(Tensor?[] grads, {step}, {wanted}) -> ({found})")
 
 
-_LSTM_GATES_BACKWARD: Final = torch.ops.layernorm.lstm_gates_backward.default
+for _cell in _STATES:
+    _define(_cell)
+_OPERATORS: Final = {cell: getattr(torch.ops.layernorm, f"{cell}_gates").default for cell in _STATES}
+_BACKWARDS: Final = {cell: getattr(torch.ops.layernorm, f"{cell}_gates_backward").default for cell in _STATES}
 
 
-def lstm_gates(
-    spec: LayerSpec, input_gates: Tensor, hidden_gates: Tensor, c: Tensor, weights: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Compute ``layernorm.reference.lstm_gates`` by the operator."""
-    arguments = (input_gates, hidden_gates, c, *spec.listed_for_gates(weights), spec.codes, spec.eps)
-    found = NotImplemented if native is None or is_compiling() else native.lstm_gates(*arguments)
-    state: tuple[Tensor, Tensor] = _LSTM_GATES(*arguments) if found is NotImplemented else found
-    return state
+def gates_step(
+    spec: LayerSpec, input_gates: Tensor, hidden_gates: Tensor, state: Tensor, weights: Mapping[str, Tensor]
+) -> tuple[Tensor, ...]:
+    """Compute ``layernorm.reference.gates_step`` by the operator."""
+    given = (input_gates, hidden_gates, state)
+    if native is not None and not is_compiling():
+        found = native.gates(*given, dict(weights), spec.gates_names, spec.codes, spec.eps)
+        if found is not NotImplemented:
+            return found  # type: ignore[no-any-return]
+    return _as_state(_OPERATORS[spec.cell](*given, *spec.listed_for_gates(weights), spec.codes, spec.eps))
 
 
-@torch.library.register_fake("layernorm::lstm_gates")
-def _lstm_gates_fake(
-    input_gates: Tensor, hidden_gates: Tensor, c: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    require_tensors(input_gates=input_gates, hidden_gates=hidden_gates, c=c)
-    *_, codes, eps = rest
-    LayerSpec.decode(codes, eps)
-    return c.new_empty(c.shape), c.new_empty(c.shape)
+def _as_state(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-@torch.library.register_fake("layernorm::lstm_gates_backward")
-def _lstm_gates_backward_fake(grad_hidden: Tensor, grad_cn: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    *_, codes, eps, wanted = rest
-    require_tensors(grad_hidden=grad_hidden)
-    LayerSpec.decode(codes, eps)
+def _as_result(state: Sequence[Tensor]) -> Any:
+    """Return the new state as an operator returns it."""
+    return state[0] if len(state) == 1 else tuple(state)
+
+
+def _spec_of(cell: str, codes: Sequence[int], eps: float) -> LayerSpec:
+    spec = LayerSpec.decode(codes, eps)
+    if spec.cell != cell:
+        raise RuntimeError(f"layernorm: spec must be of the cell {cell}, got one of {spec.cell}")
+    return spec
+
+
+def _require_inputs(cell: str, given: Sequence[Any]) -> None:
+    require_tensors(input_gates=given[0], hidden_gates=given[1], **{_STATES[cell][0]: given[2]})
+
+
+def _fake(cell: str, *arguments: Any) -> Any:
+    _, _, state, *_, codes, eps = arguments
+    _require_inputs(cell, arguments)
+    _spec_of(cell, codes, eps)
+    return _as_result([state.new_empty(state.shape) for _ in range(2 if cell == "lstm" else 1)])
+
+
+def _backward_fake(cell: str, grads: Sequence[Tensor | None], *rest: Any) -> tuple[Tensor, ...]:
+    *given, codes, eps, wanted = rest
+    _require_inputs(cell, given)
+    _spec_of(cell, codes, eps)
     return tuple(
-        tensor.new_empty(tensor.shape) if tensor is not None and want else grad_hidden.new_empty(0)
-        for tensor, want in zip(rest, wanted, strict=False)
+        tensor.new_empty(tensor.shape) if tensor is not None and want else given[2].new_empty(0)
+        for tensor, want in zip(given, wanted, strict=False)
     )
 
 
-def _composite_backward(grad_hidden: Tensor, grad_cn: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+def _by_reference(spec: LayerSpec, given: Sequence[Any]) -> tuple[Tensor, ...]:
+    input_gates, hidden_gates, state, *listed = given
+    parameters = spec.named(listed, GATES_PARAMETERS)
+    recurrent_checks.gates_arguments(spec, input_gates, hidden_gates, state, parameters)
+    return reference.gates_step(spec, input_gates, hidden_gates, state, parameters)
+
+
+def _composite_backward(grads: Sequence[Tensor | None], *rest: Any) -> tuple[Tensor, ...]:
     """Return the gradients by differentiating the reference, themselves differentiable."""
     *given, codes, eps, wanted = rest
-    spec = LayerSpec.decode(codes, eps)
     leaves = leaves_of(given)
-    input_gates, hidden_gates, c, *listed = leaves
-    parameters = spec.named(listed, GATES_PARAMETERS)
-    recurrent_checks.gates_arguments(spec, input_gates, hidden_gates, c, parameters)
     with torch.enable_grad():
-        outputs = reference.lstm_gates(spec, input_gates, hidden_gates, c, parameters)
-    grads = (grad_hidden, torch.zeros_like(grad_hidden) if grad_cn is None else grad_cn)
-    return tuple(gradients_of(outputs, leaves, grads, wanted))
+        outputs = _by_reference(LayerSpec.decode(codes, eps), leaves)
+    if len(grads) != len(outputs):
+        raise RuntimeError(f"layernorm: grads must be a list of {len(outputs)}, got {len(grads)}")
+    seeds = [torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True)]
+    return tuple(gradients_of(outputs, leaves, seeds, wanted))
 
 
-class LayerNormLSTMGates(torch.autograd.Function):
-    """The part of a step whose derivative is recorded; its arguments are the operator's, and its result."""
+class LayerNormGates(torch.autograd.Function):
+    """The part of a step whose derivative is recorded; it takes the operator's arguments and result."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """Keep what backward needs; return h and c."""
-        *tensors, codes, eps, found = arguments
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        """Keep what backward needs; return the new state."""
+        *tensors, codes, eps, state = arguments
         ctx.save_for_backward(*tensors)
         ctx.options = codes, eps
         ctx.set_materialize_grads(False)
-        return found  # type: ignore[no-any-return]
+        return state  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Return the gradients of the tensors among the arguments."""
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[:-3]
-        grad_hidden, grad_cn = grads
-        if grad_hidden is None:
-            grad_hidden = torch.zeros_like(tensors[2])
-        given = (grad_hidden, grad_cn, *tensors, *ctx.options, wanted)
+        wanted = ctx.needs_input_grad[:-3]
+        given = (list(grads), *ctx.saved_tensors, *ctx.options, wanted)
         if wants_composite(*grads):
             found = _composite_backward(*given)
         else:
-            found = run_beneath(_LSTM_GATES_BACKWARD, "lstm_gates_backward", *given)
+            operator = _BACKWARDS[LayerSpec.decode(*ctx.options).cell]
+            found = run_beneath(operator, "gates_backward", *given)
         return (*(grad if want else None for grad, want in zip(found, wanted, strict=True)), None, None, None)
 
 
-def _record(*arguments: Any) -> Any:
-    """Call the operator ``lstm_gates`` and record its derivative."""
+def _record(cell: str, *arguments: Any) -> Any:
+    """Call the operator and record its derivative."""
     with below_autograd():
-        found = _LSTM_GATES(*arguments)
-    return LayerNormLSTMGates.apply(*arguments, found)  # type: ignore[no-untyped-call]
+        state = _as_state(_OPERATORS[cell](*arguments))
+    return _as_result(LayerNormGates.apply(*arguments, state))  # type: ignore[no-untyped-call]
 
 
-def _definition(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _definition(cell: str, *arguments: Any) -> Any:
     if is_in_forward_mode():
         raise NotImplementedError(
             "layernorm: the compiled recurrent kernels have no forward-mode derivative; use "
             'layernorm.backends.use("reference")'
         )
-    input_gates, hidden_gates, c, *listed, codes, eps = arguments
-    spec = LayerSpec.decode(codes, eps)
-    return reference.lstm_gates(spec, input_gates, hidden_gates, c, spec.named(listed, GATES_PARAMETERS))
+    *given, codes, eps = arguments
+    return _as_result(_by_reference(_spec_of(cell, codes, eps), given))
 
 
-def _on_cpu(entry: Any, *arguments: Any) -> Any:
-    input_gates, hidden_gates, c, *_ = arguments
-    require_tensors(input_gates=input_gates, hidden_gates=hidden_gates, c=c)
-    return entry(*arguments)
+def _on_cpu(cell: str, entry: Any, *arguments: Any) -> Any:
+    _require_inputs(cell, arguments)
+    _spec_of(cell, *arguments[-2:])
+    return _as_result(entry(*arguments))
 
 
-def _backward_on_cpu(entry: Any, *arguments: Any) -> list[Tensor]:
-    grad_hidden, _, input_gates, hidden_gates, c, *_ = arguments
-    require_tensors(grad_hidden=grad_hidden, input_gates=input_gates, hidden_gates=hidden_gates, c=c)
-    first, second, *rest = empty_for_none(c, entry(*arguments))
+def _backward_on_cpu(cell: str, entry: Any, *arguments: Any) -> list[Tensor]:
+    _, *given, codes, eps, _ = arguments
+    _require_inputs(cell, given)
+    _spec_of(cell, codes, eps)
+    first, second, *rest = empty_for_none(given[2], entry(*arguments))
     # Where the products are summed, theirs is one and the same, but no two results may be one tensor.
     return [first, second.clone() if second is first and second.numel() else second, *rest]
 
 
-register_on_cpu("lstm_gates", "lstm_gates_forward", _on_cpu)
-register_on_cpu("lstm_gates_backward", "lstm_gates_backward", _backward_on_cpu)
-register_derivative("lstm_gates", _record, _definition, lambda *arguments: arguments[:-2])
-#: By name of an operator, the function that records its derivative.
-RECORDERS: Final = {"lstm_gates": recorder_of(LayerNormLSTMGates)}
-register_composite("lstm_gates_composite_backward", _composite_backward)
-for _name in ("lstm_gates", "lstm_gates_backward", "lstm_gates_composite_backward"):
-    register_vmap(_name)
+def _register(cell: str) -> None:
+    name = f"{cell}_gates"
+    torch.library.register_fake(f"layernorm::{name}", partial(_fake, cell))
+    torch.library.register_fake(f"layernorm::{name}_backward", partial(_backward_fake, cell))
+    register_on_cpu(name, "gates_forward", partial(_on_cpu, cell))
+    register_on_cpu(f"{name}_backward", "gates_backward", partial(_backward_on_cpu, cell))
+    register_derivative(name, partial(_record, cell), partial(_definition, cell), lambda *given: given[:-2])
+    register_composite(f"{name}_composite_backward", _composite_backward)
+    for operator in (name, f"{name}_backward", f"{name}_composite_backward"):
+        register_vmap(operator)
+
+
+for _cell in _STATES:
+    _register(_cell)
+#: By name of an entry, the function that records its derivative.
+RECORDERS: Final = {"gates": recorder_of(LayerNormGates)}

@@ -6,13 +6,13 @@ functions of ``layernorm.functional`` do that.
 """
 
 from layernorm.reference.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from layernorm.reference.recurrent import lstm_gates, recurrent_layer
+from layernorm.reference.recurrent import gates_step, recurrent_layer
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "gates_step",
     "layer_norm",
-    "lstm_gates",
     "recurrent_layer",
     "rms_norm",
 ]

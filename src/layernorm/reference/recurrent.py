@@ -65,30 +65,31 @@ def recurrent_layer(
     return _scan(cell, x, tuple(state), reverse, batch_sizes, resets, starts)
 
 
-def lstm_gates(
-    spec: LayerSpec, input_gates: Tensor, hidden_gates: Tensor, c: Tensor, weights: Weights
-) -> tuple[Tensor, Tensor]:
-    """Compute the part of an LSTM's step after its products W_ih x and W_hh h (N, 4H).
+def gates_step(
+    spec: LayerSpec, input_gates: Tensor, hidden_gates: Tensor, state: Tensor, weights: Weights
+) -> State:
+    """Compute the part of an LSTM's or a GRU's step after its products W_ih x and W_hh h (N, G·H).
 
-    ``weights`` are the parameters but for the matrices; a bias may be absent. Returns h and c (N, H).
+    ``state`` (N, H) is an LSTM's c, or a GRU's h; ``weights`` are the parameters but for the matrices, and a
+    bias may be absent. Returns h, and for an LSTM c (N, H).
     """
     x = _of_input(_plus(input_gates, weights.get("bias_ih")), weights, spec)
-    gates = _gates(x, _plus(hidden_gates, weights.get("bias_hh")), weights, spec)
-    hidden, cell = _lstm_state(gates, c, weights, spec)
-    return hidden.to(c.dtype), cell.to(c.dtype)
+    hidden = _plus(hidden_gates, weights.get("bias_hh"))
+    found = (_lstm_state if spec.cell == "lstm" else _gru_state)(x, hidden, state, weights, spec)
+    return tuple(new.to(state.dtype) for new in found)
 
 
 def _lstm_step(x: Tensor, state: State, *, spec: LayerSpec, weights: Weights) -> State:
     h, c = state
     hidden = _product(h, weights["weight_hh"], weights.get("bias_hh"))
-    h, c = _lstm_state(_gates(x, hidden, weights, spec), c, weights, spec)
+    h, c = _lstm_state(x, hidden, c, weights, spec)
     if "weight_hr" in weights:
         h = linear(h.to(weights["weight_hr"].dtype), weights["weight_hr"])
     return h, c
 
 
-def _lstm_state(gates: Tensor, c: Tensor, weights: Weights, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-    i, f, g, o = gates.chunk(4, -1)
+def _lstm_state(x: Tensor, hidden: Tensor, c: Tensor, weights: Weights, spec: LayerSpec) -> State:
+    i, f, g, o = _gates(x, hidden, weights, spec).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     normalized = _normalized_cell(c, weights, spec) if spec.normalizes_cell else c
     carried = normalized if spec.variant.cell == "carried" else c
@@ -96,10 +97,14 @@ def _lstm_state(gates: Tensor, c: Tensor, weights: Weights, spec: LayerSpec) -> 
 
 
 def _gru_step(x: Tensor, state: State, *, spec: LayerSpec, weights: Weights) -> State:
-    """Take h' = (1 - z)·n + z·h, which is PyTorch's convention."""
     (h,) = state
-    size = h.size(-1)
     hidden = _product(h, weights["weight_hh"], weights.get("bias_hh"))
+    return _gru_state(x, hidden, h, weights, spec)
+
+
+def _gru_state(x: Tensor, hidden: Tensor, h: Tensor, weights: Weights, spec: LayerSpec) -> State:
+    """Take h' = (1 - z)·n + z·h, which is PyTorch's convention."""
+    size = h.size(-1)
     if spec.products == "separate":
         hidden = _normalized(hidden, spec.groups, weights.get("gain_hh"), None, spec)
         x = _plus(x, weights.get("bias"))
