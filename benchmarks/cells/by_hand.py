@@ -17,7 +17,7 @@ Weights = Mapping[str, Tensor]
 
 
 class Cell(nn.Module):
-    """What the cells share: taking the weights of this package's."""
+    """Take the weights of this package's cells, as all of these do."""
 
     #: Those that are its parameters, in the order of these.
     names: ClassVar[tuple[str, ...]] = ()

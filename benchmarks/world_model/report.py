@@ -1,4 +1,4 @@
-"""What the benchmark of a world model's updates found: its part of the page."""
+"""Write the part of the page that says what the benchmark of a world model's updates found."""
 
 from __future__ import annotations
 
