@@ -85,6 +85,18 @@ struct ChunkSums {
   void outer(Arena arena, const Left* left, int64_t stride, Share part, const Row& right,
              int64_t columns, void* result) const {
     using E = typename O::Element;
+    const bool is_first = chunk.last == r.steps;  // to be summed
+    if constexpr (O::kPerElement == 1) {
+      if (chunk.rows == 1 && is_first) {  // written in the order in which it lies
+        for (int64_t i = part.begin; i < part.end; ++i) {
+          A* const to = static_cast<A*>(result) + i * columns;
+          each_block<A, 4>(columns, [&](int64_t j, auto count) LAYERNORM_LAMBDA {
+            put(to + j, fma(load(right(0) + j, count), left[i], A{}), count);
+          });
+        }
+        return;
+      }
+    }
     const int64_t depth = parts_of(chunk.rows, O::kPerElement);
     const int64_t height = part.end - part.begin;
     const int64_t tiles = parts_of(height, kTileRows);
@@ -97,7 +109,6 @@ struct ChunkSums {
       a[i] = packed + i / kTileRows * kTileRows * depth + i % kTileRows;
       c[i] = static_cast<A*>(result) + (part.begin + i) * columns;
     }
-    const bool is_first = chunk.last == r.steps;  // to be summed
     for (int64_t column = 0; column < columns; column += kPanel<A>) {
       const int64_t count = least(kPanel<A>, columns - column);
       pack_rows<O, Right>(chunk.rows, right, column, count, panel);
