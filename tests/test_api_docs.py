@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 PAGE = (Path(__file__).parents[1] / "docs/api.md").read_text("utf-8")
-MODULES = ("", "backends", "baselines", "reference", "theory")
+MODULES = ("", "backends", "baselines", "interop", "reference", "theory")
 
 
 @pytest.mark.parametrize("module", MODULES)

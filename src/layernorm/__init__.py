@@ -8,8 +8,9 @@ __version__ = "0.1.0"
 import layernorm.pytorch_internals  # noqa: F401 - first: PyTorch is to say nothing where there is no NumPy
 
 # isort: split
-from layernorm import backends, functional, reference, variants
+from layernorm import backends, functional, interop, reference, variants
 from layernorm.cells import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCell
+from layernorm.interop import Conversion, convert
 from layernorm.modules import LayerNorm, RMSNorm
 from layernorm.recurrent import LayerNormGRU, LayerNormLSTM, LayerNormRNN
 from layernorm.replace import Replacement, replace_norms
@@ -17,6 +18,7 @@ from layernorm.streaming import Stream
 from layernorm.variants import Variant
 
 __all__ = [
+    "Conversion",
     "LayerNorm",
     "LayerNormGRU",
     "LayerNormGRUCell",
@@ -30,7 +32,9 @@ __all__ = [
     "Variant",
     "__version__",
     "backends",
+    "convert",
     "functional",
+    "interop",
     "reference",
     "replace_norms",
     "variants",

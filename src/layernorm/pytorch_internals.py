@@ -24,6 +24,8 @@ with warnings.catch_warnings():
 #: What ``torch.nn.RNNBase`` does in its own way, as other modules do it.
 module_apply: Final = torch.nn.Module._apply
 replicate_module: Final = torch.nn.Module._replicate_for_data_parallel
+#: What a ``torch.nn.RNNBase`` does after its parameters have been set from outside.
+init_flat_weights: Final = torch.nn.RNNBase._init_flat_weights
 #: The name of a module's extra state in its state dict.
 EXTRA_STATE: Final[str] = torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 #: Whether a transform of ``torch.func`` or ``torch.vmap`` is at work around this call.
@@ -145,6 +147,7 @@ __all__ = [
     "count_dispatch_modes",
     "dispatch_modes",
     "global_forward_pre_hooks",
+    "init_flat_weights",
     "is_any_autocast_enabled",
     "is_batched",
     "is_flop_counter_mode",

@@ -218,6 +218,17 @@ def resolve(variant: str | Variant, cell: Cell) -> Variant:
     return cells[cell]
 
 
+def name_of(cell: Cell, variant: Variant) -> str | Variant:
+    """Return the name of the first preset that is this variant; the variant itself where none is.
+
+    Examples:
+        >>> from layernorm.variants import Variant, name_of
+        >>> name_of("gru", Variant(inputs="summed", scope="all", eps=1e-3))
+        'sheeprl'
+    """
+    return next((name for name, cells in PRESETS.items() if cells.get(cell) == variant), variant)
+
+
 def parameter_shapes(
     cell: Cell,
     variant: Variant,
@@ -275,4 +286,4 @@ def _check_cell(cell: object) -> None:
         raise ValueError(f"cell must be one of {', '.join(map(repr, GATES))}; got {cell!r}")
 
 
-__all__ = ["GATES", "PRESETS", "Variant", "parameter_shapes", "resolve"]
+__all__ = ["GATES", "PRESETS", "Variant", "name_of", "parameter_shapes", "resolve"]

@@ -1,0 +1,250 @@
+"""Cells written for TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from layernorm.interop.source import Constant, Layout, Part, Source
+from layernorm.variants import PRESETS, Cell, Variant
+
+_BIDIRECTIONAL = Layout("{direction}/{key}", ("forward", "backward"))
+
+
+def _matrices(kernel: str = "kernel", recurrent: str = "recurrent_kernel") -> dict[str, Part]:
+    return {
+        kernel: Part("weight_ih", transposed=True),
+        recurrent: Part("weight_hh", transposed=True),
+    }
+
+
+def _norms(**names: tuple[str, str]) -> dict[str, Part]:
+    """Return the gamma and beta of norms by name, and the parameters that they are."""
+    return {
+        f"{norm}/{name}": Part(to)
+        for norm, parameters in names.items()
+        for name, to in zip(("gamma", "beta"), parameters, strict=True)
+    }
+
+
+SOURCES: Final[Mapping[str, Mapping[Cell, Source]]] = {
+    "keras": {
+        "lstm": Source(
+            cell="lstm",
+            origin="keras-team/keras, keras/src/layers/rnn/lstm.py, LSTM and LSTMCell",
+            formula="i, f, c, o = x·kernel + h·recurrent_kernel + bias; c' = σ(f)·c + σ(i)·tanh(c); "
+            "h' = σ(o)·tanh(c')",
+            variant=PRESETS["none"]["lstm"],
+            order="ifgo",
+            keys={**_matrices(), "bias": Part("bias_ih", optional=True)},
+            layouts=(Layout(), _BIDIRECTIONAL),
+        ),
+        "gru": Source(
+            cell="gru",
+            origin="keras-team/keras, keras/src/layers/rnn/gru.py, GRU and GRUCell with reset_after=True",
+            formula="z, r, n as in torch.nn: n = tanh(x·kernel + b + r·(h·recurrent_kernel + b')); "
+            "h' = z·h + (1 - z)·n\nWith reset_after=False the function is another, which this "
+            "package does not "
+            "have; without a bias the weights do not tell.",
+            variant=PRESETS["none"]["gru"],
+            order="zrn",
+            keys={**_matrices(), "bias": Part(("bias_ih", "bias_hh"), stacked=True, optional=True)},
+            layouts=(Layout(), _BIDIRECTIONAL),
+        ),
+        "rnn": Source(
+            cell="rnn",
+            origin="keras-team/keras, keras/src/layers/rnn/simple_rnn.py, SimpleRNN and SimpleRNNCell",
+            formula="h' = tanh(x·kernel + h·recurrent_kernel + bias)",
+            variant=PRESETS["none"]["rnn"],
+            order="h",
+            keys={**_matrices(), "bias": Part("bias_ih", optional=True)},
+            layouts=(Layout(), _BIDIRECTIONAL),
+        ),
+    },
+    "tfa": {
+        "lstm": Source(
+            cell="lstm",
+            origin="tensorflow/addons, tensorflow_addons/rnn/layer_norm_lstm_cell.py, LayerNormLSTMCell",
+            formula="i, f, c, o = norm(x·kernel) + norm(h·recurrent_kernel) + bias, each norm over 4H; "
+            "c' = norm(σ(f)·c + σ(i)·tanh(c)) is carried on; h' = σ(o)·tanh(c')",
+            variant=PRESETS["tfa"]["lstm"],
+            order="ifgo",
+            keys={
+                **_matrices(),
+                "bias": Part("bias", optional=True),
+                **_norms(
+                    kernel_norm=("gain_ih", "bias"),
+                    recurrent_norm=("gain_hh", "bias"),
+                    state_norm=("gain_cell", "bias_cell"),
+                ),
+            },
+        ),
+        "rnn": Source(
+            cell="rnn",
+            origin="tensorflow/addons, tensorflow_addons/rnn/layer_norm_simple_rnn_cell.py, "
+            "LayerNormSimpleRNNCell",
+            formula="h' = tanh(norm(x·kernel + h·recurrent_kernel) + bias); the norm has a gain alone",
+            variant=PRESETS["tfa"]["rnn"],
+            order="h",
+            keys={
+                **_matrices(),
+                "bias": Part("bias", optional=True),
+                "layer_norm/gamma": Part("gain"),
+            },
+        ),
+    },
+    "tf1": {
+        "lstm": Source(
+            cell="lstm",
+            origin="tensorflow/tensorflow 1, tensorflow/contrib/rnn/python/ops/rnn_cell.py, "
+            "LayerNormBasicLSTMCell",
+            formula="i, j, f, o = norm([x, h]·kernel), each gate by itself; "
+            "c' = norm(σ(f + forget_bias)·c + σ(i)·tanh(j)) is carried on; h' = tanh(c')·σ(o)",
+            variant=PRESETS["tf1"]["lstm"],
+            order="igfo",
+            keys={
+                "kernel": Part(("weight_ih", "weight_hh"), transposed=True),
+                **{
+                    f"{name}/{end}": Part(to, gates=gate)
+                    for name, gate in (("input", "i"), ("transform", "g"), ("forget", "f"), ("output", "o"))
+                    for end, to in (("gamma", "gain"), ("beta", "bias"))
+                },
+                **_norms(state=("gain_cell", "bias_cell")),
+            },
+            constants={"forget_bias": Constant("f", 1.0)},
+        )
+    },
+    "supercell": {
+        "lstm": Source(
+            cell="lstm",
+            origin="hardmaru/supercell, supercell.py, LayerNormLSTMCell",
+            formula="i, j, f, o = norm(x·W_xh + h·W_hh), each gate by itself; "
+            "c' = σ(f + forget_bias)·c + σ(i)·tanh(j); h' = tanh(norm(c'))·σ(o)\n"
+            "Its state is one array [h, c].",
+            variant=Variant(inputs="summed", scope="gate", eps=1e-3),
+            order="igfo",
+            keys={
+                **_matrices("W_xh", "W_hh"),
+                **{
+                    f"ln_{name}/layer_norm_{end}": Part(to, gates=gate)
+                    for name, gate in (("i", "i"), ("j", "g"), ("f", "f"), ("o", "o"))
+                    for end, to in (("alpha", "gain"), ("bias", "bias"))
+                },
+                "ln_c/layer_norm_alpha": Part("gain_cell"),
+                "ln_c/layer_norm_bias": Part("bias_cell"),
+            },
+            constants={"forget_bias": Constant("f", 1.0)},
+        )
+    },
+    "sonnet": {
+        "lstm": Source(
+            cell="lstm",
+            origin="google-deepmind/sonnet 1, sonnet/python/modules/gated_rnn.py, LSTM with "
+            "use_layer_norm=True",
+            formula="i, j, f, o = norm([x, h]·w_gates) + b_gates, over 4H; "
+            "c' = σ(f + forget_bias)·c + σ(i)·tanh(j); h' = σ(o)·tanh(c')",
+            variant=Variant(inputs="summed", cell="none"),
+            order="igfo",
+            keys={
+                "w_gates": Part(("weight_ih", "weight_hh"), transposed=True),
+                "b_gates": Part("bias"),
+                **_norms(layer_norm=("gain", "bias")),
+            },
+            constants={"forget_bias": Constant("f", 1.0)},
+        )
+    },
+    "skip-thoughts": {
+        "gru": Source(
+            cell="gru",
+            origin="tensorflow/models, research/skip_thoughts/skip_thoughts/ops/gru_cell.py, "
+            "LayerNormGRUCell",
+            formula="z, r = σ(norm(x·w_x) + norm(h·w_h)), each norm over 2H; "
+            "n = tanh(norm(x·w) + r·norm(h·u)), each over H; h' = (1 - z)·h + z·n",
+            variant=Variant(eps=1e-12),
+            order="zrn",
+            keys={
+                "gates/w_h": Part("weight_hh", gates="zr", transposed=True),
+                "gates/w_x": Part("weight_ih", gates="zr", transposed=True),
+                **{
+                    f"gates/layer_norm/{name}/{end}": Part(to, gates="zr")
+                    for name, gain in (("w_h", "gain_hh"), ("w_x", "gain_ih"))
+                    for end, to in (("gamma", gain), ("beta", "bias"))
+                },
+                "candidate/w": Part("weight_ih", gates="n", transposed=True),
+                "candidate/u": Part("weight_hh", gates="n", transposed=True),
+                "candidate/layer_norm/w/gamma": Part("gain_ih", gates="n"),
+                "candidate/layer_norm/w/beta": Part("bias", gates="n"),
+                "candidate/layer_norm/u/gamma": Part("gain_hh", gates="n"),
+                "candidate/layer_norm/u/beta": Part("bias_hn", gates="n"),
+            },
+            update="candidate",
+        )
+    },
+    "sketch-rnn": {
+        "lstm": Source(
+            cell="lstm",
+            origin="magenta/magenta, magenta/models/sketch_rnn/rnn.py, LayerNormLSTMCell",
+            formula="i, j, f, o = norm(x·W_xh + h·W_hh), each gate by itself; "
+            "c' = σ(f + forget_bias)·c + σ(i)·tanh(j); h' = tanh(norm(c'))·σ(o)\n"
+            "Its state is one array [h, c].",
+            variant=Variant(inputs="summed", scope="gate", eps=1e-3),
+            order="igfo",
+            keys={
+                **_matrices("W_xh", "W_hh"),
+                "ln_all/ln_gamma": Part("gain"),
+                "ln_all/ln_beta": Part("bias"),
+                "ln_c/ln_gamma": Part("gain_cell"),
+                "ln_c/ln_beta": Part("bias_cell"),
+            },
+            constants={"forget_bias": Constant("f", 1.0)},
+        )
+    },
+    "baselines": {
+        "lstm": Source(
+            cell="lstm",
+            origin="openai/baselines, baselines/a2c/utils.py, lnlstm",
+            formula="i, f, o, u = norm(x·wx) + norm(h·wh) + b, each norm over 4H; "
+            "c' = σ(f)·c + σ(i)·tanh(u); h' = σ(o)·tanh(norm(c'))\n"
+            "Its state is one array [c, h], and its mask is resets.",
+            variant=PRESETS["paper"]["lstm"],
+            order="ifog",
+            keys={
+                "wx": Part("weight_ih", transposed=True),
+                "gx": Part("gain_ih"),
+                "bx": Part("bias"),
+                "wh": Part("weight_hh", transposed=True),
+                "gh": Part("gain_hh"),
+                "bh": Part("bias"),
+                "b": Part("bias"),
+                "gc": Part("gain_cell"),
+                "bc": Part("bias_cell"),
+            },
+        )
+    },
+    "tflite": {
+        "lstm": Source(
+            cell="lstm",
+            origin="tensorflow/tensorflow, tensorflow/lite/kernels/lstm_eval.cc, LSTM with layer norm",
+            formula="each gate norm(W x + U h)·coefficients + bias by itself; c' = σ(f)·c + σ(i)·tanh(g); "
+            "h' = σ(o)·tanh(c'), projected where there is a projection",
+            variant=PRESETS["tflite"]["lstm"],
+            order="ifgo",
+            keys={
+                **{
+                    name.format(gate): Part(to, gates=letter)
+                    for name, to in (
+                        ("input_to_{}_weights", "weight_ih"),
+                        ("recurrent_to_{}_weights", "weight_hh"),
+                        ("{}_layer_norm_coefficients", "gain"),
+                        ("{}_gate_bias", "bias"),
+                    )
+                    for gate, letter in (("input", "i"), ("forget", "f"), ("cell", "g"), ("output", "o"))
+                },
+                "projection_weights": Part("weight_hr", optional=True),
+            },
+            layouts=(Layout(),),
+        )
+    },
+}
+
+__all__ = ["SOURCES"]
