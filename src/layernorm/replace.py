@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
@@ -11,12 +10,10 @@ import torch
 from torch.nn import Module
 from torch.nn.utils import parametrize
 
-from layernorm import checks
+from layernorm import checks, other_norms
 from layernorm.modules import LayerNorm, RMSNorm
 
 _TWINS: Final[dict[type[Module], type[Module]]] = {torch.nn.LayerNorm: LayerNorm, torch.nn.RMSNorm: RMSNorm}
-# What other libraries call their own.
-_NAMED_LIKE_A_NORM: Final = re.compile(r"(layer|rms)_?norm", re.IGNORECASE)
 # The replacement of each subclass, so that two modules of one class stay of one class.
 _derived: Final[WeakValueDictionary[type[Module], type[Module]]] = WeakValueDictionary()
 # A subclass with its own version of one of these decides itself how instances are made or pickled.
@@ -51,10 +48,15 @@ def replace_norms(model: Module) -> Replacement:
     parameters stay tied. The model itself may be a norm. A second call replaces nothing.
 
     A subclass that does not override ``forward`` keeps its methods and its name, and ``isinstance`` still
-    holds. Some norms are left alone: those that compute something else (a subclass or an instance with its
-    own ``forward``; a class of another library that is called a layer or RMS norm, such as ``LlamaRMSNorm``),
-    those that belong to another tool (parametrized, prepared for quantization, compiled by TorchScript), and
-    subclasses with their own way of making or pickling instances.
+    holds. Norms of model libraries that are no ``torch.nn`` norms, such as ``LlamaRMSNorm`` and
+    ``GemmaRMSNorm``, are replaced where their name says that they are a layer or RMS norm, they have one gain
+    and an eps, and random rows show that they compute that. With a gain and an input of different dtypes, and
+    under autocast, their own ``forward`` still serves.
+
+    Some norms are left alone: those that compute something else (a subclass or an instance with its own
+    ``forward``; a norm of another library with another formula), those that belong to another tool
+    (parametrized, prepared for quantization, compiled by TorchScript), and subclasses with their own way of
+    making or pickling instances.
 
     Args:
         model: any module; it is changed.
@@ -84,8 +86,12 @@ def replace_norms(model: Module) -> Replacement:
     for name, module in model.named_modules():
         norm = _norm_of(type(module))
         if norm is None:
-            if (why := _other_norm(module)) is not None:
-                left[name] = why
+            found = _other_norm(module)
+            if isinstance(found, other_norms.Form):
+                classes.append((module, other_norms.replacement_class(type(module), found)))
+                replaced[name] = found.name
+            elif found is not None:
+                left[name] = found
             continue
         if isinstance(module, _TWINS[norm]):
             continue
@@ -110,20 +116,13 @@ def _norm_of(cls: type[Module]) -> type[Module] | None:
     return next((norm for norm in _TWINS if issubclass(cls, norm)), None)
 
 
-def _other_norm(module: Module) -> str | None:
-    """Return why a norm that is none of ``torch.nn``'s is left; None for what does not look like a norm."""
+def _other_norm(module: Module) -> other_norms.Form | str | None:
+    """Return what a norm computes that is none of ``torch.nn``'s, or why it is left; None if it is none."""
     if isinstance(module, torch.jit.ScriptModule):
         names = {norm.__name__ for norm in _TWINS}
         return "compiled by TorchScript" if getattr(module, "original_name", None) in names else None
-    cls = type(module)
-    looks = _NAMED_LIKE_A_NORM.search(cls.__name__) and next(module.children(), None) is None
-    if not looks or isinstance(module, tuple(_TWINS.values())):
-        return None
-    twin = "RMSNorm" if "rms" in cls.__name__.lower() else "LayerNorm"
-    return (
-        f"{cls.__name__} of {cls.__module__} is no torch.nn norm, and its formula may differ; where it is "
-        f"that of layernorm.{twin}, put one with its weight in its place"
-    )
+    ours = isinstance(module, tuple(_TWINS.values())) or other_norms.is_replaced(module)
+    return None if ours or not other_norms.looks_like_a_norm(module) else other_norms.form_of(module)
 
 
 def _reason_to_leave(module: Module, norm: type[Module]) -> str | None:

@@ -316,31 +316,3 @@ def test_torch_compile_before_and_after():
 def test_what_is_no_module_is_refused(model, message):
     with pytest.raises(TypeError, match=f"replace_norms: {message}"):
         replace_norms(model)
-
-
-def test_norms_of_other_libraries_are_listed_as_left():
-    class LlamaRMSNorm(nn.Module):
-        def __init__(self, size):
-            super().__init__()
-            self.weight, self.variance_epsilon = nn.Parameter(torch.ones(size)), 1e-6
-
-        def forward(self, x):
-            return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-
-    class OlmoLayerNorm(nn.Module):  # which has no weight
-        pass
-
-    class AdaLayerNorm(nn.Module):  # which is made of others
-        def __init__(self):
-            super().__init__()
-            self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
-
-    model = nn.Sequential(
-        LlamaRMSNorm(8), OlmoLayerNorm(), AdaLayerNorm(), nn.BatchNorm1d(8), nn.Linear(8, 8)
-    )
-    report = layernorm.replace_norms(model)
-    assert set(report.replaced) == {"2.norm"}
-    assert set(report.left) == {"0", "1"}
-    assert f"LlamaRMSNorm of {__name__} is no torch.nn norm" in report.left["0"]
-    assert "layernorm.RMSNorm" in report.left["0"]
-    assert "layernorm.LayerNorm" in report.left["1"]
