@@ -69,7 +69,9 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
         self._check_step(rows, state)
         self._check_dtype(rows, weights[0]["weight_ih"].dtype, RuntimeError)
         if resets is not None:
-            resets = recurrent_checks.reset_mask(name, resets, input).reshape(1, -1)  # (T, N) of one step
+            resets = recurrent_checks.reset_mask(name, resets, input.shape[:-1], input).reshape(
+                1, -1
+            )  # (T, N) of one step
         starts = None
         if reset_state is not None:
             shapes = [tuple(s.shape) for s in state]
@@ -124,8 +126,8 @@ class LayerNormLSTMCell(LayerNormRNNCellBase, torch.nn.LSTMCell):  # type: ignor
     Shape:
         - input: (N, F), or (F) for one row;
         - ``(h, c)``: each (N, H), or (H); zeros when left out;
-        - resets: bool (N), or () for one row; the rows where it is true start from a state of zeros,
-          whatever ``(h, c)`` holds;
+        - resets: bool, or numbers that are 0 or 1, (N) or (N, 1), or () for one row; the rows where it is
+          true start from a state of zeros, whatever ``(h, c)`` holds;
         - reset_state: like ``(h, c)``, or of any shapes that broadcast to theirs: what they start from in
           place of zeros;
         - result: the next ``(h, c)``.

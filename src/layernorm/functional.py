@@ -252,7 +252,8 @@ def lstm(
         variant: a preset's name or a ``layernorm.Variant``.
         reverse: run from the last step to the first; the outputs stay in the input's order.
         batch_sizes: the rows of each step, not increasing: ints, or a tensor as ``PackedSequence`` has it.
-        resets: bool (T, N), or (ΣN_t,) with ``batch_sizes``. Where it is true nothing passes between
+        resets: bool, or numbers that are 0 or 1, (T, N), or (ΣN_t,) with ``batch_sizes``, with or
+            without a last dimension of 1. Where it is true nothing passes between
             this step and the one before, neither state nor gradient: forward the step starts from a
             state of zeros, whatever came, NaN included; in reverse the step before starts from it.
         reset_state: h and c from which it goes on there, in place of zeros: of the state's shapes, or of any
@@ -505,10 +506,10 @@ def _sequence(
     """Check the arguments of a sequence, then compute it."""
     checks.flag("reverse", reverse)
     checks.flag("recompute", recompute)
-    given, sizes = recurrent_checks.layer_arguments(spec, input, state, weights, batch_sizes, resets)
+    given, sizes, mask = recurrent_checks.layer_arguments(spec, input, state, weights, batch_sizes, resets)
     shapes = [tuple(s.shape) for s in given]
-    starts = recurrent_checks.reset_state(spec.cell, reset_state, resets, shapes, input)
-    return recurrent_layer(spec, input, given, weights, reverse, sizes, resets, recompute, starts)
+    starts = recurrent_checks.reset_state(spec.cell, reset_state, mask, shapes, input)
+    return recurrent_layer(spec, input, given, weights, reverse, sizes, mask, recompute, starts)
 
 
 def recurrent_layer(

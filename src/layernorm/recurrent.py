@@ -152,7 +152,8 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         state = self._checked_state(state, data, data.size(1))
         mask = None
         if resets is not None:
-            mask = self._time_major(recurrent_checks.reset_mask(self._cell.upper(), resets, input), batched)
+            mask = recurrent_checks.reset_mask(self._cell.upper(), resets, input.shape[:-1], input)
+            mask = self._time_major(mask, batched)
         starts = self._starts(reset_state, mask, data, state, batched)
         data, state = self._layers(data, state, weights, None, mask, starts)
         if not batched:
@@ -350,7 +351,8 @@ class LayerNormLSTM(LayerNormRNNBase, torch.nn.LSTM):  # type: ignore[misc]  # f
           ``PackedSequence``;
         - ``(h_0, c_0)``: (num_layers·D, N, P) and (num_layers·D, N, H), without N for one sequence;
           zeros when left out;
-        - resets: bool, like the input without its features: (T, N), (N, T), (T), or a
+        - resets: bool, or numbers that are 0 or 1, like the input without its features, with or without a
+          last dimension of 1: (T, N), (N, T) with ``batch_first``, (T), or a
           ``PackedSequence`` packed like the input. True where an episode begins: in every layer and
           direction nothing passes between this step and the one before, neither state nor gradient.
           A forward direction starts the step from zeros, so at the first step ``(h_0, c_0)`` is set

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import ParameterDict
 from torch.nn.utils.rnn import PackedSequence
 
 from layernorm import checks
 from layernorm.checks import as_list
+from layernorm.pytorch_internals import are_transforms_active, is_jit_tracing
 from layernorm.spec import LayerSpec
 from layernorm.variants import Variant
 
@@ -82,14 +84,15 @@ def layer_arguments(
     weights: Mapping[str, Tensor],
     batch_sizes: Sequence[int] | None,
     resets: Tensor | None,
-) -> tuple[tuple[Tensor, ...], list[int] | None]:
-    """Check the call of one layer and direction; return the state as a tuple, and the batch sizes."""
+) -> tuple[tuple[Tensor, ...], list[int] | None, Tensor | None]:
+    """Check the call of one layer and direction; return the state as a tuple, batch sizes, and the mask."""
     given = sequence_tensors(spec.cell, input, state, weights)
     sizes = sizes_of_steps(spec.cell, batch_sizes)
     shapes = _shapes(spec, weights)
     parameters(spec.cell, weights, shapes)
-    _sequence_arguments(spec.cell, input, given, shapes, sizes, resets)
-    return given, sizes
+    _sequence_arguments(spec.cell, input, given, shapes, sizes)
+    mask = None if resets is None else reset_mask(spec.cell, resets, input.shape[:-1], input)
+    return given, sizes, mask
 
 
 def _shapes(spec: LayerSpec, weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -110,7 +113,6 @@ def _sequence_arguments(
     state: Sequence[Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     sizes: Sequence[int] | None,
-    resets: Tensor | None = None,
 ) -> None:
     """Check one layer's input, state and steps; ``shapes`` are those of its parameters."""
     dims = 3 if sizes is None else 2
@@ -140,8 +142,6 @@ def _sequence_arguments(
                 f"{operator}: Expected {name} of the state to have size [{rows}, {size}], got "
                 f"{as_list(given.shape)}"
             )
-    if resets is not None:
-        reset_mask(operator, resets, input)
 
 
 def parameters(operator: str, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -205,26 +205,51 @@ def gates_arguments(
     parameters(operator, weights, shapes)
 
 
-def reset_mask(operator: str, resets: object, input: Tensor) -> Tensor:
-    """Return ``resets`` if it is a mask over the rows of ``input``, in whichever layout that is."""
+def reset_mask(
+    operator: str,
+    resets: object,
+    rows: Sequence[int],
+    like: Tensor,
+    of: str = "the input's without its features",
+) -> Tensor:
+    """Return ``resets`` as a bool mask over ``rows``, on the device of ``like``.
+
+    Rows are in whichever layout the input has. People have the mask as bool, as 0 and 1 in whatever dtype,
+    and with a last dimension of 1.
+    """
     if not isinstance(resets, Tensor):
         raise TypeError(
-            f"{operator}: resets must be a bool Tensor or None, got {type(resets).__name__}; make it one, "
-            "for example with torch.as_tensor(resets)"
+            f"{operator}: resets must be a Tensor or None, got {type(resets).__name__}; make it one, for "
+            "example with torch.as_tensor(resets)"
         )
-    if resets.dtype != torch.bool:
-        raise ValueError(
-            f"{operator}: resets must be of dtype torch.bool, got {resets.dtype}; convert it, for example "
-            "with resets.bool()"
-        )
-    if resets.shape != input.shape[:-1]:
+    shape = tuple(rows)
+    if resets.shape not in (shape, (*shape, 1)):
         raise RuntimeError(
-            f"{operator}: Expected resets of shape {as_list(input.shape[:-1])}, the input's without its "
-            f"features, but got {as_list(resets.shape)}; give each row of each step its entry, in the "
-            "input's order of batch and time"
+            f"{operator}: Expected resets of shape {as_list(shape)}, {of}, with or without a last 1, but got "
+            f"{as_list(resets.shape)}; give each row of each step its entry, in the input's order of batch "
+            "and time"
         )
-    checks.same_device(operator, "input", input, "resets", resets)
-    return resets
+    checks.same_device(operator, "input", like, "resets", resets)
+    if resets.dtype != torch.bool:
+        resets = _as_bool(operator, resets)
+    return resets.reshape(shape) if resets.dim() > len(shape) else resets
+
+
+def _as_bool(operator: str, resets: Tensor) -> Tensor:
+    mask = resets.bool()
+    # A GPU would have to be waited for, and a traced program has no numbers.
+    if (
+        type(resets) is Tensor
+        and resets.device.type == "cpu"
+        and not (is_compiling() or is_jit_tracing() or are_transforms_active())
+        and not torch.equal(mask.to(resets.dtype), resets)
+    ):
+        wrong = resets[mask.to(resets.dtype) != resets][0].item()
+        raise ValueError(
+            f"{operator}: resets must be 0 or 1, or False or True, got {wrong} in {resets.dtype}; compare "
+            "first, for example with resets > 0.5"
+        )
+    return mask
 
 
 def reset_state(
@@ -265,7 +290,7 @@ def packed_reset_mask(operator: str, resets: object, input: PackedSequence) -> T
             f"{operator}: resets must be a PackedSequence like the input, or None, got "
             f"{type(resets).__name__}; pack it, for example with pack_padded_sequence and the input's lengths"
         )
-    mask = reset_mask(operator, resets.data, input.data)
+    mask = reset_mask(operator, resets.data, input.data.shape[:-1], input.data)
     for field in ("batch_sizes", "sorted_indices"):
         got, expected = getattr(resets, field), getattr(input, field)
         if (got is None) != (expected is None) or (got is not None and not torch.equal(got, expected)):

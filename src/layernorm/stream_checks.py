@@ -90,31 +90,6 @@ def state(operator: str, name: str, tensor: Tensor, held: Tensor) -> Tensor:
     return tensor
 
 
-def mask(operator: str, mask: object, state: Tensor) -> Tensor:
-    """Return ``mask`` if it says for each sequence of a batch whether it begins anew."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(
-            f"{operator}: mask must be a bool Tensor or None, got {type(mask).__name__}; make it one, for "
-            "example with torch.as_tensor(mask)"
-        )
-    if mask.dtype != torch.bool:
-        raise ValueError(
-            f"{operator}: mask must be of dtype torch.bool, got {mask.dtype}; convert it, for example with "
-            "mask.bool()"
-        )
-    if mask.shape != state.shape[1:2]:
-        raise RuntimeError(
-            f"{operator}: Expected mask of shape {as_list(tuple(state.shape[1:2]))}, (batch_size), but got "
-            f"{as_list(tuple(mask.shape))}"
-        )
-    if mask.device != state.device:
-        raise RuntimeError(
-            f"{operator}: Expected all tensors to be on the same device, but the state is on {state.device} "
-            f"and mask on {mask.device}; move it, for example with mask.to(state.device)"
-        )
-    return mask
-
-
 def _dtype_and_device(operator: str, name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.dtype != like.dtype:
         raise ValueError(

@@ -265,17 +265,18 @@ class Stream:
             for tensor, held in zip(given, self._state, strict=True):
                 held.copy_(tensor)
 
-    def reset(self, mask: Tensor | None = None, reset_state: State | None = None) -> None:
+    def reset(self, resets: Tensor | None = None, reset_state: State | None = None) -> None:
         """Set the state to zero before the next step, as ``resets`` does in a sequence.
 
         Args:
-            mask: bool (N), true for the sequences that begin anew; None for all.
+            resets: bool (N), or numbers that are 0 or 1, with or without a last dimension of 1: true for the
+                sequences that begin anew; None for all.
             reset_state: what they begin from in place of zeros, of the shapes of ``state`` or any that
                 broadcast to them.
 
         Raises:
-            TypeError: mask is not a Tensor, or reset_state not of the module's kind.
-            ValueError: mask is not of dtype bool.
+            TypeError: resets is not a Tensor, or reset_state not of the module's kind.
+            ValueError: resets has another number than 0 and 1.
             RuntimeError: an argument has the wrong shape or device.
 
         Examples:
@@ -286,14 +287,17 @@ class Stream:
             >>> stream.state.abs().sum(-1) > 0
             tensor([[False,  True]])
         """
-        if mask is not None:
-            stream_checks.mask(self._name, mask, self._state[0])
+        if resets is not None:
+            of = "(batch_size)"
+            resets = recurrent_checks.reset_mask(
+                self._name, resets, self._state[0].shape[1:2], self._state[0], of
+            )
         starts = recurrent_checks.reset_state(
             self._name, reset_state, True, self._shapes, self._state[0]
         ) or tuple(torch.zeros((), dtype=s.dtype, device=s.device) for s in self._state)
         with torch.no_grad():
             for s, start in zip(self._state, starts, strict=True):
-                s.copy_(start if mask is None else torch.where(mask.unsqueeze(-1), start.to(s.dtype), s))
+                s.copy_(start if resets is None else torch.where(resets.unsqueeze(-1), start.to(s.dtype), s))
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

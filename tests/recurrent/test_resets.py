@@ -322,10 +322,12 @@ def packed_gru(input, resets):
 
 ERRORS = {
     lstm: [
-        (X, [True], TypeError, r"lstm: resets must be a bool Tensor .* list; .*as_tensor\(resets\)"),
-        (X, MASK.float(), ValueError, r"lstm: resets must .*torch.bool, got .*float32; .*resets.bool\(\)"),
+        (X, [True], TypeError, r"lstm: resets must be a Tensor .* list; .*as_tensor\(resets\)"),
+        (X, MASK.float() + 0.5, ValueError, r"lstm: resets must be 0 or 1, .* got 0.5 in torch.float32; .*>"),
+        (X, MASK.int() - 1, ValueError, r"lstm: resets must be 0 or 1, .* got -1 in torch.int32"),
+        (X, MASK.float() * torch.nan, ValueError, r"lstm: resets must be 0 or 1, .* got nan"),
         (X, MASK[:4], RuntimeError, r"lstm: Expected resets of shape \[5, 2\], .* got \[4, 2\]"),
-        (X, MASK[..., None], RuntimeError, r"the input's without its features, but got \[5, 2, 1\]"),
+        (X, MASK[None], RuntimeError, r"without its features, with or without a last 1, but got \[1, 5, 2\]"),
         (X, MASK[:, 0], RuntimeError, r"\[5, 2\].* but got \[5\]"),
         (X, MASK.to("meta"), RuntimeError, r"on cpu and resets on meta; .* resets.to\(input.device\)"),
     ],
@@ -333,13 +335,12 @@ ERRORS = {
         (PACKED, MASK, RuntimeError, r"gru: Expected resets of shape \[8\], .* but got \[5, 2\]"),
     ],
     layernorm.LayerNormGRU(F, H): [
-        (X, 1, TypeError, "GRU: resets must be a bool Tensor or None, got int"),
-        (X, META, TypeError, "GRU: resets must be a bool Tensor or None, got PackedSequence"),
-        (X, MASK.int(), ValueError, "GRU: resets must be of dtype torch.bool, got torch.int32"),
+        (X, 1, TypeError, "GRU: resets must be a Tensor or None, got int"),
+        (X, META, TypeError, "GRU: resets must be a Tensor or None, got PackedSequence"),
         (X, MASK.T, RuntimeError, r"GRU: Expected resets of shape \[5, 2\], .* but got \[2, 5\]"),
         (X[:, 0], MASK, RuntimeError, r"GRU: Expected resets of shape \[5\], .* but got \[5, 2\]"),
         (PACKED, MASK, TypeError, "resets must be a PackedSequence .*, got Tensor; pack it"),
-        (PACKED, PACKED, ValueError, "GRU: resets must be of dtype torch.bool, got torch.float32"),
+        (PACKED, PACKED, RuntimeError, r"GRU: Expected resets of shape \[8\], .* but got \[8, 3\]"),
         (PACKED, META, RuntimeError, "input is on cpu and resets on meta"),
         (PACKED, packed_mask([4, 3], True), RuntimeError, r"resets of shape \[8\], .* but got \[7\]"),
         (
@@ -358,8 +359,8 @@ ERRORS = {
         ),
     ],
     layernorm.LayerNormLSTMCell(F, H): [
-        (X[0], True, TypeError, "LayerNormLSTMCell: resets must be a bool Tensor or None, got bool"),
-        (X[0], torch.zeros(2), ValueError, "LayerNormLSTMCell: resets must .*torch.bool, got .*float32"),
+        (X[0], True, TypeError, "LayerNormLSTMCell: resets must be a Tensor or None, got bool"),
+        (X[0], torch.ones(2) * 2, ValueError, "LayerNormLSTMCell: resets must be 0 or 1, .* got 2.0"),
         (X[0], MASK[0, 0], RuntimeError, r"Cell: Expected resets of shape \[2\], .* but got \[\]"),
         (X[0, 0], MASK[0], RuntimeError, r"Cell: Expected resets of shape \[\], .* but got \[2\]"),
     ],
@@ -373,6 +374,46 @@ ERRORS = {
 def test_errors(call, input, resets, error, message):
     with pytest.raises(error, match=message):
         call(input, resets=resets)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [False, True], ids=["flat", "last"])
+def test_masks_as_people_have_them(dtype, last):
+    mask = torch.tensor([[0, 1], [1, 0], [0, 0]]).bool()
+
+    def theirs(mask):
+        return mask.to(dtype)[..., None] if last else mask.to(dtype)
+
+    x, state = torch.randn(3, 2, F), torch.randn(1, 2, H)
+    for module, of in (
+        (layernorm.LayerNormGRU(F, H), lambda a: a),
+        (layernorm.LayerNormGRU(F, H, batch_first=True), lambda a: a.transpose(0, 1)),
+    ):
+        expected = module(of(x), state, resets=of(mask))[0]
+        assert torch.equal(module(of(x), state, resets=theirs(of(mask)))[0], expected)
+        one = module(x[:, 0], state[:, 0], resets=mask[:, 0])[0]
+        assert torch.equal(module(x[:, 0], state[:, 0], resets=theirs(mask[:, 0]))[0], one)
+    packed, packed_mask = pack_padded_sequence(x, [3, 2]), pack_padded_sequence(theirs(mask), [3, 2])
+    gru = layernorm.LayerNormGRU(F, H)
+    expected = gru(packed, resets=pack_padded_sequence(mask, [3, 2]))[0]
+    assert torch.equal(gru(packed, resets=packed_mask)[0].data, expected.data)
+    cell = layernorm.LayerNormGRUCell(F, H)
+    assert torch.equal(cell(x[0], state[0], theirs(mask[0])), cell(x[0], state[0], mask[0]))
+    weights = weights_of("gru", dtype=torch.float32)
+    expected = LF.gru(x, state[0], weights, resets=mask)[0]
+    assert torch.equal(LF.gru(x, state[0], weights, resets=theirs(mask))[0], expected)
+    stream = gru.stream(2)
+    stream.state = state
+    stream.reset(theirs(mask[0]))
+    assert torch.equal(stream.state, state.masked_fill(mask[0, :, None], 0))
+
+
+def test_masks_of_numbers_in_a_compiled_program():
+    gru, x = layernorm.LayerNormGRU(F, H), torch.randn(3, 2, F)
+    mask = torch.tensor([[0, 1], [1, 0], [0, 0]])
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(gru, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x, resets=mask)[0], gru(x, resets=mask)[0])
 
 
 # ---- resets to a state that is given ----

@@ -196,10 +196,10 @@ def test_an_out_of_other_dimensions(kernel):
 @pytest.mark.parametrize(
     ("mask", "error", "text"),
     [
-        ([True] * 3, TypeError, "mask must be a bool Tensor or None, got list"),
-        (torch.ones(3), ValueError, "mask must be of dtype torch.bool, got torch.float32"),
-        (torch.ones(2).bool(), RuntimeError, r"Expected mask of shape \[3\].*got \[2\]"),
-        (torch.ones(3, device="meta").bool(), RuntimeError, "state is on cpu and mask on meta"),
+        ([True] * 3, TypeError, "resets must be a Tensor or None, got list"),
+        (torch.full((3,), 0.5), ValueError, "resets must be 0 or 1, .* got 0.5"),
+        (torch.ones(2).bool(), RuntimeError, r"Expected resets of shape \[3\], \(batch_size\).*got \[2\]"),
+        (torch.ones(3, device="meta").bool(), RuntimeError, "is on cpu and resets on meta"),
     ],
 )
 def test_bad_masks(mask, error, text):
