@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from layernorm import checks, functional, recurrent_checks
+from layernorm.initialization import StartOptions
 from layernorm.parameters import RecurrentParameters, State
 from layernorm.spec import Nonlinearity
 from layernorm.variants import Variant
@@ -26,15 +27,16 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
         *,
         variant: str | Variant = "paper",
         nonlinearity: Nonlinearity = "tanh",
-        gain_init: float = 1.0,
-        forget_bias: float = 0.0,
+        learn_initial_state: bool = False,
+        **start: Unpack[StartOptions],
     ) -> None:
         # torch.nn's cells take any truth value for bias.
         checks.cell_sizes(input_size, hidden_size)
         RecurrentParameters.__init__(
-            self, input_size, hidden_size, bool(bias), variant, nonlinearity, gain_init, forget_bias
+            self, input_size, hidden_size, bool(bias), variant, nonlinearity, start, learn_initial_state
         )
         self._register("", input_size, device, dtype)
+        self._register_initial_state((), device, dtype)
         if "bias" not in self._parameters:
             # torch.nn's cells have the flag under this name, torch.nn.Linear None for no parameter.
             self.bias = self._has_bias if self.variant.kind == "none" else None  # type: ignore[assignment]
@@ -62,7 +64,11 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
         batched = input.dim() == 2
         rows = input if batched else input.unsqueeze(0)
         if state is None:
-            state = (rows.new_zeros(rows.size(0), self.hidden_size),) * count
+            learned = self.learned_initial_state()
+            if learned is None:
+                state = (rows.new_zeros(rows.size(0), self.hidden_size),) * count
+            else:
+                state = tuple(s.expand(rows.size(0), -1) for s in learned)
         elif not batched:
             state = tuple(s.unsqueeze(0) for s in state)
         weights = self.layer_weights()
@@ -73,6 +79,8 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
                 1, -1
             )  # (T, N) of one step
         starts = None
+        if reset_state is None and resets is not None and self.learn_initial_state:
+            reset_state = self.as_state(self.learned_initial_state() or ())
         if reset_state is not None:
             shapes = [tuple(s.shape) for s in state]
             starts = recurrent_checks.reset_state(name, reset_state, resets, shapes, input)
@@ -107,7 +115,10 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
     def extra_repr(self) -> str:
         """Show the sizes, what differs from the defaults, and the variant."""
         parts = [f"{self.input_size}, {self.hidden_size}", *([] if self._has_bias else ["bias=False"])]
-        return ", ".join([*parts, f"variant={self._variant_as_given!r}", *self._started()])
+        parts.append(f"variant={self._variant_as_given!r}")
+        if self.learn_initial_state:
+            parts.append("learn_initial_state=True")
+        return ", ".join(part for part in (*parts, str(self.start)) if part)
 
 
 class LayerNormLSTMCell(LayerNormRNNCellBase, torch.nn.LSTMCell):  # type: ignore[misc]  # forward takes more
@@ -120,8 +131,8 @@ class LayerNormLSTMCell(LayerNormRNNCellBase, torch.nn.LSTMCell):  # type: ignor
         device: where the parameters are made.
         dtype: of the parameters.
         variant: a name of ``layernorm.variants.PRESETS``, or a ``layernorm.Variant``.
-        gain_init: what every gain starts at.
-        forget_bias: added to the bias of the forget gate, which starts at 0 otherwise.
+        learn_initial_state: whether there are ``initial_h`` and ``initial_c`` (H), as of ``LayerNormLSTM``.
+        gain_init, recurrent_init, forget_bias, t_max: how parameters start, as of ``LayerNormLSTM``.
 
     Shape:
         - input: (N, F), or (F) for one row;
@@ -155,7 +166,8 @@ class LayerNormLSTMCell(LayerNormRNNCellBase, torch.nn.LSTMCell):  # type: ignor
 class LayerNormGRUCell(LayerNormRNNCellBase, torch.nn.GRUCell):  # type: ignore[misc]  # forward takes more
     """One step of ``LayerNormGRU``, drop-in for ``torch.nn.GRUCell``.
 
-    Arguments and errors are those of ``LayerNormLSTMCell``; the state is one tensor h (N, H).
+    Arguments and errors are those of ``LayerNormLSTMCell``, with ``update_bias`` in ``forget_bias``'s place;
+    the state is one tensor h (N, H).
 
     Examples:
         >>> import torch, layernorm
@@ -192,7 +204,8 @@ class LayerNormRNNCell(LayerNormRNNCellBase, torch.nn.RNNCell):  # type: ignore[
         dtype: Any = None,
         *,
         variant: str | Variant = "paper",
-        gain_init: float = 1.0,
+        learn_initial_state: bool = False,
+        **start: Unpack[StartOptions],
     ) -> None:
         name = checks.nonlinearity(nonlinearity)
         LayerNormRNNCellBase.__init__(
@@ -204,7 +217,8 @@ class LayerNormRNNCell(LayerNormRNNCellBase, torch.nn.RNNCell):  # type: ignore[
             dtype,
             variant=variant,
             nonlinearity=name,
-            gain_init=gain_init,
+            learn_initial_state=learn_initial_state,
+            **start,
         )
 
     @property

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, NoReturn, TypeAlias, cast
+from typing import Any, ClassVar, NoReturn, TypeAlias, Unpack, cast
 
 import torch
 from torch import Tensor
 
 from layernorm import checks, recurrent_checks
+from layernorm.initialization import Start, StartOptions
 from layernorm.pytorch_internals import EXTRA_STATE, is_any_autocast_enabled
 from layernorm.spec import LayerSpec, Nonlinearity, layer_spec
 from layernorm.variants import Cell, Variant
@@ -26,6 +26,7 @@ class RecurrentParameters(torch.nn.Module):
     Attributes:
         spec: what every layer of the module computes.
         variant: the spec's variant.
+        start: how its parameters start.
     """
 
     _cell: ClassVar[Cell]
@@ -37,6 +38,7 @@ class RecurrentParameters(torch.nn.Module):
     proj_size: int = 0
     recompute: bool = False
     spec: LayerSpec
+    start: Start
 
     def __init__(
         self,
@@ -45,8 +47,8 @@ class RecurrentParameters(torch.nn.Module):
         bias: bool,
         variant: str | Variant,
         nonlinearity: Nonlinearity = "tanh",
-        gain_init: float = 1.0,
-        forget_bias: float = 0.0,
+        start: StartOptions | None = None,
+        learn_initial_state: bool = False,
     ) -> None:
         torch.nn.Module.__init__(self)  # and not torch.nn's class of the cell, which makes its own parameters
         self.input_size = input_size
@@ -54,8 +56,8 @@ class RecurrentParameters(torch.nn.Module):
         self._has_bias = bias
         self.spec = layer_spec(self._cell, variant, nonlinearity)
         self._variant_as_given = variant
-        self.gain_init = checks.finite("gain_init", gain_init)
-        self.forget_bias = checks.finite("forget_bias", forget_bias)
+        self.start = Start().replaced(start or {})
+        self.learn_initial_state = checks.flag("learn_initial_state", learn_initial_state)
         # The shapes of each layer and direction's parameters, by their suffix.
         self._shapes: dict[str, Mapping[str, tuple[int, ...]]] = {}
 
@@ -73,53 +75,42 @@ class RecurrentParameters(torch.nn.Module):
             self.register_parameter(name + suffix, parameter)
         self._shapes[suffix] = shapes
 
-    def reset_parameters(self, gain_init: float | None = None, forget_bias: float | None = None) -> None:
+    def _register_initial_state(self, layers: tuple[int, ...], device: Any, dtype: Any) -> None:
+        """Register the learned initial state: of shape (*layers, size) for h, and likewise for c."""
+        sizes = {"initial_h": self.proj_size or self.hidden_size, "initial_c": self.hidden_size}
+        for name in list(sizes)[: 2 if self._cell == "lstm" else 1] if self.learn_initial_state else ():
+            parameter = torch.nn.Parameter(torch.empty(*layers, sizes[name], device=device, dtype=dtype))
+            self.register_parameter(name, parameter)
+
+    def learned_initial_state(self) -> tuple[Tensor, ...] | None:
+        """Return the learned initial h (and c), without a batch; None where the state starts from zeros."""
+        if not self.learn_initial_state:
+            return None
+        h = self._weight("initial_h")
+        return (h, self._weight("initial_c")) if self._cell == "lstm" else (h,)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether there are biases."""
+        return self._has_bias
+
+    @property
+    def suffixes(self) -> list[str]:
+        """What the names of each layer and direction's parameters end with."""
+        return list(self._shapes)
+
+    def reset_parameters(self, **start: Unpack[StartOptions]) -> None:
         """Draw weights uniformly in ±1/√hidden_size; set gains and biases. Without a norm as PyTorch does.
 
         Args:
-            gain_init: of every gain; None for the one that the module was made with.
-            forget_bias: added to an LSTM's biases of the forget gate, which are 0 otherwise: in ``bias``, or
-                without a norm in ``bias_ih``; None for the one that the module was made with.
+            start: ``gain_init``, ``recurrent_init``, ``forget_bias``, ``update_bias`` and ``t_max``, where
+                they are to be others than those that the module was made with.
 
         Raises:
-            TypeError: an argument is not a number.
-            ValueError: it is not finite, or there is a forget_bias and no forget gate with a bias.
+            TypeError: an argument is of the wrong type.
+            ValueError: a number is not finite, or the module has no gate with a bias that it is of.
         """
-        gain = self.gain_init if gain_init is None else checks.finite("gain_init", gain_init)
-        forget = self.forget_bias if forget_bias is None else checks.finite("forget_bias", forget_bias)
-        bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0.0
-        for name, parameter in self.named_parameters():
-            # A parametrized weight is called parametrizations.weight_hh_l0.original0.
-            if "weight" in name or self.variant.kind == "none":
-                torch.nn.init.uniform_(parameter, -bound, bound)
-            elif "gain" in name:
-                torch.nn.init.constant_(parameter, gain)
-            else:
-                torch.nn.init.zeros_(parameter)
-        if forget:
-            self._add_to_forget_gates(forget)
-
-    @torch.no_grad()
-    def _add_to_forget_gates(self, value: float) -> None:
-        name = "bias" if self.variant.kind != "none" else "bias_ih"
-        if self._cell != "lstm" or not self._has_bias:
-            raise ValueError(
-                f"forget_bias must be 0 where there is no forget gate with a bias, got {value}; make an LSTM "
-                "with bias=True"
-            )
-        for suffix in self._shapes:
-            bias = getattr(self, name + suffix)
-            changed = bias.detach().clone()
-            changed[self.hidden_size : 2 * self.hidden_size] += value
-            if isinstance(bias, torch.nn.Parameter):
-                bias.copy_(changed)
-            else:  # a parametrized one
-                setattr(self, name + suffix, changed)
-
-    def _started(self) -> list[str]:
-        """Return the arguments of the start that differ from the defaults, as they were written."""
-        parts = [] if self.gain_init == 1.0 else [f"gain_init={self.gain_init:g}"]
-        return parts if self.forget_bias == 0.0 else [*parts, f"forget_bias={self.forget_bias:g}"]
+        self.start.replaced(start).apply(self)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from layernorm import checks, functional, recurrent_checks
+from layernorm.initialization import StartOptions
 from layernorm.parameters import RecurrentParameters, State
 from layernorm.pytorch_internals import is_any_autocast_enabled, module_apply, replicate_module
 from layernorm.spec import Nonlinearity
@@ -56,12 +57,12 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         variant: str | Variant = "paper",
         recompute: bool = False,
         nonlinearity: Nonlinearity = "tanh",
-        gain_init: float = 1.0,
-        forget_bias: float = 0.0,
+        learn_initial_state: bool = False,
+        **start: Unpack[StartOptions],
     ) -> None:
         checks.recurrent_sizes(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
         RecurrentParameters.__init__(
-            self, input_size, hidden_size, bias, variant, nonlinearity, gain_init, forget_bias
+            self, input_size, hidden_size, bias, variant, nonlinearity, start, learn_initial_state
         )
         self.bias = bias
         self.num_layers = num_layers
@@ -82,6 +83,7 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
             for direction in self._directions:
                 size = input_size if layer == 0 else output_size
                 self._register(f"_l{layer}{direction}", size, device, dtype)
+        self._register_initial_state((num_layers * len(self._directions),), device, dtype)
         self.reset_parameters()
 
     @property
@@ -175,6 +177,9 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         batched: bool = True,
     ) -> tuple[Tensor, ...] | None:
         """Return the states that resets begin from, each (L·D, N, size); None for zeros."""
+        if reset_state is None and mask is not None and self.learn_initial_state:
+            learned = self.learned_initial_state() or ()
+            reset_state = self.as_state(tuple(s.unsqueeze(1) for s in learned))
         if reset_state is None:
             return None
         if not batched:  # the layers' come without a batch then
@@ -283,7 +288,10 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         count = self.num_layers * len(self._directions)
         expected = [(count, rows, size) for size in sizes]
         if state is None:
-            return tuple(data.new_zeros(shape) for shape in expected)
+            learned = self.learned_initial_state()
+            if learned is None:
+                return tuple(data.new_zeros(shape) for shape in expected)
+            state = tuple(s.unsqueeze(1).expand(shape) for s, shape in zip(learned, expected, strict=True))
         for index, (tensor, shape) in enumerate(zip(state, expected, strict=True)):
             if tuple(tensor.shape) != shape:
                 which = f"hidden[{index}]" if len(state) > 1 else "hidden"
@@ -318,7 +326,9 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         parts.append(f"variant={self._variant_as_given!r}")
         if self.recompute:
             parts.append("recompute=True")
-        return ", ".join([*parts, *self._started()])
+        if self.learn_initial_state:
+            parts.append("learn_initial_state=True")
+        return ", ".join(part for part in (*parts, str(self.start)) if part)
 
 
 class LayerNormLSTM(LayerNormRNNBase, torch.nn.LSTM):  # type: ignore[misc]  # forward takes more
@@ -343,8 +353,14 @@ class LayerNormLSTM(LayerNormRNNBase, torch.nn.LSTM):  # type: ignore[misc]  # f
         recompute: keep less for backward and compute it again: for the compiled kernels; the
             reference ignores it, as autograd decides there.
         gain_init: what every gain starts at; less than 1 keeps gradients small in long sequences, see the
-            page on training.
+            page on training. ``"uniform"`` draws them in ±1/√H.
+        recurrent_init: how the matrices start that meet h: ``"uniform"``, or each gate's ``"orthogonal"``.
         forget_bias: added to the bias of the forget gate, which starts at 0 otherwise.
+        t_max: the longest time, in steps, over which the gates remember at first, in place of
+            ``forget_bias``: see ``layernorm.initialization.Start``.
+        learn_initial_state: whether the state that a sequence starts from where none is given, and where
+            ``resets`` say without a ``reset_state``, is learned: the parameters ``initial_h`` and
+            ``initial_c``, (num_layers·D, P) and (num_layers·D, H), which are zeros at first.
 
     Shape:
         - input: (T, N, F), (N, T, F) with ``batch_first``, (T, F) for one sequence, or a
@@ -385,8 +401,9 @@ class LayerNormGRU(LayerNormRNNBase, torch.nn.GRU):  # type: ignore[misc]  # for
     h' = (1 - z)·n + z·h: PyTorch's convention, where the paper's z is 1 - z. Other ``variant`` values
     give the functions of other implementations; ``"none"`` is ``torch.nn.GRU``.
 
-    Arguments, shapes and errors are those of ``LayerNormLSTM`` without ``proj_size``; the state is
-    one tensor h (num_layers·D, N, hidden_size).
+    Arguments, shapes and errors are those of ``LayerNormLSTM`` without ``proj_size``, and with
+    ``update_bias``, of the gate that keeps the old state, in ``forget_bias``'s place; the state is one
+    tensor h (num_layers·D, N, hidden_size).
 
     Examples:
         >>> import torch, layernorm
@@ -412,14 +429,21 @@ class LayerNormGRU(LayerNormRNNBase, torch.nn.GRU):  # type: ignore[misc]  # for
         *,
         variant: str | Variant = "paper",
         recompute: bool = False,
-        gain_init: float = 1.0,
         proj_size: None = None,
+        learn_initial_state: bool = False,
+        **start: Unpack[StartOptions],
     ) -> None:
         checks.no_projection(proj_size)
         sizes = (input_size, hidden_size, num_layers)
         options: tuple[Any, ...] = (bias, batch_first, dropout, bidirectional, 0, device, dtype)
         LayerNormRNNBase.__init__(
-            self, *sizes, *options, variant=variant, recompute=recompute, gain_init=gain_init
+            self,
+            *sizes,
+            *options,
+            variant=variant,
+            recompute=recompute,
+            learn_initial_state=learn_initial_state,
+            **start,
         )
 
 
@@ -457,8 +481,9 @@ class LayerNormRNN(LayerNormRNNBase, torch.nn.RNN):  # type: ignore[misc]  # for
         *,
         variant: str | Variant = "paper",
         recompute: bool = False,
-        gain_init: float = 1.0,
         proj_size: None = None,
+        learn_initial_state: bool = False,
+        **start: Unpack[StartOptions],
     ) -> None:
         checks.no_projection(proj_size)
         sizes = (input_size, hidden_size, num_layers)
@@ -471,7 +496,8 @@ class LayerNormRNN(LayerNormRNNBase, torch.nn.RNN):  # type: ignore[misc]  # for
             variant=variant,
             recompute=recompute,
             nonlinearity=name,
-            gain_init=gain_init,
+            learn_initial_state=learn_initial_state,
+            **start,
         )
 
     @property

@@ -101,6 +101,7 @@ class Stream:
             options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
             self._state = tuple(torch.zeros(shape, **options) for shape in self._shapes)
         self._pack(layers)
+        self.reset()
         if state is not None:
             self.state = state
 
@@ -130,6 +131,8 @@ class Stream:
     def _pack(self, layers: list[dict[str, Tensor]]) -> None:
         h = self._state[0]
         with torch.inference_mode(False), torch.no_grad(), autocast.disabled(h.device):
+            learned = self._module.learned_initial_state()
+            self._start = None if learned is None else tuple(s.unsqueeze(1).clone() for s in learned)
             weights = [w for layer in layers for w in layer.values()]
             self.kernel = backends.recurrent_kernel_for(self._module.spec.cell, h, weights)
             if self.kernel == "native":
@@ -266,13 +269,13 @@ class Stream:
                 held.copy_(tensor)
 
     def reset(self, resets: Tensor | None = None, reset_state: State | None = None) -> None:
-        """Set the state to zero before the next step, as ``resets`` does in a sequence.
+        """Set the state to where it starts before the next step, as ``resets`` does in a sequence.
 
         Args:
             resets: bool (N), or numbers that are 0 or 1, with or without a last dimension of 1: true for the
                 sequences that begin anew; None for all.
-            reset_state: what they begin from in place of zeros, of the shapes of ``state`` or any that
-                broadcast to them.
+            reset_state: what they begin from in place of zeros, or of the state that the module has learned
+                to begin from: of the shapes of ``state``, or any that broadcast to them.
 
         Raises:
             TypeError: resets is not a Tensor, or reset_state not of the module's kind.
@@ -292,6 +295,8 @@ class Stream:
             resets = recurrent_checks.reset_mask(
                 self._name, resets, self._state[0].shape[1:2], self._state[0], of
             )
+        if reset_state is None and self._start is not None:
+            reset_state = self._module.as_state(self._start)
         starts = recurrent_checks.reset_state(
             self._name, reset_state, True, self._shapes, self._state[0]
         ) or tuple(torch.zeros((), dtype=s.dtype, device=s.device) for s in self._state)

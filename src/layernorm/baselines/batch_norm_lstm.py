@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Unpack
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from layernorm.baselines.batch_norm_recurrence import BatchNormRecurrence, Recurrence
 from layernorm.baselines.statistics import BatchStandardized, Steps
+from layernorm.initialization import StartOptions
 from layernorm.parameters import State
 from layernorm.recurrent import LayerNormRNNBase
 from layernorm.spec import LayerSpec
@@ -128,9 +129,9 @@ class BatchNormLSTM(LayerNormRNNBase):
             for weights in self.layer_weights()
         ]
 
-    def reset_parameters(self, gain_init: float | None = None, forget_bias: float | None = None) -> None:
+    def reset_parameters(self, **start: Unpack[StartOptions]) -> None:
         """Draw weights in ±1/√hidden_size, set gains to ``gain`` and biases to 0, and forget all steps."""
-        super().reset_parameters(gain_init, forget_bias)
+        super().reset_parameters(**start)
         for name, buffer in self.named_buffers():
             buffer.fill_(1 if name.startswith("running_var") else 0)
 

@@ -154,6 +154,8 @@ def _to_torch(module: Module) -> Module | str | None:
         return None
     if (reason := _reason_to_leave(module, ours)) is not None:
         return reason
+    if module.learn_initial_state:
+        return f"torch.nn has no {type(module).__name__} that learns its initial state"
     if module.variant.kind != "none":
         return f"torch.nn has no {type(module).__name__} of variant {module.variant}"
     made: Module = _BACK[ours](**_arguments(module), device="meta")

@@ -219,6 +219,8 @@ def _variant(found: Found, eps: float | None, module: torch.nn.Module | None) ->
 
 def _check_function(module: RecurrentParameters, found: Source, name: str) -> None:
     ours, theirs = module.variant, found.variant
+    if module.learn_initial_state:
+        raise ValueError(f"{name} has no place for the module's learned initial state; give it as hx")
     inside = any(
         part in ("bias_ih", "bias_hh")
         for key in found.keys
