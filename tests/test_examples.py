@@ -11,7 +11,11 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 SHORT = {
     "adding_problem": ["--updates", "20", "--length", "10"],
+    "characters": ["--core", "torch", "--updates", "2", "--hidden", "16", "--length", "20"],
+    "recognition": ["--epochs", "1", "--hidden", "16"],
+    "recurrent_ppo": ["--core", "both", "--iterations", "1"],
     "streaming": ["--steps", "100", "--channels", "3"],
+    "world_model": ["--updates", "2", "--hidden", "16"],
 }
 
 
@@ -19,4 +23,16 @@ SHORT = {
 def test_it_runs(path):
     command = [sys.executable, str(path), *SHORT[path.stem]]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "LayerNormLSTM" in result.stdout
+    assert "LayerNorm" in result.stdout
+
+
+def test_recognition_reads_ts_files(tmp_path):
+    series = ["0.5,1,2:3,4,5:1", "1,2:3,4:2", "0,0,0,1:1,1,1,2:1", "2,2:0,1:2"]
+    for part in ("TRAIN", "TEST"):
+        text = "#A note\n@problemName JapaneseVowels\n@data\n" + "\n".join(series)
+        (tmp_path / f"JapaneseVowels_{part}.ts").write_text(text, "utf-8")
+    path = next(path for path in EXAMPLES if path.stem == "recognition")
+    command = [sys.executable, str(path), "--data", str(tmp_path), "--epochs", "2", "--hidden", "8"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "4 training and 4 test sequences" in result.stdout
+    assert "the answers of the whole sequences are the same: True" in result.stdout

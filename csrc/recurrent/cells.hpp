@@ -116,6 +116,14 @@ LAYERNORM_INLINE auto lstm_gates(const Vectors<A>& v, const auto& row, int64_t s
   return activation<4U>(join(gate(0), gate(1), gate(2), gate(3)));
 }
 
+// The cell within its bounds.
+template <typename A, int k>
+LAYERNORM_INLINE Part<A, k> clipped(const Recurrent& r, const Part<A, k>& c) {
+  if (r.cell_clip == 0) return c;
+  const A most = static_cast<A>(r.cell_clip);
+  return each<A, k>([&](int i) { return at_most(at_least(c.v[i], -most), most); });
+}
+
 template <typename T, bool kTwo, bool kNorm>
 void lstm_cell(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowStep<T>& row) {
   using A = Accumulate<T>;
@@ -127,7 +135,8 @@ void lstm_cell(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowSte
     const auto below = [&](int which) { return piece<1>(gates.below, which); };
     const auto entering = above(2) / (below(0) * below(2));
     const auto forget = above(1) / below(1);
-    const auto c = rounded<T>(fma(forget, load(row.c_prev + i, part), entering));
+    const auto c =
+        rounded<T>(clipped(r, fma(forget, load(row.c_prev + i, part), entering)));
     if (normed) put(row.cell + i, c, part);
     put(row.below_out + i, below(3), part);
     put(row.c + i, c, part);
@@ -181,7 +190,7 @@ void lstm_steps(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowSt
   RowStats<A> stats[kTogether];
   A rstd[kTogether];
   for (int i = 0; i < count; ++i) cells[i] = rows[i].cell;
-  measure(r, cells, count, r.hidden_size, stats, rstd);
+  measure(r, r.cell_eps, cells, count, r.hidden_size, stats, rstd);
   for (int i = 0; i < count; ++i) lstm_output<T>(r, v, rows[i], stats[i]);
 }
 

@@ -61,8 +61,7 @@ Along<A> along(const Recurrent& r, const NormSums<A>* sums, int count, int64_t w
   NormSums<A> all = sums[0];
   for (int i = 1; i < count; ++i) all.t += sums[i].t, all.tn += sums[i].tn;
   const double inverse = 1.0 / static_cast<double>(width);
-  const bool centred = r.norm == NormKind::kLayer;
-  return {centred ? static_cast<A>(static_cast<double>(add_lanes(all.t)) * inverse) : A{0},
+  return {r.centred ? static_cast<A>(static_cast<double>(add_lanes(all.t)) * inverse) : A{0},
           static_cast<A>(static_cast<double>(add_lanes(all.tn)) * inverse)};
 }
 
@@ -180,13 +179,13 @@ void lstm_backward(const Recurrent& r, const Vectors<Accumulate<T>>& v,
 #pragma GCC unroll 4
     for (int which = 0; which < 4; ++which) put(gates + which * size + i, gate(which), part);
     const auto c = fma(gate(1), load(row.c_prev + i, part), gate(0) * gate(2));
-    put(cell + i, rounded<T>(c), part);
+    put(cell + i, rounded<T>(clipped(r, c)), part);
   });
   const bool normed = r.cell_norm != CellNorm::kNone;
   const bool carried = r.cell_norm == CellNorm::kCarried;
   RowStats<A> s{A{0}, A{0}, A{1}};
   A rstd{1};
-  if (normed) measure(r, &cell, 1, size, &s, &rstd);
+  if (normed) measure(r, r.cell_eps, &cell, 1, size, &s, &rstd);
   // The output gate's gradient replaces that gate, and in grad_h for now is that of the cell.
   A* const grad_cell = row.grad_h;
   NormSums<A> of_cell;
@@ -224,6 +223,15 @@ void lstm_backward(const Recurrent& r, const Vectors<Accumulate<T>>& v,
     const auto input = gate(0);
     const auto forget = gate(1);
     const auto candidate = gate(2);
+    if (r.cell_clip != 0) {
+      const auto c = fma(forget, load(row.c_prev + i, part), input * candidate);
+      const auto most = splat(static_cast<A>(r.cell_clip));
+      d = each<A, part.kVectors>([&](int k) {
+        const Vec<A> none = {};
+        const auto within = c.v[k] > most ? none : d.v[k];
+        return c.v[k] < -most ? none : within;
+      });
+    }
     put(row.grad_c + i, d * forget, part);
     const auto of_input = d * candidate * input * one_minus(input);
     const auto of_forget = d * load(row.c_prev + i, part) * forget * one_minus(forget);

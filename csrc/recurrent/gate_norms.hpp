@@ -87,15 +87,14 @@ void measure_as(A* const* rows, int64_t width, double eps, RowStats<A>* stats, A
 }
 // Of at most kTogether rows.
 template <typename A>
-void measure(const Recurrent& r, A* const* rows, int count, int64_t width, RowStats<A>* stats,
-             A* rstd) {
-  const bool centred = r.norm == NormKind::kLayer;
+void measure(const Recurrent& r, double eps, A* const* rows, int count, int64_t width,
+             RowStats<A>* stats, A* rstd) {
   if (count == kTogether)
-    return centred ? measure_as<A, true, kTogether>(rows, width, r.eps, stats, rstd)
-                   : measure_as<A, false, kTogether>(rows, width, r.eps, stats, rstd);
+    return r.centred ? measure_as<A, true, kTogether>(rows, width, eps, stats, rstd)
+                     : measure_as<A, false, kTogether>(rows, width, eps, stats, rstd);
   for (int i = 0; i < count; ++i)
-    centred ? measure_as<A, true, 1>(rows + i, width, r.eps, stats + i, rstd + i)
-            : measure_as<A, false, 1>(rows + i, width, r.eps, stats + i, rstd + i);
+    r.centred ? measure_as<A, true, 1>(rows + i, width, eps, stats + i, rstd + i)
+              : measure_as<A, false, 1>(rows + i, width, eps, stats + i, rstd + i);
 }
 
 // The norms of at most kTogether rows; rstd of each group to kept[i], unless that is null.
@@ -107,7 +106,7 @@ void measure_groups(const Recurrent& r, const Groups& groups, A* const* rows, in
     RowStats<A> stats[kTogether];
     A rstd[kTogether];
     for (int i = 0; i < count; ++i) begins[i] = rows[i] + groups.begin(g);
-    measure(r, begins, count, groups.width(g), stats, rstd);
+    measure(r, r.eps, begins, count, groups.width(g), stats, rstd);
     const int first = static_cast<int>(groups.begin(g) / r.hidden_size);
     const int last = first + static_cast<int>(groups.width(g) / r.hidden_size);
     for (int i = 0; i < count; ++i) {
@@ -126,7 +125,7 @@ template <typename A>
 A normalize(const Recurrent& r, A* a, int64_t width) {
   RowStats<A> s;
   A rstd;
-  measure(r, &a, 1, width, &s, &rstd);
+  measure(r, r.eps, &a, 1, width, &s, &rstd);
   each_vector<A>(width, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
     put(a + i, fma(load(a + i, part) - s.mean, s.rstd, -s.rest * s.rstd), part);
   });

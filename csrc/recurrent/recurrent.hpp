@@ -32,7 +32,8 @@ enum class WeightKind { kAsGiven, kBFloat16, kInt8 };
 // One layer and direction. Elements are of the kernel's type T unless said otherwise.
 struct Recurrent {
   CellKind cell;
-  NormKind norm;
+  NormKind norm;  // of the gates
+  bool centred;   // norms are layer norms, and not RMS norms
   Inputs inputs;
   Scope scope;
   CellNorm cell_norm;
@@ -42,7 +43,8 @@ struct Recurrent {
   bool wide_vectors;
   bool streamed;           // parameters are prepared once, for any number of calls
   WeightKind weight_kind;  // as given, unless streamed and of float
-  double eps;
+  double eps, cell_eps;
+  double cell_clip;  // the largest magnitude of an LSTM's cell; 0 for any
 
   int64_t steps, batch, input_size, hidden_size, output_size, gates;  // T, N, F, H, P, G
   bool projected;

@@ -1,19 +1,21 @@
 #include "spec.hpp"
 
+#include <bit>
 #include <iterator>
 
 namespace layernorm {
 namespace {
 
 // The codes in their order, and how many values each has.
-enum Code { kCell, kKind, kInputs, kScope, kCellNorm, kProjectionBias, kCodes };
+enum Code { kCell, kKind, kInputs, kScope, kCellNorm, kProjectionBias, kFields };
+enum Number { kCellEps = kFields, kCellClip, kCodes };  // the bits of a double; 0 for none
 struct Field {
   const char* name;
   int64_t values;
 };
-constexpr Field kFields[] = {{"cell", 4},  {"kind", 3},      {"inputs", 2},
+constexpr Field kFieldList[] = {{"cell", 4},  {"kind", 3},      {"inputs", 3},
                              {"scope", 3}, {"cell_norm", 3}, {"projection_bias", 2}};
-static_assert(std::size(kFields) == kCodes);
+static_assert(std::size(kFieldList) == kFields);
 
 }  // namespace
 
@@ -21,10 +23,10 @@ std::string decode_spec(const int64_t* codes, int64_t count, double eps, Recurre
   if (count != kCodes)
     return "spec must have " + std::to_string(static_cast<int>(kCodes)) + " codes, got " +
            std::to_string(count);
-  for (int i = 0; i < kCodes; ++i)
-    if (codes[i] < 0 || codes[i] >= kFields[i].values)
-      return std::string("the code of ") + kFields[i].name + " in spec must be in [0, " +
-             std::to_string(kFields[i].values) + "), got " + std::to_string(codes[i]);
+  for (int i = 0; i < kFields; ++i)
+    if (codes[i] < 0 || codes[i] >= kFieldList[i].values)
+      return std::string("the code of ") + kFieldList[i].name + " in spec must be in [0, " +
+             std::to_string(kFieldList[i].values) + "), got " + std::to_string(codes[i]);
   constexpr CellKind kCells[] = {CellKind::kLstm, CellKind::kGru, CellKind::kRnn, CellKind::kRnn};
   constexpr int64_t kGates[] = {4, 3, 1, 1};
   constexpr int64_t kRelu = 3;
@@ -36,15 +38,21 @@ std::string decode_spec(const int64_t* codes, int64_t count, double eps, Recurre
   r.scope = static_cast<Scope>(codes[kScope]);
   r.cell_norm = static_cast<CellNorm>(codes[kCellNorm]);
   r.projection_bias = codes[kProjectionBias] != 0;
+  r.centred = r.norm == NormKind::kLayer;
+  r.eps = eps;
+  r.cell_eps = codes[kCellEps] != 0 ? std::bit_cast<double>(codes[kCellEps]) : eps;
+  r.cell_clip = std::bit_cast<double>(codes[kCellClip]);
+  if (!(r.cell_eps >= 0 && r.cell_clip >= 0)) return "cell_eps and cell_clip must not be negative";
   const bool gru = r.cell == CellKind::kGru;
+  constexpr int64_t kPlain = 2;
+  if (r.norm == NormKind::kNone) r.cell_norm = CellNorm::kNone;
+  if (codes[kInputs] == kPlain) r.norm = NormKind::kNone;
   if (r.norm == NormKind::kNone) {
     // Nothing tells the products apart but a GRU's candidate.
     r.inputs = gru ? Inputs::kSeparate : Inputs::kSummed;
-    r.cell_norm = CellNorm::kNone;
   } else if (gru && r.inputs == Inputs::kSummed && r.scope != Scope::kAll) {
     r.inputs = Inputs::kLate;
   }
-  r.eps = eps;
   return {};
 }
 

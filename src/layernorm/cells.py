@@ -39,7 +39,7 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
         self._register_initial_state((), device, dtype)
         if "bias" not in self._parameters:
             # torch.nn's cells have the flag under this name, torch.nn.Linear None for no parameter.
-            self.bias = self._has_bias if self.variant.kind == "none" else None  # type: ignore[assignment]
+            self.bias = self._has_bias if not self.variant.normalizes_gates else None  # type: ignore[assignment]
         self.reset_parameters()
 
     def forward(

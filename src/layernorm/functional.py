@@ -482,7 +482,8 @@ def _gates_step(
         weights = dict(zip(weights, rest, strict=True))
     operator = f"{spec.cell}_gates"
     kernel = backends.recurrent_kernel_for(operator, state, (input_gates, hidden_gates, *weights.values()))
-    if kernel in backends.OPERATORS and state.size(-1):  # none has no kernel
+    by_kernel = kernel == "native" or spec.is_for_gpus
+    if kernel in backends.OPERATORS and by_kernel and state.size(-1):  # none has no kernel
         return ops.gates_step(spec, input_gates, hidden_gates, state, weights)
     named = {recurrent_checks.gates_state(spec): state}
     named |= {"input_gates": input_gates, "hidden_gates": hidden_gates, **weights}
@@ -549,8 +550,8 @@ def recurrent_layer(
             return found  # type: ignore[no-any-return]
     others = (*state, *weights.values()) if reset_state is None else (*state, *reset_state, *weights.values())
     kernel = backends.recurrent_kernel_for(spec.cell, input, others)
-    resets_by_kernel = reset_state is None or kernel == "native"
-    if kernel in backends.OPERATORS and resets_by_kernel and state[0].size(-1):  # none has no kernel
+    by_kernel = kernel == "native" or (reset_state is None and spec.is_for_gpus)
+    if kernel in backends.OPERATORS and by_kernel and state[0].size(-1):  # none has no kernel
         return ops.recurrent_layer(
             spec, input, state, weights, reverse, batch_sizes, resets, recompute, reset_state
         )

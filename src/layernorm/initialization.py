@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, get_args
+from typing import Any, Final, Literal, Protocol, Self, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
 from layernorm import checks
-
-if TYPE_CHECKING:
-    from layernorm.parameters import RecurrentParameters
+from layernorm.spec import LayerSpec
 
 RecurrentInit = Literal["uniform", "orthogonal"]
+
+
+class RecurrentModule(Protocol):
+    """What is known of a module whose parameters are set."""
+
+    spec: LayerSpec
+    hidden_size: int
+
+    @property
+    def has_bias(self) -> bool: ...
+
+    @property
+    def suffixes(self) -> list[str]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
 
 
 class StartOptions(TypedDict, total=False):
@@ -82,7 +95,7 @@ class Start:
             self, **{name: value for name, value in options.items() if value is not None}
         )
 
-    def check(self, module: RecurrentParameters) -> None:
+    def check(self, module: RecurrentModule) -> None:
         """Check that the module has the gates that are spoken of, and biases for them."""
         for name, cell, gate in _GATE_BIASES:
             value = getattr(self, name)
@@ -98,7 +111,7 @@ class Start:
             )
 
     @torch.no_grad()
-    def apply(self, module: RecurrentParameters) -> None:
+    def apply(self, module: RecurrentModule) -> None:
         """Set the parameters of a module."""
         self.check(module)
         bound = 1.0 / math.sqrt(module.hidden_size) if module.hidden_size > 0 else 0.0
@@ -106,7 +119,7 @@ class Start:
             # A parametrized weight is called parametrizations.weight_hh_l0.original0.
             if "initial" in name:
                 torch.nn.init.zeros_(parameter)
-            elif "weight" in name or module.variant.kind == "none":
+            elif "weight" in name or module.spec.variant.kind == "none":
                 torch.nn.init.uniform_(parameter, -bound, bound)
             elif "gain" not in name:
                 torch.nn.init.zeros_(parameter)
@@ -119,7 +132,7 @@ class Start:
                 _change(module, f"weight_hh{suffix}", lambda weight: _orthogonal(weight, module.hidden_size))
             self._add_to_gates(module, suffix)
 
-    def _add_to_gates(self, module: RecurrentParameters, suffix: str) -> None:
+    def _add_to_gates(self, module: RecurrentModule, suffix: str) -> None:
         size = module.hidden_size
         added: dict[int, Tensor | float] = {}  # by the place of the gate
         if self.t_max is not None:
@@ -136,7 +149,7 @@ class Start:
             return bias
 
         if added:
-            _change(module, ("bias" if module.variant.kind != "none" else "bias_ih") + suffix, add)
+            _change(module, ("bias" if module.spec.variant.normalizes_gates else "bias_ih") + suffix, add)
 
     def __str__(self) -> str:
         """Return the arguments that differ from the defaults, as they were written."""
@@ -160,7 +173,7 @@ def _orthogonal(weight: Tensor, size: int) -> Tensor:
     return weight
 
 
-def _change(module: RecurrentParameters, name: str, change: Any) -> None:
+def _change(module: RecurrentModule, name: str, change: Any) -> None:
     value = getattr(module, name)
     changed = change(value.detach().clone())
     if isinstance(value, torch.nn.Parameter):

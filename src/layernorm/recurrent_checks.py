@@ -208,7 +208,7 @@ def gates_arguments(
 def reset_mask(
     operator: str,
     resets: object,
-    rows: Sequence[int],
+    rows: torch.Size,
     like: Tensor,
     of: str = "the input's without its features",
 ) -> Tensor:
@@ -222,17 +222,17 @@ def reset_mask(
             f"{operator}: resets must be a Tensor or None, got {type(resets).__name__}; make it one, for "
             "example with torch.as_tensor(resets)"
         )
-    shape = tuple(rows)
-    if resets.shape not in (shape, (*shape, 1)):
+    has_last = resets.dim() == len(rows) + 1 and resets.size(-1) == 1
+    if (resets.shape[:-1] if has_last else resets.shape) != rows:
         raise RuntimeError(
-            f"{operator}: Expected resets of shape {as_list(shape)}, {of}, with or without a last 1, but got "
+            f"{operator}: Expected resets of shape {as_list(rows)}, {of}, with or without a last 1, but got "
             f"{as_list(resets.shape)}; give each row of each step its entry, in the input's order of batch "
             "and time"
         )
     checks.same_device(operator, "input", like, "resets", resets)
     if resets.dtype != torch.bool:
         resets = _as_bool(operator, resets)
-    return resets.reshape(shape) if resets.dim() > len(shape) else resets
+    return resets.squeeze(-1) if has_last else resets
 
 
 def _as_bool(operator: str, resets: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ reference, the operators, their fake kernels and the code for CPU and GPU read t
 again. Operators take the description as a list of small numbers, ``codes``, and ``eps``:
 ``csrc/recurrent/spec.cpp`` decodes it in C++.
 
+The last two codes are the bits of float64 numbers, ``cell_eps`` and ``cell_clip``; 0 where they are None, and
+the bits of -0.0 for 0.
+
 A new field goes into ``Variant`` and ``codes`` here, into the decoder in C++, and into the reference and the
 kernels that compute it.
 """
@@ -12,6 +15,7 @@ kernels that compute it.
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Self, get_args
@@ -65,6 +69,8 @@ _CODES: Final[Mapping[str, tuple[Any, ...]]] = {
     "cell_norm": get_args(CellNorm),
     "projection_bias": (False, True),
 }
+# Those that follow are the bits of numbers.
+_NUMBERS: Final = ("cell_eps", "cell_clip")
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,17 @@ class LayerSpec:
         }
         for name, fact in facts.items():
             object.__setattr__(self, name, fact)
+        if self.cell != "lstm" and not self._is_for_any_cell:
+            raise ValueError(
+                "Variant: inputs='plain' and cell_clip are of an LSTM, which has a cell; this is of "
+                f"{self.cell.upper()}: {self.variant}"
+            )
+
+    @property
+    def _is_for_any_cell(self) -> bool:
+        return self.variant.cell_clip is None and (
+            self.variant.kind == "none" or self.variant.inputs != "plain"
+        )
 
     @property
     def operation(self) -> str:
@@ -123,7 +140,9 @@ class LayerSpec:
     @property
     def description(self) -> dict[str, Any]:
         """Describe what the layer computes in plain values, as checkpoints keep it."""
-        return {**_values(self.cell, self.variant, self.nonlinearity), "eps": self.eps}
+        numbers = {name: getattr(self.variant, name) for name in _NUMBERS}
+        given = {name: value for name, value in numbers.items() if value is not None}
+        return {**_values(self.cell, self.variant, self.nonlinearity), "eps": self.eps, **given}
 
     @classmethod
     def described(cls, description: Mapping[str, Any]) -> Self:
@@ -140,7 +159,7 @@ class LayerSpec:
             True
         """
         fields = dict(description)
-        unknown = sorted(fields.keys() - {*_CODES, "eps"})
+        unknown = sorted(fields.keys() - {*_CODES, *_NUMBERS, "eps"})
         operation = fields.pop("cell", None)
         if unknown or operation not in _CODES["cell"]:
             raise ValueError(
@@ -160,6 +179,17 @@ class LayerSpec:
     def eps(self) -> float:
         """What is added to the variance, or to the mean square."""
         return self.variant.eps
+
+    @property
+    def cell_eps(self) -> float:
+        """The same for the norm of the cell."""
+        return self.eps if self.variant.cell_eps is None else self.variant.cell_eps
+
+    @property
+    def is_for_gpus(self) -> bool:
+        """Whether the kernels for GPUs compute it: the reference serves there otherwise."""
+        variant = self.variant
+        return variant.inputs != "plain" and variant.cell_eps is None and variant.cell_clip is None
 
     @property
     def saved_h_gates(self) -> int:
@@ -216,19 +246,24 @@ class LayerSpec:
     @classmethod
     @functools.cache
     def _decode(cls, codes: tuple[int, ...], eps: float) -> Self:
-        if len(codes) != len(_CODES):
+        if len(codes) != len(_CODES) + len(_NUMBERS):
             raise RuntimeError(
-                f"layernorm: spec must have {len(_CODES)} codes, {', '.join(_CODES)}; got {list(codes)}"
+                f"layernorm: spec must have {len(_CODES) + len(_NUMBERS)} codes, "
+                f"{', '.join((*_CODES, *_NUMBERS))}; got {list(codes)}"
             )
         fields = {}
-        for (name, choices), code in zip(_CODES.items(), codes, strict=True):
+        numbers: dict[str, Any] = {
+            name: _number(code) if code else None
+            for name, code in zip(_NUMBERS, codes[len(_CODES) :], strict=True)
+        }
+        for (name, choices), code in zip(_CODES.items(), codes, strict=False):
             if not 0 <= code < len(choices):
                 raise RuntimeError(
                     f"layernorm: the code of {name} in spec must be in [0, {len(choices)}), got {code}"
                 )
             fields[name] = choices[code]
         cell, _, nonlinearity = fields.pop("cell").partition("_")
-        variant = Variant(cell=fields.pop("cell_norm"), eps=eps, **fields)
+        variant = Variant(cell=fields.pop("cell_norm"), eps=eps, **fields, **numbers)
         return cls(cell, variant, nonlinearity or "tanh")
 
 
@@ -256,7 +291,7 @@ def _cached(cell: Cell, variant: str | Variant, nonlinearity: Nonlinearity) -> L
 
 def _groups(cell: Cell, variant: Variant) -> tuple[int, ...]:
     gates = GATES[cell]
-    if variant.kind == "none":
+    if not variant.normalizes_gates:
         return ()
     if variant.scope == "gate":
         return (1,) * gates
@@ -264,11 +299,11 @@ def _groups(cell: Cell, variant: Variant) -> tuple[int, ...]:
 
 
 def _products(cell: Cell, variant: Variant) -> Products:
-    if variant.kind == "none":  # nothing tells the products apart but a GRU's candidate
+    if not variant.normalizes_gates:  # nothing tells the products apart but a GRU's candidate
         return "separate" if cell == "gru" else "summed"
     if cell == "gru" and variant.inputs == "summed" and variant.scope != "all":
         return "late"
-    return variant.inputs
+    return "summed" if variant.inputs == "summed" else "separate"
 
 
 def _names(variant: Variant) -> tuple[str, ...]:
@@ -282,7 +317,19 @@ def _operation(cell: Cell, nonlinearity: Nonlinearity) -> str:
 
 def _encode(cell: Cell, variant: Variant, nonlinearity: Nonlinearity) -> tuple[int, ...]:
     values = _values(cell, variant, nonlinearity)
-    return tuple(choices.index(values[name]) for name, choices in _CODES.items())
+    numbers = (getattr(variant, name) for name in _NUMBERS)
+    return (
+        *(choices.index(values[name]) for name, choices in _CODES.items()),
+        *(0 if number is None else _bits(number or -0.0) for number in numbers),  # whose bits are not 0
+    )
+
+
+def _bits(number: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
+def _number(bits: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
 
 
 def _values(cell: Cell, variant: Variant, nonlinearity: Nonlinearity) -> dict[str, Any]:

@@ -134,7 +134,9 @@ class Stream:
             learned = self._module.learned_initial_state()
             self._start = None if learned is None else tuple(s.unsqueeze(1).clone() for s in learned)
             weights = [w for layer in layers for w in layer.values()]
-            self.kernel = backends.recurrent_kernel_for(self._module.spec.cell, h, weights)
+            spec = self._module.spec
+            kernel = backends.recurrent_kernel_for(spec.cell, h, weights)
+            self.kernel = kernel if kernel == "native" or spec.is_for_gpus else "reference"
             if self.kernel == "native":
                 self._take_step = self._compiled(layers)
             else:

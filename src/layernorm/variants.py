@@ -9,6 +9,7 @@ ones. In the formulas below N is the normalizer without gain and bias, a = W_ih 
 ==========  ============================================================================================
 separate    N(a)·gain_ih + N(b)·gain_hh + bias
 summed      N(a + b)·gain + bias
+plain       a + b, with ``bias_ih`` and ``bias_hh``: LSTM only, whose cell is normalized then
 ==========  ============================================================================================
 
 ==========  ============================================================================================
@@ -26,6 +27,9 @@ output      h' = σ(o)·tanh(N(c')·gain_cell + bias_cell), and c' itself is car
 carried     c' is replaced by N(c')·gain_cell + bias_cell, for the output and for the next step
 none        the cell is not normalized
 ==========  ============================================================================================
+
+With ``cell_clip`` c' is held in [-cell_clip, cell_clip], before its norm. ``cell_eps`` is the eps of its norm
+where that is another than the gates'.
 
 The candidate of a GRU, where the reset gate r meets the hidden state:
 
@@ -47,7 +51,7 @@ from typing import Any, Final, Literal, get_args
 
 Cell = Literal["lstm", "gru", "rnn"]
 Kind = Literal["layer", "rms", "none"]
-Inputs = Literal["separate", "summed"]
+Inputs = Literal["separate", "summed", "plain"]
 Scope = Literal["matrix", "all", "gate"]
 CellNorm = Literal["output", "carried", "none"]
 
@@ -55,27 +59,29 @@ CellNorm = Literal["output", "carried", "none"]
 GATES: Final[Mapping[Cell, int]] = MappingProxyType({"lstm": 4, "gru": 3, "rnn": 1})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Variant:
     """The spec of a normalized recurrent cell; see the module's tables for the formulas.
 
     Args:
         kind: the normalizer: ``"layer"``, ``"rms"`` or ``"none"``. ``"none"`` is PyTorch's own
             cell: nothing else applies then, and the other fields take their one value for it.
-        inputs: ``"separate"`` or ``"summed"``.
+        inputs: ``"separate"``, ``"summed"`` or ``"plain"``.
         scope: ``"matrix"``, ``"all"`` or ``"gate"``.
         cell: ``"output"``, ``"carried"`` or ``"none"``; of the LSTM only.
         projection_bias: whether the two products have a bias of their own inside the norm.
         eps: added to the variance (layer) or to the mean square (RMS); finite, not negative.
+        cell_eps: likewise for the cell's norm; None for ``eps``.
+        cell_clip: the largest magnitude of an LSTM's cell; None for any. With ``kind="none"`` too.
 
     Raises:
-        ValueError: a field has a value it does not know.
-        TypeError: ``projection_bias`` is not a bool, or ``eps`` not a number.
+        ValueError: a field has a value it does not know, or fields do not go together.
+        TypeError: ``projection_bias`` is not a bool, or an eps or ``cell_clip`` not a number.
 
     Examples:
         >>> from layernorm import Variant
-        >>> Variant(inputs="summed", scope="gate").cell
-        'output'
+        >>> Variant(inputs="summed", scope="gate", eps=1e-5)
+        Variant(inputs='summed', scope='gate')
     """
 
     kind: Kind = "layer"
@@ -84,6 +90,8 @@ class Variant:
     cell: CellNorm = "output"
     projection_bias: bool = False
     eps: float = 1e-5
+    cell_eps: float | None = None
+    cell_clip: float | None = None
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
@@ -96,13 +104,38 @@ class Variant:
             raise TypeError(
                 f"Variant: projection_bias must be a bool, got {type(self.projection_bias).__name__}"
             )
-        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)):
-            raise TypeError(f"Variant: eps must be a float, got {type(self.eps).__name__}")
-        if not 0 <= self.eps < float("inf"):
-            raise ValueError(f"Variant: eps must be finite and not negative, got {self.eps}")
-        if self.kind == "none":
-            for field, value in _UNNORMALIZED.items():
-                object.__setattr__(self, field, value)
+        for field in ("eps", "cell_eps", "cell_clip"):
+            value = getattr(self, field)
+            if value is None and field != "eps":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"Variant: {field} must be a float, got {type(value).__name__}")
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"Variant: {field} must be finite and not negative, got {value}")
+        if self.cell_clip == 0:
+            raise ValueError("Variant: cell_clip must be positive, or None for no clipping; got 0")
+        if self.inputs == "plain" and self.kind != "none" and self.cell == "none":
+            raise ValueError(
+                "Variant: inputs='plain' with cell='none' normalizes nothing; give kind='none' for that"
+            )
+        fixed = {"none": _UNNORMALIZED}.get(self.kind, _PLAIN if self.inputs == "plain" else {})
+        for field, value in fixed.items():
+            object.__setattr__(self, field, value)
+        if self.cell == "none" or self.cell_eps == self.eps:
+            object.__setattr__(self, "cell_eps", None)
+
+    def __repr__(self) -> str:
+        given = (
+            f"{field.name}={value!r}"
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        )
+        return f"Variant({', '.join(given)})"
+
+    @property
+    def normalizes_gates(self) -> bool:
+        """Whether there is a norm at the gates."""
+        return self.kind != "none" and self.inputs != "plain"
 
 
 _CHOICES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
@@ -123,6 +156,10 @@ _UNNORMALIZED: Final[Mapping[str, Any]] = MappingProxyType(
         "projection_bias": True,
         "eps": 1e-5,
     }
+)
+# Likewise of a cell whose gates have no norm: its one eps is the cell's.
+_PLAIN: Final[Mapping[str, Any]] = MappingProxyType(
+    {"scope": "matrix", "projection_bias": True, "cell_eps": None}
 )
 
 _PAPER = Variant()
@@ -247,7 +284,7 @@ def parameter_shapes(
     =======================  =============  ==================================================
     ``weight_ih``            (G·H, input)
     ``weight_hh``            (G·H, H)       (G·H, proj_size) with a projection
-    ``bias_ih, bias_hh``     (G·H)          inside the norm: ``projection_bias``, and no norm
+    ``bias_ih, bias_hh``     (G·H)          inside the norm: ``projection_bias``, and no norm there
     ``weight_hr``            (proj, H)      with a projection
     ``gain_ih, gain_hh``     (G·H)          ``inputs="separate"``
     ``gain``                 (G·H)          ``inputs="summed"``
@@ -271,13 +308,13 @@ def parameter_shapes(
         names |= {"bias_ih": (width,), "bias_hh": (width,)}
     if proj_size:
         names["weight_hr"] = (proj_size, hidden_size)
-    if variant.kind != "none":
+    if variant.normalizes_gates:
         gains = ("gain_ih", "gain_hh") if variant.inputs == "separate" else ("gain",)
         names |= dict.fromkeys((*gains, "bias"), (width,))
         if cell == "gru" and variant.inputs == "separate":
             names["bias_hn"] = (hidden_size,)
-        if cell == "lstm" and variant.cell != "none":
-            names |= {"gain_cell": (hidden_size,), "bias_cell": (hidden_size,)}
+    if cell == "lstm" and variant.cell != "none":
+        names |= {"gain_cell": (hidden_size,), "bias_cell": (hidden_size,)}
     return {name: shape for name, shape in names.items() if bias or not name.startswith("bias")}
 
 

@@ -29,8 +29,8 @@ F, H = 3, 4
 
 # ---- functions: a cell and its variant ----
 
-#: Every distinct function of the spec. A field without a meaning for a cell has one value only.
-ALL_FUNCTIONS = [
+#: Every distinct function of gates. A field without a meaning for a cell has one value only.
+GATES_FUNCTIONS = [
     *(
         (cell, Variant(kind=kind, inputs=inputs, scope=scope, cell=cell_norm, projection_bias=bias))
         for cell in GATES
@@ -47,7 +47,24 @@ ALL_FUNCTIONS = [
     ),
     *((cell, Variant(kind="none")) for cell in GATES),
 ]
-#: Some of them, in which every value of every field occurs.
+#: What an LSTM's cell has apart from its gates.
+CELL_FUNCTIONS = [
+    *(
+        ("lstm", Variant(kind=kind, inputs="plain", cell=cell_norm, cell_clip=clip))
+        for kind, cell_norm, clip in (
+            ("layer", "output", None),
+            ("layer", "carried", 0.4),
+            ("rms", "carried", None),
+        )
+    ),
+    ("lstm", Variant(kind="rms", inputs="plain", eps=0.1, cell_clip=0.3)),
+    ("lstm", Variant(inputs="summed", scope="gate", cell="none", cell_clip=0.4)),
+    ("lstm", Variant(cell_eps=0.3)),
+    ("lstm", Variant(kind="rms", cell="carried", eps=0.1, cell_eps=0.0, cell_clip=0.5)),
+    ("lstm", Variant(kind="none", cell_clip=0.4)),
+]
+ALL_FUNCTIONS = GATES_FUNCTIONS + CELL_FUNCTIONS
+#: Some of all, in which every value of every field occurs.
 FUNCTIONS = [
     ("lstm", Variant()),
     ("lstm", Variant(kind="rms", cell="carried", projection_bias=True)),
@@ -62,7 +79,11 @@ FUNCTIONS = [
     ("rnn", Variant()),
     ("rnn", Variant(kind="rms", inputs="summed")),
     ("rnn", Variant(kind="none")),
+    ("lstm", Variant(inputs="plain", cell="carried")),
+    ("lstm", Variant(kind="rms", cell_eps=0.1)),
 ]
+#: Those that kernels for GPUs compute.
+GPU_FUNCTIONS = [function for function in FUNCTIONS if layer_spec(*function).is_for_gpus]
 
 
 def of_functions(functions: Iterable[tuple[Any, ...]], *more: str) -> pytest.MarkDecorator:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from layernorm import Variant, backends
-from tests.recurrent.cases import ALL_FUNCTIONS, HALVES, as_hx, flat, largest, made, module_state
+from tests.recurrent.cases import GATES_FUNCTIONS, HALVES, as_hx, flat, largest, made, module_state
 
 CHOICES = {
     "hidden": (1, 3, 7, 31, 33, 130),
@@ -56,10 +56,10 @@ class Case:
     rows: int = 3
 
 
-def drawn_cases(times: int, seed: int, choices=CHOICES) -> list[Case]:
+def drawn_cases(times: int, seed: int, choices=CHOICES, functions=GATES_FUNCTIONS) -> list[Case]:
     """Return every function several times, with options of which each value is as frequent as any."""
     generator = random.Random(seed)
-    functions = ALL_FUNCTIONS * times
+    functions = functions * times
     columns = {}
     for name, values in choices.items():
         column = (values * len(functions))[: len(functions)]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from layernorm.variants import PRESETS
-from tests.recurrent.cases import ALL_FUNCTIONS, HALVES, SEQUENCES, flat, largest
+from tests.recurrent.cases import CELL_FUNCTIONS, GATES_FUNCTIONS, HALVES, SEQUENCES, flat, largest
 from tests.recurrent.drawn_networks import (
     CHOICES,
     LARGE,
@@ -25,7 +25,8 @@ from tests.settings import CAPABILITIES, instruction_set
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
 CASES = drawn_cases(3, 1000)
-COUNT = len(ALL_FUNCTIONS)
+COUNT = len(GATES_FUNCTIONS)
+CELL_CASES = drawn_cases(3, 1500, functions=CELL_FUNCTIONS)
 # Every public variant with its own eps.
 PRESET_CASES = [
     Case(*function, 2000 + i)
@@ -47,7 +48,7 @@ def test_every_pair_of_options_occurs():
         assert not missing, (a, b)
 
 
-@of_cases(CASES[: 2 * COUNT])
+@of_cases(CASES[: 2 * COUNT] + CELL_CASES)
 @pytest.mark.usefixtures("poisoned")
 def test_float64(case):
     alike_in_float64(case)
@@ -59,14 +60,14 @@ def test_presets(case):
     alike(case, torch.float32)
 
 
-@of_cases(CASES[COUNT:])
+@of_cases(CASES[COUNT:] + CELL_CASES)
 @pytest.mark.usefixtures("poisoned")
 def test_float32(case):
     alike(case, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@of_cases(CASES[2 * COUNT :])
+@of_cases(CASES[2 * COUNT :] + CELL_CASES)
 @pytest.mark.usefixtures("poisoned")
 def test_half_precisions(case, dtype):
     alike(case, dtype)

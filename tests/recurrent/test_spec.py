@@ -92,16 +92,16 @@ def test_names_are_those_of_the_parameters(spec):
 
 RIGHT = list(layer_spec("lstm", "paper").codes)
 WRONG_CODES = {
-    "none": ([], "spec must have 6 codes.*got"),
-    "one too few": (RIGHT[:-1], "spec must have 6 codes.*got"),
-    "one too many": ([*RIGHT, 0], "spec must have 6 codes.*got"),
+    "none": ([], "spec must have 8 codes.*got"),
+    "one too few": (RIGHT[:-1], "spec must have 8 codes.*got"),
+    "one too many": ([*RIGHT, 0], "spec must have 8 codes.*got"),
 } | {
     f"{name} {code}": (
         [*RIGHT[:at], code, *RIGHT[at + 1 :]],
         rf"the code of {name} in spec must be in \[0, {count}\), got {code}",
     )
     for at, (name, count) in enumerate(
-        {"cell": 4, "kind": 3, "inputs": 2, "scope": 3, "cell_norm": 3, "projection_bias": 2}.items()
+        {"cell": 4, "kind": 3, "inputs": 3, "scope": 3, "cell_norm": 3, "projection_bias": 2}.items()
     )
     for code in (-1, count, 1 << 40)
 }

@@ -34,7 +34,12 @@ def test_rms_is_layer_norm_without_the_mean():
     ("fields", "error", "message"),
     [
         ({"kind": "batch"}, ValueError, "kind must be one of 'layer', 'rms', 'none'; got 'batch'"),
-        ({"inputs": "both"}, ValueError, "inputs must be one of"),
+        ({"inputs": "both"}, ValueError, "inputs must be one of 'separate', 'summed', 'plain'"),
+        ({"inputs": "plain", "cell": "none"}, ValueError, "normalizes nothing; give kind='none' for that"),
+        ({"cell_clip": 0}, ValueError, "cell_clip must be positive, or None for no clipping; got 0"),
+        ({"cell_clip": -1.0}, ValueError, "cell_clip must be finite and not negative, got -1.0"),
+        ({"cell_clip": "1"}, TypeError, "cell_clip must be a float, got str"),
+        ({"cell_eps": float("inf")}, ValueError, "cell_eps must be finite and not negative, got inf"),
         ({"scope": None}, ValueError, "scope must be one of .* got None"),
         ({"cell": "input"}, ValueError, "cell must be one of"),
         ({"projection_bias": 1}, TypeError, "projection_bias must be a bool, got int"),
@@ -53,6 +58,27 @@ def test_a_variant_is_frozen_hashable_and_without_norm_has_one_form():
         Variant().eps = 1.0
     assert {Variant(): 1}[Variant()] == 1
     assert Variant(kind="none") == Variant(kind="none", cell="carried", eps=3.0) == resolve("none", "gru")
+
+
+def test_fields_without_a_meaning_have_one_value():
+    assert Variant(cell="none", cell_eps=1.0) == Variant(cell="none")
+    assert Variant(eps=1e-3, cell_eps=1e-3) == Variant(eps=1e-3)
+    plain = Variant(inputs="plain", scope="gate", projection_bias=False, cell_eps=0.5)
+    assert plain == Variant(inputs="plain")
+    assert plain.projection_bias
+    assert not plain.normalizes_gates
+    assert Variant(kind="none", inputs="plain", cell_clip=2) == Variant(kind="none", cell_clip=2)
+    assert repr(Variant()) == "Variant()"
+    assert repr(Variant(inputs="plain", cell_clip=2.0)) == (
+        "Variant(inputs='plain', projection_bias=True, cell_clip=2.0)"
+    )
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn"])
+@pytest.mark.parametrize("fields", [{"inputs": "plain"}, {"cell_clip": 1.0}])
+def test_what_is_of_an_lstm_is_of_no_other_cell(cell, fields):
+    with pytest.raises(ValueError, match=f"are of an LSTM, which has a cell; this is of {cell.upper()}"):
+        layer_spec(cell, Variant(**fields))
 
 
 @pytest.mark.parametrize(

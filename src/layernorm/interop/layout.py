@@ -194,7 +194,7 @@ def _add_constants(
     constants: Constants,
     sign: int,
 ) -> None:
-    bias = "bias_ih" if variant.kind == "none" else "bias"
+    bias = "bias" if variant.normalizes_gates else "bias_ih"
     for letter, value in constants.items():
         weights[bias][_rows(source, letter, sizes)] += sign * value
 
@@ -204,7 +204,7 @@ def _turn_update_gate(source: Source, variant: Variant, weights: Mapping[str, Te
     if source.update == "state":
         return
     turned = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    if variant.kind != "none":
+    if variant.normalizes_gates:
         turned = ("gain_ih", "gain_hh", "gain", "bias")
     for name in turned:
         if name in weights:
@@ -225,7 +225,7 @@ def _join_biases(
     for letter in LETTERS[source.cell]:
         rows = _rows(source, letter, sizes)
         in_candidate = source.cell == "gru" and letter == "n" and spec.products != "summed"
-        apart = in_candidate or (variant.kind != "none" and spec.products == "separate")
+        apart = in_candidate or (variant.normalizes_gates and spec.products == "separate")
         if not apart and ("bias_hh", rows.start) not in places:
             weights["bias_ih"][rows] += weights["bias_hh"][rows]
             weights["bias_hh"][rows] = 0

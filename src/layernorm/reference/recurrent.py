@@ -91,6 +91,8 @@ def _lstm_step(x: Tensor, state: State, *, spec: LayerSpec, weights: Weights) ->
 def _lstm_state(x: Tensor, hidden: Tensor, c: Tensor, weights: Weights, spec: LayerSpec) -> State:
     i, f, g, o = _gates(x, hidden, weights, spec).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    if spec.variant.cell_clip is not None:
+        c = c.clamp(-spec.variant.cell_clip, spec.variant.cell_clip)
     normalized = _normalized_cell(c, weights, spec) if spec.normalizes_cell else c
     carried = normalized if spec.variant.cell == "carried" else c
     return torch.sigmoid(o) * torch.tanh(normalized), carried
@@ -208,19 +210,25 @@ def _gates(x: Tensor, hidden: Tensor, weights: Weights, spec: LayerSpec) -> Tens
 
 
 def _normalized(
-    a: Tensor, groups: Sequence[int], gain: Tensor | None, bias: Tensor | None, spec: LayerSpec
+    a: Tensor,
+    groups: Sequence[int],
+    gain: Tensor | None,
+    bias: Tensor | None,
+    spec: LayerSpec,
+    eps: float | None = None,
 ) -> Tensor:
     """Return N(a)·gain + bias, each group by itself; groups are in gates, or in whatever a has of them."""
     if groups:
+        eps = spec.eps if eps is None else eps
         norm = layer_norm if spec.variant.kind == "layer" else rms_norm
         size = a.size(-1) // sum(groups)
         parts = a.split([size * count for count in groups], -1)
-        a = torch.cat([norm(part, part.shape[-1:], eps=spec.eps) for part in parts], -1)
+        a = torch.cat([norm(part, part.shape[-1:], eps=eps) for part in parts], -1)
     return _plus(a if gain is None else a * gain, bias)
 
 
 def _normalized_cell(c: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
-    return _normalized(c, (1,), weights["gain_cell"], weights.get("bias_cell"), spec)
+    return _normalized(c, (1,), weights["gain_cell"], weights.get("bias_cell"), spec, spec.cell_eps)
 
 
 def _product(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,11 +9,10 @@ from layernorm import Variant, backends
 from layernorm.gpu import settings, tiers
 from layernorm.variants import GATES
 from tests.recurrent.cases import (
-    FUNCTIONS,
+    GPU_FUNCTIONS,
     Layer,
     backward_arguments,
     detached,
-    every_function,
     of_functions,
     operator_arguments,
     same,
@@ -26,7 +25,8 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'laye
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The interpreter takes milliseconds for a row of a step.
 SMALL = CHOICES | {"hidden": (1, 3, 7, 33), "features": (1, 5, 33), "steps": (1, 3), "rows": (1, 3)}
-some_functions = of_functions(FUNCTIONS[::2])
+every_function = of_functions(GPU_FUNCTIONS)
+some_functions = of_functions(GPU_FUNCTIONS[::2])
 
 
 @pytest.fixture(params=["interpreted", "on_gpu"])
@@ -70,7 +70,7 @@ def test_alone_and_in_any_batch(dtype, proj, place, monkeypatch):
     if place == "interpreted":
         rows = 19
         monkeypatch.setattr(settings, "product_tile", lambda *_: settings.ProductTile(16, 32, 32, 4, 3))
-    for cell, variant in FUNCTIONS[:1] if proj else FUNCTIONS[DTYPES.index(dtype) :: 6]:
+    for cell, variant in GPU_FUNCTIONS[:1] if proj else GPU_FUNCTIONS[DTYPES.index(dtype) :: 6]:
         layer = Layer(cell, variant, 5, 7, dtype, proj)
         x, state = torch.randn(2, rows, 5).to(dtype), layer.state(rows, dtype)
         seeds = seeds_like(layer, 2, rows, dtype)
@@ -154,7 +154,7 @@ def test_a_bad_row_harms_no_other_and_a_reset_forgets_it(cell, variant, place):
 
 
 @pytest.mark.parametrize("size", [1e20, 1e30, 1e-20, 1e-30])
-@pytest.mark.parametrize(("cell", "variant"), [(c, v) for c, v in FUNCTIONS if v.kind != "none"])
+@pytest.mark.parametrize(("cell", "variant"), [(c, v) for c, v in GPU_FUNCTIONS if v.kind != "none"])
 def test_numbers_whose_squares_float32_cannot_hold(cell, variant, size, place):
     # A norm without eps does not see the size of what it normalizes; here it is the size of x and of W_hh h.
     variant = Variant(kind=variant.kind, inputs=variant.inputs, scope=variant.scope, cell=variant.cell, eps=0)
@@ -170,7 +170,7 @@ def test_numbers_whose_squares_float32_cannot_hold(cell, variant, size, place):
 
 
 def test_operators_pass_opcheck(place):
-    for (cell, variant), packed in zip((FUNCTIONS[0], FUNCTIONS[7]), (True, False), strict=True):
+    for (cell, variant), packed in zip((GPU_FUNCTIONS[0], GPU_FUNCTIONS[7]), (True, False), strict=True):
         given = operator_arguments(cell, variant, packed=packed)
         torch.library.opcheck(torch.ops.layernorm.recurrent.default, (), given)
         inputs = detached(given)
