@@ -264,6 +264,40 @@ def di_engine_lstm(w, x, h, c):
 
 
 @formula(
+    "lstms.pth",
+    "lstm",
+    {"i2h.weight": (4 * H, F), "i2h.bias": (4 * H,), "h2h.weight": (4 * H, H), "h2h.bias": (4 * H,)}
+    | {
+        f"{norm}.{end}": (1, size)
+        for norm, size in (("ln_i2h", 4 * H), ("ln_h2h", 4 * H), ("ln_cell", H))
+        for end in ("alpha", "beta")
+    },
+)
+def lstms_pth_lstm(w, x, h, c):
+    def norm(a, name):
+        centred = a - a.mean(-1, keepdims=True)
+        var = (centred**2).sum(-1, keepdims=True) / (a.shape[-1] - 1)
+        return centred / np.sqrt(var + 1e-6) * w[f"{name}.alpha"] + w[f"{name}.beta"]
+
+    v = norm(x @ w["i2h.weight"].T + w["i2h.bias"], "ln_i2h")
+    i, f, o, g = split(v + norm(h @ w["h2h.weight"].T + w["h2h.bias"], "ln_h2h"), 4)
+    c = norm(sigmoid(f) * c + sigmoid(i) * np.tanh(g), "ln_cell")
+    return sigmoid(o) * np.tanh(c), c
+
+
+@formula(
+    "adept",
+    "lstm",
+    {"ih.weight": (4 * H, F), "ih.bias": (4 * H,), "hh.weight": (4 * H, H), "hh.bias": (4 * H,)}
+    | norms(ln_cell=H),
+)
+def adept_lstm(w, x, h, c):
+    i, f, o, g = split(x @ w["ih.weight"].T + w["ih.bias"] + h @ w["hh.weight"].T + w["hh.bias"], 4)
+    c = ln(sigmoid(f) * c + sigmoid(i) * np.tanh(g), *affine(w, "ln_cell"))
+    return sigmoid(o) * np.tanh(c), c
+
+
+@formula(
     "pytorch-rnn-util",
     "lstm",
     {"fiou_linear.weight": (4 * H, F + H)}
@@ -445,6 +479,54 @@ def tflite_lstm(w, x, h, c):
     )
     c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
     return sigmoid(o) * np.tanh(c) @ w["projection_weights"].T, c
+
+
+def lingvo_step(w, x, h, c, gates):
+    c = np.clip(sigmoid(gates["f"]) * c + sigmoid(gates["i"]) * np.tanh(gates["g"]), -0.4, 0.4)
+    return sigmoid(gates["o"]) * np.tanh(c), c
+
+
+def lingvo_gates(w, x, h, scale, bias):
+    parts = zip("gifo", split(cat(x, h) @ w["wm"], 4), split(scale, 4), split(bias, 4), strict=True)
+    return {gate: ln(a, s, b, 1e-8) for gate, a, s, b in parts}
+
+
+@formula("lingvo", "lstm", {"wm": (F + H, 4 * H), "b": (8 * H,)}, cell_clip=0.4, forget_gate_bias=0.5)
+def lingvo_lstm(w, x, h, c):
+    bias, scale = split(w["b"], 2)
+    gates = lingvo_gates(w, x, h, scale + 1, bias)
+    gates["f"] = gates["f"] + 0.5
+    return lingvo_step(w, x, h, c, gates)
+
+
+@formula(
+    "lingvo-simple",
+    "lstm",
+    {"wm": (F + P, 4 * H), "b": (4 * H,), "ln_scale": (4 * H,), "w_proj": (H, P)},
+    P,
+    cell_clip=0.4,
+)
+def lingvo_simple_lstm(w, x, h, c):
+    h, c = lingvo_step(w, x, h, c, lingvo_gates(w, x, h, w["ln_scale"], w["b"]))
+    return h @ w["w_proj"], c
+
+
+LINGVO_NAMES = ("i_i", "i_g", "f_g", "o_g")
+
+
+@formula(
+    "lingvo-lean",
+    "lstm",
+    {"wm": (F + P, 4 * H), "w_proj": (H, P)}
+    | {f"{name}_{gate}": (H,) for name in ("ln_scale", "bias") for gate in (*LINGVO_NAMES, "c")},
+    P,
+)
+def lingvo_lean_lstm(w, x, h, c):
+    scale = cat(*(w[f"ln_scale_{gate}"] + 1 for gate in LINGVO_NAMES))
+    gates = lingvo_gates(w, x, h, scale, cat(*(w[f"bias_{gate}"] for gate in LINGVO_NAMES)))
+    c = sigmoid(gates["f"]) * c + sigmoid(gates["i"]) * np.tanh(gates["g"])
+    seen = ln(c, w["ln_scale_c"] + 1, w["bias_c"], 1e-8)
+    return sigmoid(gates["o"]) * np.tanh(seen) @ w["w_proj"], c
 
 
 # ---- Flax ----

