@@ -69,7 +69,7 @@ class Recognizer(nn.Module):
 def train(model: Recognizer, examples: Examples, epochs: int) -> None:
     """Train on all frames of the sequences."""
     sequences, classes = examples
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for epoch in range(1, epochs + 1):
         losses = []
         for batch in torch.randperm(len(classes)).split(32):
@@ -105,7 +105,7 @@ def main() -> None:
     """Train, then listen to the test sequences frame by frame."""
     parser = argparse.ArgumentParser(description="Streaming recognition with a layer-normalized LSTM.")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="with the .ts files of Japanese Vowels")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--hidden", type=int, default=96)
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -64,9 +64,13 @@ class Agent(nn.Module):
     def __init__(self, core: str) -> None:
         super().__init__()
         self.encode = nn.Sequential(nn.Linear(3, HIDDEN), nn.Tanh())
-        self.core: nn.LSTM = (
-            LayerNormLSTM(HIDDEN, HIDDEN, forget_bias=1) if core == "layernorm" else nn.LSTM(HIDDEN, HIDDEN)
-        )
+        self.core: nn.LSTM
+        if core == "layernorm":
+            self.core = LayerNormLSTM(HIDDEN, HIDDEN, forget_bias=1)
+        else:
+            self.core = nn.LSTM(HIDDEN, HIDDEN)
+            with torch.no_grad():
+                self.core.bias_ih_l0[HIDDEN : 2 * HIDDEN] += 1  # likewise
         self.policy, self.value = nn.Linear(HIDDEN, 2), nn.Linear(HIDDEN, 1)
 
     def sequence(self, observed: Tensor, state: tuple[Tensor, Tensor], resets: Tensor) -> Tensor:

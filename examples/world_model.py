@@ -17,11 +17,12 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.distributions import OneHotCategorical
 
 from layernorm import LayerNormGRUCell, interop
 
-OBSERVED, ACTIONS, CLASSES, FREE = 3, 1, 32, 0.1
+OBSERVED, ACTIONS, VARIABLES, CLASSES, FREE = 3, 1, 8, 8, 0.1
+LATENT = VARIABLES * CLASSES
 
 
 def sheeprl_weights(inputs: int, hidden: int) -> dict[str, Tensor]:
@@ -35,34 +36,36 @@ def sheeprl_weights(inputs: int, hidden: int) -> dict[str, Tensor]:
 
 
 class WorldModel(nn.Module):
-    """A recurrent state-space model around a cell: h (N, H) and one categorical variable z (N, CLASSES)."""
+    """A recurrent state-space model around a cell: h (N, H) and categorical variables z (N, LATENT)."""
 
     def __init__(self, cell: LayerNormGRUCell) -> None:
         super().__init__()
         hidden = cell.hidden_size
-        self.join = nn.Sequential(nn.Linear(CLASSES + ACTIONS, cell.input_size), nn.SiLU())
+        self.join = nn.Sequential(nn.Linear(LATENT + ACTIONS, cell.input_size), nn.SiLU())
         self.cell = cell
-        self.prior = nn.Linear(hidden, CLASSES)
-        self.posterior = nn.Linear(hidden + OBSERVED, CLASSES)
+        self.prior = nn.Linear(hidden, LATENT)
+        self.posterior = nn.Linear(hidden + OBSERVED, LATENT)
         self.predict = nn.Sequential(
-            nn.Linear(hidden + CLASSES, hidden), nn.SiLU(), nn.Linear(hidden, OBSERVED)
+            nn.Linear(hidden + LATENT, hidden), nn.SiLU(), nn.Linear(hidden, OBSERVED)
         )
 
     def start(self, rows: int) -> tuple[Tensor, Tensor]:
         """Return the first state."""
-        return torch.zeros(rows, self.cell.hidden_size), torch.zeros(rows, CLASSES)
+        return torch.zeros(rows, self.cell.hidden_size), torch.zeros(rows, LATENT)
 
     def step(
         self, h: Tensor, z: Tensor, action: Tensor, observed: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Take one step; return h, a sample of z, and how far the posterior is from the prior (N)."""
         h = self.cell(self.join(torch.cat([z, action], -1)), h)
-        prior = self.prior(h)
-        logits = prior if observed is None else self.posterior(torch.cat([h, observed], -1))
+        prior = self.prior(h).unflatten(-1, (VARIABLES, CLASSES))
+        logits = prior
+        if observed is not None:
+            logits = self.posterior(torch.cat([h, observed], -1)).unflatten(-1, (VARIABLES, CLASSES))
         probabilities = logits.softmax(-1)
-        sample = F.one_hot(probabilities.multinomial(1).squeeze(-1), CLASSES)
-        z = sample + probabilities - probabilities.detach()  # gradients straight through
-        distance = (probabilities * (logits.log_softmax(-1) - prior.log_softmax(-1))).sum(-1)
+        sample = OneHotCategorical(probabilities).sample()
+        z = (sample + probabilities - probabilities.detach()).flatten(1)  # gradients straight through
+        distance = (probabilities * (logits.log_softmax(-1) - prior.log_softmax(-1))).sum((-2, -1))
         return h, z, distance
 
     def loss(self, observed: Tensor, actions: Tensor) -> Tensor:
@@ -107,7 +110,7 @@ def main() -> None:
     )
     parser.add_argument("--prefix", default="rssm.recurrent_model.rnn.")
     parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--updates", type=int, default=400)
     options = parser.parse_args()
     torch.manual_seed(0)
     weights = options.checkpoint or sheeprl_weights(inputs=options.hidden, hidden=options.hidden)
