@@ -20,7 +20,7 @@ LAYERS = (
     ("checks",),
     ("recurrent_checks", "stream_checks", "initialization"),
     ("reference", "distributed"),
-    ("gpu",),
+    ("gpu", "regularization"),
     ("ops",),
     ("backends",),
     ("functional",),

@@ -13,6 +13,7 @@ from layernorm.cells import LayerNormGRUCell, LayerNormLSTMCell, LayerNormRNNCel
 from layernorm.interop import Conversion, convert
 from layernorm.modules import LayerNorm, RMSNorm
 from layernorm.recurrent import LayerNormGRU, LayerNormLSTM, LayerNormRNN
+from layernorm.regularization import RecurrentDropout
 from layernorm.replace import Replacement, replace_norms
 from layernorm.streaming import Stream
 from layernorm.variants import Variant
@@ -27,6 +28,7 @@ __all__ = [
     "LayerNormRNN",
     "LayerNormRNNCell",
     "RMSNorm",
+    "RecurrentDropout",
     "Replacement",
     "Stream",
     "Variant",

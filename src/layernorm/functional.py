@@ -523,6 +523,7 @@ def recurrent_layer(
     resets: Tensor | None = None,
     recompute: bool = False,
     reset_state: Sequence[Tensor] | None = None,
+    masks: reference.Masks | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Compute one layer and direction by the kernel that is chosen for it: the one door to all of them.
 
@@ -542,7 +543,7 @@ def recurrent_layer(
             reset_state, rest = rest[:count], rest[count:]
         weights = dict(zip(weights, rest, strict=True))
     # Where a call's own arguments decide, the compiled kernels look at them themselves.
-    if state[0].size(-1) and backends.compiled_module() is not None:
+    if state[0].size(-1) and masks is None and backends.compiled_module() is not None:
         found = ops.recurrent_layer_natively(
             spec, input, state, weights, reverse, batch_sizes, resets, recompute, reset_state
         )
@@ -550,7 +551,7 @@ def recurrent_layer(
             return found  # type: ignore[no-any-return]
     others = (*state, *weights.values()) if reset_state is None else (*state, *reset_state, *weights.values())
     kernel = backends.recurrent_kernel_for(spec.cell, input, others)
-    by_kernel = kernel == "native" or (reset_state is None and spec.is_for_gpus)
+    by_kernel = masks is None and (kernel == "native" or (reset_state is None and spec.is_for_gpus))
     if kernel in backends.OPERATORS and by_kernel and state[0].size(-1):  # none has no kernel
         return ops.recurrent_layer(
             spec, input, state, weights, reverse, batch_sizes, resets, recompute, reset_state
@@ -560,5 +561,5 @@ def recurrent_layer(
     recurrent_checks.numbers_of_one_kind(spec.cell, spec.variant, named, one_dtype=True)
     with autocast.disabled(input.device):
         return reference.recurrent_layer(
-            spec, input, state, weights, reverse, batch_sizes, resets, reset_state
+            spec, input, state, weights, reverse, batch_sizes, resets, reset_state, masks
         )

@@ -22,6 +22,7 @@ from layernorm import checks, functional, recurrent_checks
 from layernorm.initialization import StartOptions
 from layernorm.parameters import RecurrentParameters, State
 from layernorm.pytorch_internals import is_any_autocast_enabled, module_apply, replicate_module
+from layernorm.regularization import RecurrentDropout
 from layernorm.spec import Nonlinearity
 from layernorm.streaming import Stream
 from layernorm.variants import Variant
@@ -58,6 +59,7 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         recompute: bool = False,
         nonlinearity: Nonlinearity = "tanh",
         learn_initial_state: bool = False,
+        recurrent_dropout: RecurrentDropout | None = None,
         **start: Unpack[StartOptions],
     ) -> None:
         checks.recurrent_sizes(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
@@ -71,6 +73,14 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         self.bidirectional = bool(bidirectional)
         self.proj_size = proj_size
         self.recompute = checks.flag("recompute", recompute)
+        if recurrent_dropout is not None:
+            if not isinstance(recurrent_dropout, RecurrentDropout):
+                raise TypeError(
+                    "recurrent_dropout must be a layernorm.RecurrentDropout or None, got "
+                    f"{type(recurrent_dropout).__name__}"
+                )
+            recurrent_dropout.check(self._cell)
+        self.recurrent_dropout = recurrent_dropout
         if dropout > 0 and num_layers == 1:
             warnings.warn(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero dropout "
@@ -227,6 +237,7 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         """Run all layers over time-major or packed data; every state is (L·D, N, size)."""
         self._check_weights(weights)
         recompute = checks.flag("recompute", self.recompute)
+        inner = self.recurrent_dropout if self.training else None
         finals: list[tuple[Tensor, ...]] = []
         for layer in range(self.num_layers):
             outputs = []
@@ -234,8 +245,13 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
                 at = len(finals)
                 initial = tuple(s[at] for s in state)
                 begun = None if starts is None else tuple(s[at] for s in starts)
+                x, parameters, masks = data, weights[at], None
+                if inner is not None:
+                    x, parameters = inner.of_input(data, batch_sizes), inner.of_weights(parameters)
+                    steps = data.size(0) if batch_sizes is None else len(batch_sizes)
+                    masks = inner.masks(steps, initial, self.hidden_size)
                 output, final = self._compute(
-                    self.spec, data, initial, weights[at], reverse, batch_sizes, resets, recompute, begun
+                    self.spec, x, initial, parameters, reverse, batch_sizes, resets, recompute, begun, masks
                 )
                 outputs.append(output)
                 finals.append(final)
@@ -328,6 +344,8 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
             parts.append("recompute=True")
         if self.learn_initial_state:
             parts.append("learn_initial_state=True")
+        if self.recurrent_dropout is not None:
+            parts.append(f"recurrent_dropout={self.recurrent_dropout}")
         return ", ".join(part for part in (*parts, str(self.start)) if part)
 
 
@@ -361,6 +379,7 @@ class LayerNormLSTM(LayerNormRNNBase, torch.nn.LSTM):  # type: ignore[misc]  # f
         learn_initial_state: whether the state that a sequence starts from where none is given, and where
             ``resets`` say without a ``reset_state``, is learned: the parameters ``initial_h`` and
             ``initial_c``, (num_layers·D, P) and (num_layers·D, H), which are zeros at first.
+        recurrent_dropout: dropout and zoneout inside of the recurrence, in training.
 
     Shape:
         - input: (T, N, F), (N, T, F) with ``batch_first``, (T, F) for one sequence, or a
@@ -431,6 +450,7 @@ class LayerNormGRU(LayerNormRNNBase, torch.nn.GRU):  # type: ignore[misc]  # for
         recompute: bool = False,
         proj_size: None = None,
         learn_initial_state: bool = False,
+        recurrent_dropout: RecurrentDropout | None = None,
         **start: Unpack[StartOptions],
     ) -> None:
         checks.no_projection(proj_size)
@@ -443,6 +463,7 @@ class LayerNormGRU(LayerNormRNNBase, torch.nn.GRU):  # type: ignore[misc]  # for
             variant=variant,
             recompute=recompute,
             learn_initial_state=learn_initial_state,
+            recurrent_dropout=recurrent_dropout,
             **start,
         )
 
@@ -483,6 +504,7 @@ class LayerNormRNN(LayerNormRNNBase, torch.nn.RNN):  # type: ignore[misc]  # for
         recompute: bool = False,
         proj_size: None = None,
         learn_initial_state: bool = False,
+        recurrent_dropout: RecurrentDropout | None = None,
         **start: Unpack[StartOptions],
     ) -> None:
         checks.no_projection(proj_size)
@@ -497,6 +519,7 @@ class LayerNormRNN(LayerNormRNNBase, torch.nn.RNN):  # type: ignore[misc]  # for
             recompute=recompute,
             nonlinearity=name,
             learn_initial_state=learn_initial_state,
+            recurrent_dropout=recurrent_dropout,
             **start,
         )
 

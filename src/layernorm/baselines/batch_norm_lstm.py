@@ -15,6 +15,7 @@ from layernorm.baselines.statistics import BatchStandardized, Steps
 from layernorm.initialization import StartOptions
 from layernorm.parameters import State
 from layernorm.recurrent import LayerNormRNNBase
+from layernorm.reference import Masks
 from layernorm.spec import LayerSpec
 
 #: The normalized quantities: the products with the input and with h, and the cell.
@@ -169,7 +170,10 @@ class BatchNormLSTM(LayerNormRNNBase):
         resets: Tensor | None = None,
         recompute: bool = False,
         reset_state: Sequence[Tensor] | None = None,
+        masks: Masks | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if masks is not None:
+            raise ValueError("BatchNormLSTM: recurrent_dropout must be None; it has none in the recurrence")
         sizes = list(batch_sizes) if batch_sizes is not None else [input.size(1)] * input.size(0)
         dtype = weights["weight_ih"].dtype
         _check_statistics_dtype(dtype)

@@ -6,9 +6,10 @@ functions of ``layernorm.functional`` do that.
 """
 
 from layernorm.reference.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from layernorm.reference.recurrent import gates_step, recurrent_layer
+from layernorm.reference.recurrent import Masks, gates_step, recurrent_layer
 
 __all__ = [
+    "Masks",
     "add_layer_norm",
     "add_rms_norm",
     "gates_step",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,26 @@ Weights = Mapping[str, Tensor]
 State = tuple[Tensor, ...]
 
 
+class Masks(NamedTuple):
+    """What steps multiply with, and what stays as it was.
+
+    ``hidden`` (T or 1, N, P) is multiplied with what meets W_hh, and ``candidate`` (T or 1, N, H) with the
+    candidate. ``stays`` are masks of bool, (T, N, P) and (T, N, H): where true, h (and c) stay as they were.
+    """
+
+    hidden: Tensor | None = None
+    candidate: Tensor | None = None
+    stays: tuple[Tensor | None, ...] = (None, None)
+
+    def at(self, step: int, rows: int) -> Masks:
+        """Return those of the rows of one step."""
+
+        def of(mask: Tensor | None) -> Tensor | None:
+            return None if mask is None else mask[step if mask.size(0) > 1 else 0, :rows]
+
+        return Masks(of(self.hidden), of(self.candidate), tuple(map(of, self.stays)))
+
+
 def recurrent_layer(
     spec: LayerSpec,
     input: Tensor,
@@ -31,6 +51,7 @@ def recurrent_layer(
     batch_sizes: Sequence[int] | None = None,
     resets: Tensor | None = None,
     reset_state: Sequence[Tensor] | None = None,
+    masks: Masks | None = None,
 ) -> tuple[Tensor, State]:
     """Compute one layer and direction (paper eq. 4, 20-22, 26-28 for the variant "paper").
 
@@ -44,6 +65,7 @@ def recurrent_layer(
         resets: bool (T, N), or (ΣN_t,): where true, nothing passes between this step and the one
             before. Forward the state is zero before the step; in reverse it is zero after it.
         reset_state: what it is there instead of zero, of the state's shapes; None for zeros.
+        masks: what steps multiply with, in training.
 
     Returns:
         output (T, N, P), or (ΣN_t, P); and the final state.
@@ -62,7 +84,7 @@ def recurrent_layer(
     cell = partial(_STEPS[spec.cell], spec=spec, weights=weights)
     x = _of_input(_product(input, weights["weight_ih"], weights.get("bias_ih")), weights, spec)
     starts = None if reset_state is None else tuple(reset_state)
-    return _scan(cell, x, tuple(state), reverse, batch_sizes, resets, starts)
+    return _scan(cell, x, tuple(state), reverse, batch_sizes, resets, starts, masks)
 
 
 def gates_step(
@@ -79,18 +101,20 @@ def gates_step(
     return tuple(new.to(state.dtype) for new in found)
 
 
-def _lstm_step(x: Tensor, state: State, *, spec: LayerSpec, weights: Weights) -> State:
+def _lstm_step(x: Tensor, state: State, masks: Masks, *, spec: LayerSpec, weights: Weights) -> State:
     h, c = state
-    hidden = _product(h, weights["weight_hh"], weights.get("bias_hh"))
-    h, c = _lstm_state(x, hidden, c, weights, spec)
+    hidden = _product(_masked(h, masks.hidden), weights["weight_hh"], weights.get("bias_hh"))
+    h, c = _lstm_state(x, hidden, c, weights, spec, masks.candidate)
     if "weight_hr" in weights:
         h = linear(h.to(weights["weight_hr"].dtype), weights["weight_hr"])
     return h, c
 
 
-def _lstm_state(x: Tensor, hidden: Tensor, c: Tensor, weights: Weights, spec: LayerSpec) -> State:
+def _lstm_state(
+    x: Tensor, hidden: Tensor, c: Tensor, weights: Weights, spec: LayerSpec, mask: Tensor | None = None
+) -> State:
     i, f, g, o = _gates(x, hidden, weights, spec).chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * _masked(torch.tanh(g), mask)
     if spec.variant.cell_clip is not None:
         c = c.clamp(-spec.variant.cell_clip, spec.variant.cell_clip)
     normalized = _normalized_cell(c, weights, spec) if spec.normalizes_cell else c
@@ -98,13 +122,15 @@ def _lstm_state(x: Tensor, hidden: Tensor, c: Tensor, weights: Weights, spec: La
     return torch.sigmoid(o) * torch.tanh(normalized), carried
 
 
-def _gru_step(x: Tensor, state: State, *, spec: LayerSpec, weights: Weights) -> State:
+def _gru_step(x: Tensor, state: State, masks: Masks, *, spec: LayerSpec, weights: Weights) -> State:
     (h,) = state
-    hidden = _product(h, weights["weight_hh"], weights.get("bias_hh"))
-    return _gru_state(x, hidden, h, weights, spec)
+    hidden = _product(_masked(h, masks.hidden), weights["weight_hh"], weights.get("bias_hh"))
+    return _gru_state(x, hidden, h, weights, spec, masks.candidate)
 
 
-def _gru_state(x: Tensor, hidden: Tensor, h: Tensor, weights: Weights, spec: LayerSpec) -> State:
+def _gru_state(
+    x: Tensor, hidden: Tensor, h: Tensor, weights: Weights, spec: LayerSpec, mask: Tensor | None = None
+) -> State:
     """Take h' = (1 - z)·n + z·h, which is PyTorch's convention."""
     size = h.size(-1)
     if spec.products == "separate":
@@ -124,12 +150,12 @@ def _gru_state(x: Tensor, hidden: Tensor, h: Tensor, weights: Weights, spec: Lay
         rz = _normalized(x_rz + h_rz, spec.groups[:-1], gain_rz, bias_rz, spec)
         r, z = torch.sigmoid(rz).chunk(2, -1)
         n = torch.tanh(_normalized(x_n + r * h_n, spec.groups[-1:], gain_n, bias_n, spec))
-    return ((1 - z) * n + z * h,)
+    return ((1 - z) * _masked(n, mask) + z * h,)
 
 
-def _rnn_step(x: Tensor, state: State, *, spec: LayerSpec, weights: Weights) -> State:
+def _rnn_step(x: Tensor, state: State, masks: Masks, *, spec: LayerSpec, weights: Weights) -> State:
     (h,) = state
-    hidden = _product(h, weights["weight_hh"], weights.get("bias_hh"))
+    hidden = _product(_masked(h, masks.hidden), weights["weight_hh"], weights.get("bias_hh"))
     gates = _gates(x, hidden, weights, spec)
     return (torch.tanh(gates) if spec.nonlinearity == "tanh" else torch.relu(gates),)
 
@@ -142,15 +168,16 @@ _STEPS: Final[Mapping[str, Callable[..., State]]] = {
 
 
 def _scan(
-    cell: Callable[[Tensor, State], State],
+    cell: Callable[[Tensor, State, Masks], State],
     x: Tensor,
     state: State,
     reverse: bool,
     batch_sizes: Sequence[int] | None,
     resets: Tensor | None,
     starts: State | None = None,
+    masks: Masks | None = None,
 ) -> tuple[Tensor, State]:
-    """Run the one time loop: ``cell(x_t, state)`` gives the next state, whose first tensor is h.
+    """Run the one time loop: ``cell(x_t, state, masks)`` gives the next state, whose first tensor is h.
 
     With ``batch_sizes`` rows end (forward) or begin (reverse) on the way: the first ``batch_sizes[t]``
     rows take part in step t. A row that has ended keeps its state as final, one that has not begun
@@ -170,7 +197,9 @@ def _scan(
         if parted is not None and not reverse:
             state = _begun(state, parted[t], starts)
         # In the state's dtype, whatever gains and biases of float32 have made of it.
-        state = tuple(new.to(s.dtype) for new, s in zip(cell(steps[t], state), state, strict=True))
+        at = Masks() if masks is None else masks.at(t, rows)
+        new = cell(steps[t], state, at)
+        state = tuple(map(_next, new, state, at.stays))
         outputs.append(state[0])
         if parted is not None and reverse and t > 0:
             state = _begun(state, parted[t], starts)
@@ -179,6 +208,14 @@ def _scan(
     if reverse:
         outputs.reverse()
     return (torch.stack(outputs) if batch_sizes is None else torch.cat(outputs)), state
+
+
+def _next(new: Tensor, old: Tensor, stays: Tensor | None) -> Tensor:
+    return new.to(old.dtype) if stays is None else torch.where(stays, old, new.to(old.dtype))
+
+
+def _masked(a: Tensor, mask: Tensor | None) -> Tensor:
+    return a if mask is None else a * mask.to(a.dtype)
 
 
 def _steps(sequence: Tensor, batch_sizes: Sequence[int] | None) -> Sequence[Tensor]:
