@@ -134,7 +134,7 @@ bool list_vectors(PyObject* weights, PyObject* names, std::array<Object, kVector
     if (PyErr_Occurred()) throw PythonError();
     const int place = LAYERNORM_BIAS_IH + i;
     const bool is_gain = place == LAYERNORM_GAIN_IH || place == LAYERNORM_GAIN_HH ||
-                         place == LAYERNORM_GAIN_CELL;  // alone it may not be left out
+                         place == LAYERNORM_GAIN_CELL;  // for the caller to look at
     if (given == Py_None || (given == nullptr && name != Py_None && is_gain)) return false;
     listed[i] = Object::of_borrowed(given == nullptr ? Py_None : given);
     found += given != nullptr;

@@ -27,13 +27,14 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
         *,
         variant: str | Variant = "paper",
         nonlinearity: Nonlinearity = "tanh",
+        gain: bool = True,
         learn_initial_state: bool = False,
         **start: Unpack[StartOptions],
     ) -> None:
         # torch.nn's cells take any truth value for bias.
         checks.cell_sizes(input_size, hidden_size)
         RecurrentParameters.__init__(
-            self, input_size, hidden_size, bool(bias), variant, nonlinearity, start, learn_initial_state
+            self, input_size, hidden_size, bool(bias), variant, nonlinearity, start, learn_initial_state, gain
         )
         self._register("", input_size, device, dtype)
         self._register_initial_state((), device, dtype)
@@ -115,6 +116,8 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
     def extra_repr(self) -> str:
         """Show the sizes, what differs from the defaults, and the variant."""
         parts = [f"{self.input_size}, {self.hidden_size}", *([] if self._has_bias else ["bias=False"])]
+        if not self._has_gain:
+            parts.append("gain=False")
         parts.append(f"variant={self._variant_as_given!r}")
         if self.learn_initial_state:
             parts.append("learn_initial_state=True")
@@ -131,6 +134,7 @@ class LayerNormLSTMCell(LayerNormRNNCellBase, torch.nn.LSTMCell):  # type: ignor
         device: where the parameters are made.
         dtype: of the parameters.
         variant: a name of ``layernorm.variants.PRESETS``, or a ``layernorm.Variant``.
+        gain: whether norms have gains.
         learn_initial_state: whether there are ``initial_h`` and ``initial_c`` (H), as of ``LayerNormLSTM``.
         gain_init, recurrent_init, forget_bias, t_max: how parameters start, as of ``LayerNormLSTM``.
 
@@ -204,6 +208,7 @@ class LayerNormRNNCell(LayerNormRNNCellBase, torch.nn.RNNCell):  # type: ignore[
         dtype: Any = None,
         *,
         variant: str | Variant = "paper",
+        gain: bool = True,
         learn_initial_state: bool = False,
         **start: Unpack[StartOptions],
     ) -> None:
@@ -217,6 +222,7 @@ class LayerNormRNNCell(LayerNormRNNCellBase, torch.nn.RNNCell):  # type: ignore[
             dtype,
             variant=variant,
             nonlinearity=name,
+            gain=gain,
             learn_initial_state=learn_initial_state,
             **start,
         )

@@ -49,11 +49,13 @@ class RecurrentParameters(torch.nn.Module):
         nonlinearity: Nonlinearity = "tanh",
         start: StartOptions | None = None,
         learn_initial_state: bool = False,
+        gain: bool = True,
     ) -> None:
         torch.nn.Module.__init__(self)  # and not torch.nn's class of the cell, which makes its own parameters
         self.input_size = input_size
         self.hidden_size = hidden_size
         self._has_bias = bias
+        self._has_gain = checks.flag("gain", gain)
         self.spec = layer_spec(self._cell, variant, nonlinearity)
         self._variant_as_given = variant
         self.start = Start().replaced(start or {})
@@ -68,7 +70,11 @@ class RecurrentParameters(torch.nn.Module):
 
     def _register(self, suffix: str, input_size: int, device: Any, dtype: Any) -> None:
         shapes = self.spec.parameter_shapes(
-            input_size, self.hidden_size, proj_size=self.proj_size, bias=self._has_bias
+            input_size,
+            self.hidden_size,
+            proj_size=self.proj_size,
+            bias=self._has_bias,
+            gain=self._has_gain,
         )
         for name, shape in shapes.items():
             parameter = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

@@ -58,13 +58,14 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         variant: str | Variant = "paper",
         recompute: bool = False,
         nonlinearity: Nonlinearity = "tanh",
+        gain: bool = True,
         learn_initial_state: bool = False,
         recurrent_dropout: RecurrentDropout | None = None,
         **start: Unpack[StartOptions],
     ) -> None:
         checks.recurrent_sizes(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
         RecurrentParameters.__init__(
-            self, input_size, hidden_size, bias, variant, nonlinearity, start, learn_initial_state
+            self, input_size, hidden_size, bias, variant, nonlinearity, start, learn_initial_state, gain
         )
         self.bias = bias
         self.num_layers = num_layers
@@ -333,6 +334,8 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
             parts.append(f"num_layers={self.num_layers}")
         if not self.bias:
             parts.append("bias=False")
+        if not self._has_gain:
+            parts.append("gain=False")
         if self.batch_first:
             parts.append("batch_first=True")
         if self.dropout:
@@ -376,6 +379,7 @@ class LayerNormLSTM(LayerNormRNNBase, torch.nn.LSTM):  # type: ignore[misc]  # f
         forget_bias: added to the bias of the forget gate, which starts at 0 otherwise.
         t_max: the longest time, in steps, over which the gates remember at first, in place of
             ``forget_bias``: see ``layernorm.initialization.Start``.
+        gain: whether norms have gains.
         learn_initial_state: whether the state that a sequence starts from where none is given, and where
             ``resets`` say without a ``reset_state``, is learned: the parameters ``initial_h`` and
             ``initial_c``, (num_layers·D, P) and (num_layers·D, H), which are zeros at first.
@@ -449,6 +453,7 @@ class LayerNormGRU(LayerNormRNNBase, torch.nn.GRU):  # type: ignore[misc]  # for
         variant: str | Variant = "paper",
         recompute: bool = False,
         proj_size: None = None,
+        gain: bool = True,
         learn_initial_state: bool = False,
         recurrent_dropout: RecurrentDropout | None = None,
         **start: Unpack[StartOptions],
@@ -462,6 +467,7 @@ class LayerNormGRU(LayerNormRNNBase, torch.nn.GRU):  # type: ignore[misc]  # for
             *options,
             variant=variant,
             recompute=recompute,
+            gain=gain,
             learn_initial_state=learn_initial_state,
             recurrent_dropout=recurrent_dropout,
             **start,
@@ -503,6 +509,7 @@ class LayerNormRNN(LayerNormRNNBase, torch.nn.RNN):  # type: ignore[misc]  # for
         variant: str | Variant = "paper",
         recompute: bool = False,
         proj_size: None = None,
+        gain: bool = True,
         learn_initial_state: bool = False,
         recurrent_dropout: RecurrentDropout | None = None,
         **start: Unpack[StartOptions],
@@ -518,6 +525,7 @@ class LayerNormRNN(LayerNormRNNBase, torch.nn.RNN):  # type: ignore[misc]  # for
             variant=variant,
             recompute=recompute,
             nonlinearity=name,
+            gain=gain,
             learn_initial_state=learn_initial_state,
             recurrent_dropout=recurrent_dropout,
             **start,

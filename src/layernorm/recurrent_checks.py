@@ -145,7 +145,7 @@ def _sequence_arguments(
 
 
 def parameters(operator: str, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that weights have the names and shapes of a variant's; any bias may be missing."""
+    """Check that weights have the names and shapes of a variant's; any bias may be missing, and all gains."""
     if weights.keys() != shapes.keys():
         _names(operator, weights, shapes)
     for name, given in weights.items():
@@ -166,8 +166,10 @@ def module_weights(operator: str, weights: Mapping[str, Any], shapes: Mapping[st
 
 
 def _names(operator: str, weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that the names are the variant's, from which biases may be missing."""
-    missing = [n for n in shapes if n not in weights and not n.startswith("bias")]
+    """Check that the names are the variant's, from which any bias may be missing, and all gains together."""
+    has_gains = any(name.startswith("gain") for name in weights)
+    optional = ("bias",) if has_gains else ("bias", "gain")
+    missing = [name for name in shapes if name not in weights and not name.startswith(optional)]
     unknown = [n for n in weights if n not in shapes]
     if missing or unknown:
         raise ValueError(

@@ -202,11 +202,17 @@ class LayerSpec:
         return len(self.groups) * (2 if self.products == "separate" else 1)
 
     def parameter_shapes(
-        self, input_size: int, hidden_size: int, *, proj_size: int = 0, bias: bool = True
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        proj_size: int = 0,
+        bias: bool = True,
+        gain: bool = True,
     ) -> dict[str, tuple[int, ...]]:
         """Return the parameters of a layer of these sizes; see ``layernorm.variants.parameter_shapes``."""
         return parameter_shapes(
-            self.cell, self.variant, input_size, hidden_size, proj_size=proj_size, bias=bias
+            self.cell, self.variant, input_size, hidden_size, proj_size=proj_size, bias=bias, gain=gain
         )
 
     def listed(self, weights: Mapping[str, Tensor]) -> list[Tensor | None]:

@@ -274,12 +274,13 @@ def parameter_shapes(
     *,
     proj_size: int = 0,
     bias: bool = True,
+    gain: bool = True,
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a layer and direction's parameters, in order, by name without suffix.
 
     ``weight_*``, ``bias_ih`` and ``bias_hh`` are what ``torch.nn`` has under these names; every
     ``gain*`` starts at 1, ``bias``, ``bias_hn`` and ``bias_cell`` at 0. ``bias=False`` leaves every
-    bias out. G is the number of gates, H the hidden size.
+    bias out, ``gain=False`` every gain. G is the number of gates, H the hidden size.
 
     =======================  =============  ==================================================
     ``weight_ih``            (G·H, input)
@@ -315,7 +316,8 @@ def parameter_shapes(
             names["bias_hn"] = (hidden_size,)
     if cell == "lstm" and variant.cell != "none":
         names |= {"gain_cell": (hidden_size,), "bias_cell": (hidden_size,)}
-    return {name: shape for name, shape in names.items() if bias or not name.startswith("bias")}
+    left_out = (*([] if bias else ["bias"]), *([] if gain else ["gain"]))
+    return {name: shape for name, shape in names.items() if not name.startswith(left_out)}
 
 
 def _check_cell(cell: object) -> None:

@@ -136,8 +136,11 @@ def write(
     Where several tensors go to one parameter, the first holds it and the others are 0.
     """
     left = _zeros(source, dataclasses.replace(variant, projection_bias=True), sizes)
-    for name, weight in weights.items():
-        left[name] = weight.detach().double().clone()
+    for name, parameter in left.items():
+        if name in weights:
+            parameter.copy_(weights[name].detach())
+        elif name.startswith("gain"):
+            parameter.fill_(1)
     places = _places(source, sizes)
     _join_biases(source, variant, left, sizes, places)
     _turn_update_gate(source, variant, left, sizes)

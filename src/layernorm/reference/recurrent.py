@@ -145,8 +145,10 @@ def _gru_state(
         n = torch.tanh(r * gates[..., 2 * size :])
     else:
         (x_rz, x_n), (h_rz, h_n) = (a.split([2 * size, size], -1) for a in (x, hidden))
-        gain_rz, gain_n = weights["gain"].split([2 * size, size])
-        bias_rz, bias_n = weights["bias"].split([2 * size, size]) if "bias" in weights else (None, None)
+        (gain_rz, gain_n), (bias_rz, bias_n) = (
+            weights[name].split([2 * size, size]) if name in weights else (None, None)
+            for name in ("gain", "bias")
+        )
         rz = _normalized(x_rz + h_rz, spec.groups[:-1], gain_rz, bias_rz, spec)
         r, z = torch.sigmoid(rz).chunk(2, -1)
         n = torch.tanh(_normalized(x_n + r * h_n, spec.groups[-1:], gain_n, bias_n, spec))
@@ -265,7 +267,7 @@ def _normalized(
 
 
 def _normalized_cell(c: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
-    return _normalized(c, (1,), weights["gain_cell"], weights.get("bias_cell"), spec, spec.cell_eps)
+    return _normalized(c, (1,), weights.get("gain_cell"), weights.get("bias_cell"), spec, spec.cell_eps)
 
 
 def _product(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
