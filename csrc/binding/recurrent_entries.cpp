@@ -78,9 +78,7 @@ const void* Held::hold_as(const Tensor& tensor, const char* name,
 namespace {
 
 int64_t gates_of(const std::vector<int64_t>& codes) {
-  constexpr int64_t kGates[] = {4, 3, 1, 1};
-  // What the codes are is checked where they are decoded.
-  return !codes.empty() && codes[0] >= 0 && codes[0] < 4 ? kGates[codes[0]] : 1;
+  return gates_of_codes(codes.data(), static_cast<int64_t>(codes.size()));
 }
 
 // A layer with its memory: whatever `layer` points to is held by what is beside it, or by whoever

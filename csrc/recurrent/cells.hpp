@@ -135,8 +135,7 @@ void lstm_cell(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowSte
     const auto below = [&](int which) { return piece<1>(gates.below, which); };
     const auto entering = above(2) / (below(0) * below(2));
     const auto forget = above(1) / below(1);
-    const auto c =
-        rounded<T>(clipped(r, fma(forget, load(row.c_prev + i, part), entering)));
+    const auto c = rounded<T>(clipped(r, fma(forget, load(row.c_prev + i, part), entering)));
     if (normed) put(row.cell + i, c, part);
     put(row.below_out + i, below(3), part);
     put(row.c + i, c, part);
@@ -194,6 +193,20 @@ void lstm_steps(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowSt
   for (int i = 0; i < count; ++i) lstm_output<T>(r, v, rows[i], stats[i]);
 }
 
+// What an RNN is, or a GRU's candidate.
+template <typename A, int k>
+LAYERNORM_INLINE Part<A, k> nonlinear(const Recurrent& r, const Part<A, k>& a) {
+  if (!r.relu) return tanh(a);
+  return each<A, k>([&](int i) { return at_least(a.v[i], A{0}); });
+}
+// A gradient before it, from its value.
+template <typename A, int k>
+LAYERNORM_INLINE Part<A, k> through_nonlinear(const Recurrent& r, const Part<A, k>& value,
+                                              const Part<A, k>& grad) {
+  if (!r.relu) return grad * one_minus_square(value);
+  return each<A, k>([&](int i) { return value.v[i] <= Vec<A>{} ? Vec<A>{} : grad.v[i]; });
+}
+
 // The gates of a GRU, and what the reset gate multiplies.
 template <typename A, int k>
 struct GruGates {
@@ -217,7 +230,7 @@ LAYERNORM_INLINE auto gru_gates(const Recurrent& r, const Vectors<A>& v, const a
     const auto h = normalized_at<kNorm>(row.h, norm, 2, n, keep, part);
     gates.reset_of = fma(h, load(v.gain_h + n, part), load(v.bias_hn + i, part));
     const auto x = gate_at<false, kNorm>(v, row, 2, size, i, part);
-    gates.candidate = tanh(fma(gates.reset, gates.reset_of, x));
+    gates.candidate = nonlinear(r, fma(gates.reset, gates.reset_of, x));
     return gates;
   }
   const auto both = sigmoid(join(gate_at<false, kNorm>(v, row, 0, size, i, part),
@@ -227,7 +240,7 @@ LAYERNORM_INLINE auto gru_gates(const Recurrent& r, const Vectors<A>& v, const a
   const auto last = gate_at<false, kNorm>(v, row, 2, size, i, part);
   const bool late = r.inputs == Inputs::kLate;
   gates.reset_of = late ? load(row.h + n, part) : last;
-  gates.candidate = tanh(late ? last : gates.reset * last);
+  gates.candidate = nonlinear(r, late ? last : gates.reset * last);
   return gates;
 }
 
@@ -247,11 +260,7 @@ void rnn_step(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowStep
   using A = Accumulate<T>;
   each_block<A, 4>(r.hidden_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
     const auto a = gate_at<kTwo, kNorm>(v, row, 0, r.hidden_size, i, part);
-    if (r.relu)
-      put(row.hidden + i, each<A, part.kVectors>([&](int k) { return at_least(a.v[k], A{0}); }),
-          part);
-    else
-      put(row.hidden + i, tanh(a), part);
+    put(row.hidden + i, nonlinear(r, a), part);
   });
 }
 

@@ -260,7 +260,7 @@ void gru_backward(const Recurrent& r, const Vectors<Accumulate<T>>& v,
     const auto of_update = grad * (load(row.h_prev + i, part) - n) * z * one_minus(z);
     put(row.grad_direct + i, grad * z, part);
     put(row.grad_x + size + i, of_update, part);
-    const auto d = grad * one_minus(z) * one_minus_square(n);
+    const auto d = through_nonlinear(r, n, grad * one_minus(z));
     if (late) {
       put(row.gates + i, gates.reset, part);
       return put(row.grad_x + 2 * size + i, d, part);
@@ -302,12 +302,8 @@ void rnn_backward(const Recurrent& r, const Vectors<Accumulate<T>>& v,
   using A = Accumulate<T>;
   each_block<A, 4>(r.hidden_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
     const auto a = gate_at<kTwo, false>(v, row, 0, r.hidden_size, i, part);
-    auto d = load(row.grad_hidden + i, part);
-    if (r.relu)
-      d = each<A, part.kVectors>([&](int k) { return a.v[k] <= Vec<A>{} ? Vec<A>{} : d.v[k]; });
-    else
-      d = d * one_minus_square(tanh(a));
-    put(row.grad_x + i, d, part);
+    const auto d = load(row.grad_hidden + i, part);
+    put(row.grad_x + i, through_nonlinear(r, nonlinear(r, a), d), part);
   });
 }
 

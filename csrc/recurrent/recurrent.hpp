@@ -38,7 +38,7 @@ struct Recurrent {
   Scope scope;
   CellNorm cell_norm;
   bool projection_bias;  // the products have biases, inside the norms
-  bool relu;             // of an RNN
+  bool relu;             // of an RNN, or of a GRU's candidate
   bool reverse;
   bool wide_vectors;
   bool streamed;           // parameters are prepared once, for any number of calls

@@ -13,11 +13,21 @@ struct Field {
   const char* name;
   int64_t values;
 };
-constexpr Field kFieldList[] = {{"cell", 4},  {"kind", 3},      {"inputs", 3},
-                             {"scope", 3}, {"cell_norm", 3}, {"projection_bias", 2}};
+constexpr Field kFieldList[] = {{"cell", 5},  {"kind", 3},      {"inputs", 3},
+                                {"scope", 3}, {"cell_norm", 3}, {"projection_bias", 2}};
 static_assert(std::size(kFieldList) == kFields);
 
+constexpr CellKind kCells[] = {CellKind::kLstm, CellKind::kGru, CellKind::kRnn, CellKind::kRnn,
+                               CellKind::kGru};
+static_assert(std::size(kCells) == kFieldList[kCell].values);
+
 }  // namespace
+
+int64_t gates_of_codes(const int64_t* codes, int64_t count) {
+  if (count < 1 || codes[kCell] < 0 || codes[kCell] >= kFieldList[kCell].values) return 1;
+  constexpr int64_t kGates[] = {4, 3, 1};  // of each kind
+  return kGates[static_cast<int>(kCells[codes[kCell]])];
+}
 
 std::string decode_spec(const int64_t* codes, int64_t count, double eps, Recurrent& r) {
   if (count != kCodes)
@@ -27,12 +37,10 @@ std::string decode_spec(const int64_t* codes, int64_t count, double eps, Recurre
     if (codes[i] < 0 || codes[i] >= kFieldList[i].values)
       return std::string("the code of ") + kFieldList[i].name + " in spec must be in [0, " +
              std::to_string(kFieldList[i].values) + "), got " + std::to_string(codes[i]);
-  constexpr CellKind kCells[] = {CellKind::kLstm, CellKind::kGru, CellKind::kRnn, CellKind::kRnn};
-  constexpr int64_t kGates[] = {4, 3, 1, 1};
-  constexpr int64_t kRelu = 3;
+  constexpr int64_t kRelu = 3;  // of an RNN, and then of a GRU
   r.cell = kCells[codes[kCell]];
-  r.gates = kGates[codes[kCell]];
-  r.relu = codes[kCell] == kRelu;
+  r.gates = gates_of_codes(codes, count);
+  r.relu = codes[kCell] >= kRelu;
   r.norm = static_cast<NormKind>(codes[kKind]);
   r.inputs = static_cast<Inputs>(codes[kInputs]);
   r.scope = static_cast<Scope>(codes[kScope]);

@@ -11,4 +11,7 @@ namespace layernorm {
 // empty string.
 std::string decode_spec(const int64_t* codes, int64_t count, double eps, Recurrent& r);
 
+// The gates of the cell of such codes, which may be none that there are.
+int64_t gates_of_codes(const int64_t* codes, int64_t count);
+
 }  // namespace layernorm

@@ -121,7 +121,10 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
         parts.append(f"variant={self._variant_as_given!r}")
         if self.learn_initial_state:
             parts.append("learn_initial_state=True")
-        return ", ".join(part for part in (*parts, str(self.start)) if part)
+        parts.append(str(self.start))
+        if self.spec.nonlinearity != "tanh":
+            parts.append(f"nonlinearity={self.spec.nonlinearity!r}")
+        return ", ".join(part for part in parts if part)
 
 
 class LayerNormLSTMCell(LayerNormRNNCellBase, torch.nn.LSTMCell):  # type: ignore[misc]  # forward takes more
@@ -170,8 +173,8 @@ class LayerNormLSTMCell(LayerNormRNNCellBase, torch.nn.LSTMCell):  # type: ignor
 class LayerNormGRUCell(LayerNormRNNCellBase, torch.nn.GRUCell):  # type: ignore[misc]  # forward takes more
     """One step of ``LayerNormGRU``, drop-in for ``torch.nn.GRUCell``.
 
-    Arguments and errors are those of ``LayerNormLSTMCell``, with ``update_bias`` in ``forget_bias``'s place;
-    the state is one tensor h (N, H).
+    Arguments and errors are those of ``LayerNormLSTMCell``, with ``update_bias`` in ``forget_bias``'s place
+    and with the candidate's ``nonlinearity``, ``"tanh"`` or ``"relu"``; the state is one tensor h (N, H).
 
     Examples:
         >>> import torch, layernorm
@@ -181,6 +184,11 @@ class LayerNormGRUCell(LayerNormRNNCellBase, torch.nn.GRUCell):  # type: ignore[
     """
 
     _cell = "gru"
+
+    @property
+    def nonlinearity(self) -> Nonlinearity:
+        """``"tanh"`` or ``"relu"``, of the candidate."""
+        return self.spec.nonlinearity
 
 
 class LayerNormRNNCell(LayerNormRNNCellBase, torch.nn.RNNCell):  # type: ignore[misc]  # forward takes more
@@ -231,8 +239,3 @@ class LayerNormRNNCell(LayerNormRNNCellBase, torch.nn.RNNCell):  # type: ignore[
     def nonlinearity(self) -> Nonlinearity:  # type: ignore[override]  # it cannot be set
         """``"tanh"`` or ``"relu"``."""
         return self.spec.nonlinearity
-
-    def extra_repr(self) -> str:
-        """Show the sizes, what differs from the defaults, and the variant."""
-        extra = "" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity!r}"
-        return super().extra_repr() + extra

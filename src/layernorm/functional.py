@@ -303,6 +303,7 @@ def gru(
     weights: Mapping[str, Tensor],
     *,
     variant: str | Variant = "paper",
+    nonlinearity: str = "tanh",
     reverse: bool = False,
     batch_sizes: Sequence[int] | None = None,
     resets: Tensor | None = None,
@@ -312,6 +313,7 @@ def gru(
     """Run one layer and direction of a normalized GRU over a whole sequence (paper eq. 26-28).
 
     h' = (1 - z)·n + z·h, which is PyTorch's convention; the paper's has z and 1 - z the other way round.
+    ``nonlinearity`` is that of the candidate n, "tanh" or "relu".
     Arguments, results and errors are those of ``lstm``, with the state h (N, H) and the final h.
 
     Examples:
@@ -322,7 +324,7 @@ def gru(
         >>> weights = {name: torch.randn(shape) for name, shape in shapes.items()}
         >>> output, h = LF.gru(torch.randn(7, 2, 3), torch.zeros(2, 5), weights)
     """
-    spec = layer_spec("gru", variant)
+    spec = layer_spec("gru", variant, checks.nonlinearity(nonlinearity))
     output, (h,) = _sequence(
         spec,
         input,
@@ -429,6 +431,7 @@ def gru_gates(
     weights: Mapping[str, Tensor],
     *,
     variant: str | Variant = "paper",
+    nonlinearity: str = "tanh",
 ) -> Tensor:
     """Compute the part of a normalized GRU's step after its products (paper eq. 26-28).
 
@@ -441,6 +444,7 @@ def gru_gates(
         h: the state before (N, H), which also gets a gradient that does not pass ``hidden_gates``.
         weights: gains and biases by name, without the matrices; any bias may be left out.
         variant: a preset's name or a ``layernorm.Variant``.
+        nonlinearity: of the candidate, ``"tanh"`` or ``"relu"``.
 
     Returns:
         The new h (N, H).
@@ -460,7 +464,8 @@ def gru_gates(
         >>> h.shape
         torch.Size([2, 5])
     """
-    (h,) = _gates_step(layer_spec("gru", variant), input_gates, hidden_gates, h, weights)
+    spec = layer_spec("gru", variant, checks.nonlinearity(nonlinearity))
+    (h,) = _gates_step(spec, input_gates, hidden_gates, h, weights)
     return h
 
 

@@ -104,7 +104,7 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
     @property
     def mode(self) -> str:  # type: ignore[override]  # which is an attribute there
         """The name in ``torch.nn``: ``"LSTM"``, ``"GRU"``, ``"RNN_TANH"`` or ``"RNN_RELU"``."""
-        return self.spec.operation.upper()
+        return (self.spec.operation if self._cell == "rnn" else self._cell).upper()
 
     @property
     def all_weights(self) -> list[list[Tensor]]:  # type: ignore[override]  # of parameters there
@@ -349,7 +349,10 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
             parts.append("learn_initial_state=True")
         if self.recurrent_dropout is not None:
             parts.append(f"recurrent_dropout={self.recurrent_dropout}")
-        return ", ".join(part for part in (*parts, str(self.start)) if part)
+        parts.append(str(self.start))
+        if self.spec.nonlinearity != "tanh":
+            parts.append(f"nonlinearity={self.spec.nonlinearity!r}")
+        return ", ".join(part for part in parts if part)
 
 
 class LayerNormLSTM(LayerNormRNNBase, torch.nn.LSTM):  # type: ignore[misc]  # forward takes more
@@ -422,7 +425,8 @@ class LayerNormGRU(LayerNormRNNBase, torch.nn.GRU):  # type: ignore[misc]  # for
     (r, z) = LN(W_hh h) + LN(W_ih x) + bias over 2·hidden_size features,
     n = tanh(LN(W_ih x) + bias_n + σ(r)·(LN(W_hh h) + bias_hn)) over hidden_size features, and
     h' = (1 - z)·n + z·h: PyTorch's convention, where the paper's z is 1 - z. Other ``variant`` values
-    give the functions of other implementations; ``"none"`` is ``torch.nn.GRU``.
+    give the functions of other implementations; ``"none"`` is ``torch.nn.GRU``. ``nonlinearity`` is that of
+    n, ``"tanh"`` or ``"relu"``.
 
     Arguments, shapes and errors are those of ``LayerNormLSTM`` without ``proj_size``, and with
     ``update_bias``, of the gate that keeps the old state, in ``forget_bias``'s place; the state is one
@@ -454,6 +458,7 @@ class LayerNormGRU(LayerNormRNNBase, torch.nn.GRU):  # type: ignore[misc]  # for
         recompute: bool = False,
         proj_size: None = None,
         gain: bool = True,
+        nonlinearity: str = "tanh",
         learn_initial_state: bool = False,
         recurrent_dropout: RecurrentDropout | None = None,
         **start: Unpack[StartOptions],
@@ -467,11 +472,17 @@ class LayerNormGRU(LayerNormRNNBase, torch.nn.GRU):  # type: ignore[misc]  # for
             *options,
             variant=variant,
             recompute=recompute,
+            nonlinearity=checks.nonlinearity(nonlinearity),
             gain=gain,
             learn_initial_state=learn_initial_state,
             recurrent_dropout=recurrent_dropout,
             **start,
         )
+
+    @property
+    def nonlinearity(self) -> Nonlinearity:
+        """``"tanh"`` or ``"relu"``."""
+        return self.spec.nonlinearity
 
 
 class LayerNormRNN(LayerNormRNNBase, torch.nn.RNN):  # type: ignore[misc]  # forward takes more
@@ -535,8 +546,3 @@ class LayerNormRNN(LayerNormRNNBase, torch.nn.RNN):  # type: ignore[misc]  # for
     def nonlinearity(self) -> Nonlinearity:
         """``"tanh"`` or ``"relu"``."""
         return self.spec.nonlinearity
-
-    def extra_repr(self) -> str:
-        """Show the arguments that differ from the defaults, and the variant."""
-        extra = "" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity!r}"
-        return super().extra_repr() + extra

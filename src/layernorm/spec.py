@@ -36,7 +36,7 @@ from layernorm.variants import (
     resolve,
 )
 
-#: The nonlinearity of an RNN.
+#: The nonlinearity of an RNN, or of a GRU's candidate.
 Nonlinearity = Literal["tanh", "relu"]
 #: How W_ih x and W_hh h meet: each normalized by itself; added first; or added first but for a GRU's
 #: candidate, whose part of W_hh h is multiplied with the reset gate before it is added.
@@ -62,7 +62,7 @@ GATES_PARAMETERS: Final = PARAMETERS[3:]
 
 # What each of ``codes`` stands for, in order.
 _CODES: Final[Mapping[str, tuple[Any, ...]]] = {
-    "cell": ("lstm", "gru", "rnn_tanh", "rnn_relu"),
+    "cell": ("lstm", "gru", "rnn_tanh", "rnn_relu", "gru_relu"),
     "kind": get_args(Kind),
     "inputs": get_args(Inputs),
     "scope": get_args(Scope),
@@ -80,7 +80,7 @@ class LayerSpec:
     Args:
         cell: ``"lstm"``, ``"gru"`` or ``"rnn"``.
         variant: how it is normalized.
-        nonlinearity: of an RNN, ``"tanh"`` or ``"relu"``.
+        nonlinearity: of an RNN or a GRU's candidate, ``"tanh"`` or ``"relu"``.
 
     Attributes:
         gates: G, the gates of the cell.
@@ -110,6 +110,8 @@ class LayerSpec:
     codes: tuple[int, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.cell == "lstm" and self.nonlinearity != "tanh":
+            raise ValueError("nonlinearity is of an RNN or a GRU; an LSTM has 'tanh'")
         facts: dict[str, Any] = {
             "gates": GATES[self.cell],
             "groups": _groups(self.cell, self.variant),
@@ -134,7 +136,7 @@ class LayerSpec:
 
     @property
     def operation(self) -> str:
-        """The cell with an RNN's nonlinearity: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` or ``"rnn_relu"``."""
+        """The cell with its nonlinearity: lstm, gru, gru_relu, rnn_tanh or rnn_relu."""
         return _operation(self.cell, self.nonlinearity)
 
     @property
@@ -189,6 +191,8 @@ class LayerSpec:
     def is_for_gpus(self) -> bool:
         """Whether the kernels for GPUs compute it: the reference serves there otherwise."""
         variant = self.variant
+        if self.operation == "gru_relu":
+            return False
         return variant.inputs != "plain" and variant.cell_eps is None and variant.cell_clip is None
 
     @property
@@ -318,7 +322,7 @@ def _names(variant: Variant) -> tuple[str, ...]:
 
 
 def _operation(cell: Cell, nonlinearity: Nonlinearity) -> str:
-    return f"rnn_{nonlinearity}" if cell == "rnn" else cell
+    return f"{cell}_{nonlinearity}" if cell == "rnn" or nonlinearity == "relu" else cell
 
 
 def _encode(cell: Cell, variant: Variant, nonlinearity: Nonlinearity) -> tuple[int, ...]:

@@ -168,7 +168,7 @@ def test_parametrized_weights_start_too():
             ValueError,
             "recurrent_init must be 'uniform' or 'orthogonal', got 'orthogonl'",
         ),
-        (lambda: LayerNormRNN(3, H, gain=1), TypeError, "unexpected keyword argument 'gain'"),
+        (lambda: LayerNormRNN(3, H, gains=1), TypeError, "unexpected keyword argument 'gains'"),
         (
             lambda: LayerNormRNN(3, H).reset_parameters(gain=1),
             TypeError,

@@ -74,6 +74,34 @@ def test_fields_without_a_meaning_have_one_value():
     )
 
 
+def test_a_gru_may_have_a_relu():
+    weights = weights_of("gru", "none", F, H, needs_grad=False)
+    x, h = torch.randn(T, N, F).double(), torch.randn(N, H).double()
+    output, _ = LF.gru(x, h, weights, variant="none", nonlinearity="relu")
+    for x_t, actual in zip(x, output, strict=True):
+        a = x_t @ weights["weight_ih"].T + weights["bias_ih"]
+        b = h @ weights["weight_hh"].T + weights["bias_hh"]
+        r, z = torch.sigmoid(a[:, : 2 * H] + b[:, : 2 * H]).chunk(2, -1)
+        h = (1 - z) * torch.relu(a[:, 2 * H :] + r * b[:, 2 * H :]) + z * h
+        torch.testing.assert_close(actual, h, rtol=0, atol=1e-12)
+    gru = layernorm.LayerNormGRU(F, H, variant="none", nonlinearity="relu")
+    assert (gru.mode, gru.nonlinearity) == ("GRU", "relu")
+    assert repr(gru).endswith("nonlinearity='relu')")
+    assert "no GRU with a relu" in layernorm.convert(torch.nn.Sequential(gru), "torch.nn").left["0"]
+    cell = layernorm.LayerNormGRUCell(F, H, nonlinearity="relu")
+    assert "nonlinearity='relu'" in repr(cell)
+    gates, state = torch.randn(2, N, 3 * H), torch.randn(N, H)
+    vectors = {name: p.detach() for name, p in cell.named_parameters() if not name.startswith("weight")}
+    x_side, h_side = gates
+    expected = layernorm.reference.gates_step(
+        layer_spec("gru", "paper", "relu"), x_side, h_side, state, vectors
+    )
+    found = LF.gru_gates(x_side, h_side, state, vectors, nonlinearity="relu")
+    torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="nonlinearity is of an RNN or a GRU; an LSTM has 'tanh'"):
+        layernorm.LayerNormLSTM(F, H, nonlinearity="relu")
+
+
 @pytest.mark.parametrize("cell", ["gru", "rnn"])
 @pytest.mark.parametrize("fields", [{"inputs": "plain"}, {"cell_clip": 1.0}])
 def test_what_is_of_an_lstm_is_of_no_other_cell(cell, fields):

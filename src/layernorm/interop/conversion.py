@@ -154,6 +154,8 @@ def _to_torch(module: Module) -> Module | str | None:
         return None
     if (reason := _reason_to_leave(module, ours)) is not None:
         return reason
+    if module.spec.operation == "gru_relu":
+        return "torch.nn has no GRU with a relu"
     if module.learn_initial_state:
         return f"torch.nn has no {type(module).__name__} that learns its initial state"
     if module.variant.kind != "none":

@@ -132,17 +132,17 @@ def _gru_state(
     x: Tensor, hidden: Tensor, h: Tensor, weights: Weights, spec: LayerSpec, mask: Tensor | None = None
 ) -> State:
     """Take h' = (1 - z)·n + z·h, which is PyTorch's convention."""
-    size = h.size(-1)
+    size, f = h.size(-1), getattr(torch, spec.nonlinearity)
     if spec.products == "separate":
         hidden = _normalized(hidden, spec.groups, weights.get("gain_hh"), None, spec)
         x = _plus(x, weights.get("bias"))
         r, z = torch.sigmoid(x[..., : 2 * size] + hidden[..., : 2 * size]).chunk(2, -1)
         reset = r * _plus(hidden[..., 2 * size :], weights.get("bias_hn"))
-        n = torch.tanh(x[..., 2 * size :] + reset)
+        n = f(x[..., 2 * size :] + reset)
     elif spec.products == "summed":
         gates = _gates(x, hidden, weights, spec)
         r, z = torch.sigmoid(gates[..., : 2 * size]).chunk(2, -1)
-        n = torch.tanh(r * gates[..., 2 * size :])
+        n = f(r * gates[..., 2 * size :])
     else:
         (x_rz, x_n), (h_rz, h_n) = (a.split([2 * size, size], -1) for a in (x, hidden))
         (gain_rz, gain_n), (bias_rz, bias_n) = (
@@ -151,7 +151,7 @@ def _gru_state(
         )
         rz = _normalized(x_rz + h_rz, spec.groups[:-1], gain_rz, bias_rz, spec)
         r, z = torch.sigmoid(rz).chunk(2, -1)
-        n = torch.tanh(_normalized(x_n + r * h_n, spec.groups[-1:], gain_n, bias_n, spec))
+        n = f(_normalized(x_n + r * h_n, spec.groups[-1:], gain_n, bias_n, spec))
     return ((1 - z) * _masked(n, mask) + z * h,)
 
 
@@ -159,7 +159,7 @@ def _rnn_step(x: Tensor, state: State, masks: Masks, *, spec: LayerSpec, weights
     (h,) = state
     hidden = _product(_masked(h, masks.hidden), weights["weight_hh"], weights.get("bias_hh"))
     gates = _gates(x, hidden, weights, spec)
-    return (torch.tanh(gates) if spec.nonlinearity == "tanh" else torch.relu(gates),)
+    return (getattr(torch, spec.nonlinearity)(gates),)
 
 
 _STEPS: Final[Mapping[str, Callable[..., State]]] = {

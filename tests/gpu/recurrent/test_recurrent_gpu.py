@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -54,6 +56,8 @@ def small_chunks(monkeypatch) -> None:
 @of_cases(drawn_cases(1, 5000, SMALL))
 @pytest.mark.usefixtures("poisoned", "small_chunks")
 def test_values_and_gradients(case, kernel):
+    if case.cell == "gru":  # whose relu these do not have
+        case = dataclasses.replace(case, relu=False)
     alike(case, DTYPES[case.seed % 5 % 3], draws=1, kernel=kernel)
 
 
