@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 SHORT = {
@@ -19,20 +20,31 @@ SHORT = {
 }
 
 
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a file as a program in this process, where PyTorch has been imported; return what it prints."""
+
+    def run_path(path: Path, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        state = torch.get_rng_state()
+        runpy.run_path(str(path), run_name="__main__")
+        torch.set_rng_state(state)
+        return capsys.readouterr().out
+
+    return run_path
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
-def test_it_runs(path):
-    command = [sys.executable, str(path), *SHORT[path.stem]]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "LayerNorm" in result.stdout
+def test_it_runs(path, run):
+    assert "LayerNorm" in run(path, *SHORT[path.stem])
 
 
-def test_recognition_reads_ts_files(tmp_path):
+def test_recognition_reads_ts_files(tmp_path, run):
     series = ["0.5,1,2:3,4,5:1", "1,2:3,4:2", "0,0,0,1:1,1,1,2:1", "2,2:0,1:2"]
     for part in ("TRAIN", "TEST"):
         text = "#A note\n@problemName JapaneseVowels\n@data\n" + "\n".join(series)
         (tmp_path / f"JapaneseVowels_{part}.ts").write_text(text, "utf-8")
     path = next(path for path in EXAMPLES if path.stem == "recognition")
-    command = [sys.executable, str(path), "--data", str(tmp_path), "--epochs", "2", "--hidden", "8"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "4 training and 4 test sequences" in result.stdout
-    assert "the answers of the whole sequences are the same: True" in result.stdout
+    printed = run(path, "--data", str(tmp_path), "--epochs", "2", "--hidden", "8")
+    assert "4 training and 4 test sequences" in printed
+    assert "the answers of the whole sequences are the same: True" in printed

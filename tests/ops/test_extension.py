@@ -333,7 +333,7 @@ def test_a_layer_and_a_stream_by_the_c_interface(library, name):
     ("change", "message"),
     [
         ({"dtype": 9}, b"dtype is no layernorm_dtype"),
-        ({"spec_count": 2}, b"spec must have 6 codes, got 2"),
+        ({"spec_count": 2}, b"spec must have 8 codes, got 2"),
         ({"steps": 0}, b"Expected sequence length to be larger than 0"),
         ({"hidden_size": -8}, b"hidden_size must be positive"),
         ({"output_size": 7}, b"weight_hh must have hidden_size=8 columns"),

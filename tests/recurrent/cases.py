@@ -80,7 +80,6 @@ FUNCTIONS = [
     ("rnn", Variant(kind="rms", inputs="summed")),
     ("rnn", Variant(kind="none")),
     ("lstm", Variant(inputs="plain", cell="carried")),
-    ("lstm", Variant(kind="rms", cell_eps=0.1)),
 ]
 #: Those that kernels for GPUs compute.
 GPU_FUNCTIONS = [function for function in FUNCTIONS if layer_spec(*function).is_for_gpus]

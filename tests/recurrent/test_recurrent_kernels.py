@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
 CASES = drawn_cases(3, 1000)
 COUNT = len(GATES_FUNCTIONS)
-CELL_CASES = drawn_cases(3, 1500, functions=CELL_FUNCTIONS)
+CELL_CASES = drawn_cases(2, 1500, functions=CELL_FUNCTIONS)
 # Every public variant with its own eps.
 PRESET_CASES = [
     Case(*function, 2000 + i)

@@ -84,7 +84,8 @@ Layer layer(CellKind cell, Inputs inputs, Scope scope) {
   r.cell = cell;
   r.inputs = inputs;
   r.scope = scope;
-  r.eps = 1e-5;
+  r.centred = true;
+  r.eps = r.cell_eps = 1e-5;
   r.steps = 6, r.batch = 9, r.input_size = 11, r.hidden_size = r.output_size = 37;
   r.gates = cell == CellKind::kLstm ? 4 : cell == CellKind::kGru ? 3 : 1;
   const int64_t width = r.gates * r.hidden_size;

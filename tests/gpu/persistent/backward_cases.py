@@ -59,7 +59,7 @@ class Kept:
         x = x + torch.zeros_like(x, requires_grad=True)
         x.retain_grad()
 
-        def normalized(a, counts, gain, bias, spec):
+        def normalized(a, counts, gain, bias, spec, _eps=None):
             of_cell = gain is weights["gain_cell"]
             return self.normalized(a, counts, gain, bias, spec, of_cell=of_cell)
 

@@ -125,7 +125,7 @@ def scan(case, cell, *, grad=False):
     if spec.variant.inputs == "summed":
         weights["gain"] = weights.pop("gain_ih", torch.ones(()).double())
     weights.setdefault("gain_cell", torch.ones(()).double())
-    step = partial(reference._STEPS[spec.cell], weights=weights, spec=spec)
+    step = partial(reference._STEPS[spec.cell], masks=reference.Masks(), weights=weights, spec=spec)
     state = [case.tensors[name] for name in ("h0", "c0") if case.tensors[name] is not None]
     state = tuple(s.double().requires_grad_(grad) for s in state)
     x, resets, sizes = case.tensors["x"].double(), case.tensors["resets"], None
@@ -137,7 +137,7 @@ def scan(case, cell, *, grad=False):
         x = x.unflatten(0, (-1, len(case.lengths)))
         resets = resets if resets is None else resets.unflatten(0, (-1, len(case.lengths)))
 
-    def of_weights(x, state):
+    def of_weights(x, state, _masks):
         return cell(step, x, state, weights)
 
     output, final = reference._scan(of_weights, x, state, case.reverse, sizes, resets)
