@@ -74,7 +74,7 @@ def test_alone_and_in_any_batch(dtype, proj, place, monkeypatch):
     if place == "interpreted":
         rows = 19
         monkeypatch.setattr(settings, "product_tile", lambda *_: settings.ProductTile(16, 32, 32, 4, 3))
-    for cell, variant in GPU_FUNCTIONS[:1] if proj else GPU_FUNCTIONS[DTYPES.index(dtype) :: 6]:
+    for cell, variant in GPU_FUNCTIONS[:1] if proj else GPU_FUNCTIONS[DTYPES.index(dtype) :: 7]:
         layer = Layer(cell, variant, 5, 7, dtype, proj)
         x, state = torch.randn(2, rows, 5).to(dtype), layer.state(rows, dtype)
         seeds = seeds_like(layer, 2, rows, dtype)
