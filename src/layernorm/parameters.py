@@ -97,12 +97,12 @@ class RecurrentParameters(torch.nn.Module):
 
     @property
     def has_bias(self) -> bool:
-        """Whether there are biases."""
+        """Tell whether there are biases."""
         return self._has_bias
 
     @property
     def suffixes(self) -> list[str]:
-        """What the names of each layer and direction's parameters end with."""
+        """List what the names of each layer and direction's parameters end with."""
         return list(self._shapes)
 
     def reset_parameters(self, **start: Unpack[StartOptions]) -> None:

@@ -189,7 +189,7 @@ class LayerSpec:
 
     @property
     def is_for_gpus(self) -> bool:
-        """Whether the kernels for GPUs compute it: the reference serves there otherwise."""
+        """Tell whether the kernels for GPUs compute it: the reference serves there otherwise."""
         variant = self.variant
         if self.operation == "gru_relu":
             return False

@@ -134,7 +134,7 @@ class Variant:
 
     @property
     def normalizes_gates(self) -> bool:
-        """Whether there is a norm at the gates."""
+        """Tell whether there is a norm at the gates."""
         return self.kind != "none" and self.inputs != "plain"
 
 

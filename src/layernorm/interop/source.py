@@ -50,12 +50,12 @@ class Part:
 
     @property
     def has_gates(self) -> bool:
-        """Whether the tensor has a block for each gate."""
+        """Tell whether the tensor has a block for each gate."""
         return self.names[0] not in _NO_GATES
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the parameters are matrices."""
+        """Tell whether the parameters are matrices."""
         return self.names[0].startswith("weight")
 
 
