@@ -27,7 +27,7 @@ LAYERS = (
     ("parameters", "modules", "other_norms"),
     ("current_weights", "replace"),
     ("streaming",),
-    ("recurrent", "cells"),
+    ("recurrent", "cells", "parametrizations"),
     ("interop",),
     ("layernorm",),
     ("theory", "baselines", "machine", "info"),

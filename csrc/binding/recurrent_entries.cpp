@@ -102,7 +102,7 @@ struct HeldLayer {
     layer.spec = given.codes.data();
     layer.spec_count = static_cast<int64_t>(given.codes.size());
     layer.eps = given.eps;
-    is_lstm = given.codes[0] == 0;
+    is_lstm = gates_of(given.codes) == 4;
     read_sizes();
     read_input(packed);
     hold_weights();

@@ -106,14 +106,34 @@ LAYERNORM_INLINE Part<Accumulate<T>, k> rounded(const Part<Accumulate<T>, k>& a)
   return a;
 }
 
+// The nonlinearity of an RNN, of a candidate, and of an LSTM's cell.
+template <typename A, int k>
+LAYERNORM_INLINE Part<A, k> rectified(const Part<A, k>& a) {
+  return each<A, k>([&](int i) { return at_least(a.v[i], A{0}); });
+}
+template <typename A, int k>
+LAYERNORM_INLINE Part<A, k> nonlinear(const Recurrent& r, const Part<A, k>& a) {
+  return r.relu ? rectified(a) : tanh(a);
+}
+// A gradient before it, from its value.
+template <typename A, int k>
+LAYERNORM_INLINE Part<A, k> through_nonlinear(const Recurrent& r, const Part<A, k>& value,
+                                              const Part<A, k>& grad) {
+  if (!r.relu) return grad * one_minus_square(value);
+  return each<A, k>([&](int i) { return value.v[i] <= Vec<A>{} ? Vec<A>{} : grad.v[i]; });
+}
+
 // Input gate, forget gate, candidate and output gate, in the order of memory.
 template <bool kTwo, bool kNorm, typename A>
-LAYERNORM_INLINE auto lstm_gates(const Vectors<A>& v, const auto& row, int64_t size, int64_t i,
-                                 auto part) {
+LAYERNORM_INLINE auto lstm_gates(const Recurrent& r, const Vectors<A>& v, const auto& row,
+                                 int64_t i, auto part) {
   const auto gate = [&](int which) LAYERNORM_LAMBDA {
-    return gate_at<kTwo, kNorm>(v, row, which, size, i, part);
+    return gate_at<kTwo, kNorm>(v, row, which, r.hidden_size, i, part);
   };
-  return activation<4U>(join(gate(0), gate(1), gate(2), gate(3)));
+  const auto candidate = gate(2);
+  auto gates = activation<4U>(join(gate(0), gate(1), candidate, gate(3)));
+  if (r.relu) gates.above.v[2] = rectified(candidate).v[0], gates.below.v[2] = splat(A{1});
+  return gates;
 }
 
 // The cell within its bounds.
@@ -130,7 +150,7 @@ void lstm_cell(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowSte
   const bool normed = r.cell_norm != CellNorm::kNone;
   each_vector<A>(r.hidden_size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
     row.soon.fetch(4, i, part);
-    const auto gates = lstm_gates<kTwo, kNorm>(v, row, r.hidden_size, i, part);
+    const auto gates = lstm_gates<kTwo, kNorm>(r, v, row, i, part);
     const auto above = [&](int which) { return piece<1>(gates.above, which); };
     const auto below = [&](int which) { return piece<1>(gates.below, which); };
     const auto entering = above(2) / (below(0) * below(2));
@@ -142,10 +162,13 @@ void lstm_cell(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowSte
   });
 }
 
-// h = σ(o)·tanh(seen) at feature i.
-LAYERNORM_INLINE void put_hidden(const auto& row, const auto& seen, int64_t i, auto part) {
+// h = σ(o)·tanh(seen) at feature i, or with a relu.
+LAYERNORM_INLINE void put_hidden(const Recurrent& r, const auto& row, const auto& seen, int64_t i,
+                                 auto part) {
+  const auto below = load(row.below_out + i, part);
+  if (r.relu) return put(row.hidden + i, rectified(seen) / below, part);
   const auto shown = activation<~0U>(seen);
-  put(row.hidden + i, shown.above / (shown.below * load(row.below_out + i, part)), part);
+  put(row.hidden + i, shown.above / (shown.below * below), part);
 }
 
 // The cell's norm, and what is seen of it.
@@ -162,7 +185,7 @@ void lstm_output(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowS
       seen = rounded<T>(seen);
       put(row.c + i, seen, part);
     }
-    put_hidden(row, seen, i, part);
+    put_hidden(r, row, seen, i, part);
   });
 }
 
@@ -181,7 +204,7 @@ void lstm_steps(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowSt
   if (r.cell_norm == CellNorm::kNone) {
     for (int i = 0; i < count; ++i)
       each_block<A, 4>(r.hidden_size, [&](int64_t k, auto part) LAYERNORM_LAMBDA {
-        put_hidden(rows[i], load(rows[i].c + k, part), k, part);
+        put_hidden(r, rows[i], load(rows[i].c + k, part), k, part);
       });
     return;
   }
@@ -191,20 +214,6 @@ void lstm_steps(const Recurrent& r, const Vectors<Accumulate<T>>& v, const RowSt
   for (int i = 0; i < count; ++i) cells[i] = rows[i].cell;
   measure(r, r.cell_eps, cells, count, r.hidden_size, stats, rstd);
   for (int i = 0; i < count; ++i) lstm_output<T>(r, v, rows[i], stats[i]);
-}
-
-// What an RNN is, or a GRU's candidate.
-template <typename A, int k>
-LAYERNORM_INLINE Part<A, k> nonlinear(const Recurrent& r, const Part<A, k>& a) {
-  if (!r.relu) return tanh(a);
-  return each<A, k>([&](int i) { return at_least(a.v[i], A{0}); });
-}
-// A gradient before it, from its value.
-template <typename A, int k>
-LAYERNORM_INLINE Part<A, k> through_nonlinear(const Recurrent& r, const Part<A, k>& value,
-                                              const Part<A, k>& grad) {
-  if (!r.relu) return grad * one_minus_square(value);
-  return each<A, k>([&](int i) { return value.v[i] <= Vec<A>{} ? Vec<A>{} : grad.v[i]; });
 }
 
 // The gates of a GRU, and what the reset gate multiplies.

@@ -174,7 +174,7 @@ void lstm_backward(const Recurrent& r, const Vectors<Accumulate<T>>& v,
   A* const cell = row.cell;
   each_vector<A>(size, [&](int64_t i, auto part) LAYERNORM_LAMBDA {
     row.soon.fetch(4, i, part);
-    const auto all = lstm_gates<kTwo, false>(v, row, size, i, part).divided();
+    const auto all = lstm_gates<kTwo, false>(r, v, row, i, part).divided();
     const auto gate = [&](int which) { return piece<1>(all, which); };
 #pragma GCC unroll 4
     for (int which = 0; which < 4; ++which) put(gates + which * size + i, gate(which), part);
@@ -198,12 +198,12 @@ void lstm_backward(const Recurrent& r, const Vectors<Accumulate<T>>& v,
       seen = fma(n, load(v.gain_cell + i, part), load(v.bias_cell + i, part));
     }
     if (carried) seen = rounded<T>(seen);
-    const auto shown = tanh(seen);
+    const auto shown = nonlinear(r, seen);
     const auto output = load(gates + 3 * size + i, part);
     const auto grad = load(row.grad_hidden + i, part);
     if (row.hidden != nullptr) put(row.hidden + i, rounded<T>(output * shown), part);
     put(gates + 3 * size + i, grad * shown * output * one_minus(output), part);
-    auto d = grad * output * one_minus_square(shown);
+    auto d = through_nonlinear(r, shown, grad * output);
     if (carried || !normed) d = d + load(row.grad_c + i, part);
     if (normed) {
       add_product_to(at(sums.gain_cell, i), d, n, part);
@@ -235,7 +235,7 @@ void lstm_backward(const Recurrent& r, const Vectors<Accumulate<T>>& v,
     put(row.grad_c + i, d * forget, part);
     const auto of_input = d * candidate * input * one_minus(input);
     const auto of_forget = d * load(row.c_prev + i, part) * forget * one_minus(forget);
-    const auto of_candidate = d * input * one_minus_square(candidate);
+    const auto of_candidate = through_nonlinear(r, candidate, d * input);
     const auto of_output = gate(3);
     put(row.grad_x + i, of_input, part);
     put(row.grad_x + size + i, of_forget, part);

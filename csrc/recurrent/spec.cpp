@@ -13,12 +13,12 @@ struct Field {
   const char* name;
   int64_t values;
 };
-constexpr Field kFieldList[] = {{"cell", 5},  {"kind", 3},      {"inputs", 3},
+constexpr Field kFieldList[] = {{"cell", 6},  {"kind", 3},      {"inputs", 3},
                                 {"scope", 3}, {"cell_norm", 3}, {"projection_bias", 2}};
 static_assert(std::size(kFieldList) == kFields);
 
-constexpr CellKind kCells[] = {CellKind::kLstm, CellKind::kGru, CellKind::kRnn, CellKind::kRnn,
-                               CellKind::kGru};
+constexpr CellKind kCells[] = {CellKind::kLstm, CellKind::kGru, CellKind::kRnn,
+                               CellKind::kRnn,  CellKind::kGru, CellKind::kLstm};
 static_assert(std::size(kCells) == kFieldList[kCell].values);
 
 }  // namespace
@@ -37,7 +37,7 @@ std::string decode_spec(const int64_t* codes, int64_t count, double eps, Recurre
     if (codes[i] < 0 || codes[i] >= kFieldList[i].values)
       return std::string("the code of ") + kFieldList[i].name + " in spec must be in [0, " +
              std::to_string(kFieldList[i].values) + "), got " + std::to_string(codes[i]);
-  constexpr int64_t kRelu = 3;  // of an RNN, and then of a GRU
+  constexpr int64_t kRelu = 3;  // of an RNN, and then of the others
   r.cell = kCells[codes[kCell]];
   r.gates = gates_of_codes(codes, count);
   r.relu = codes[kCell] >= kRelu;

@@ -10,7 +10,6 @@ from torch import Tensor
 from layernorm import checks, functional, recurrent_checks
 from layernorm.initialization import StartOptions
 from layernorm.parameters import RecurrentParameters, State
-from layernorm.spec import Nonlinearity
 from layernorm.variants import Variant
 
 
@@ -26,7 +25,7 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
         dtype: Any = None,
         *,
         variant: str | Variant = "paper",
-        nonlinearity: Nonlinearity = "tanh",
+        nonlinearity: str = "tanh",
         gain: bool = True,
         learn_initial_state: bool = False,
         **start: Unpack[StartOptions],
@@ -34,7 +33,15 @@ class LayerNormRNNCellBase(RecurrentParameters, torch.nn.RNNCellBase):
         # torch.nn's cells take any truth value for bias.
         checks.cell_sizes(input_size, hidden_size)
         RecurrentParameters.__init__(
-            self, input_size, hidden_size, bool(bias), variant, nonlinearity, start, learn_initial_state, gain
+            self,
+            input_size,
+            hidden_size,
+            bool(bias),
+            variant,
+            checks.nonlinearity(nonlinearity),
+            start,
+            learn_initial_state,
+            gain,
         )
         self._register("", input_size, device, dtype)
         self._register_initial_state((), device, dtype)
@@ -138,6 +145,7 @@ class LayerNormLSTMCell(LayerNormRNNCellBase, torch.nn.LSTMCell):  # type: ignor
         dtype: of the parameters.
         variant: a name of ``layernorm.variants.PRESETS``, or a ``layernorm.Variant``.
         gain: whether norms have gains.
+        nonlinearity: of the candidate and of the cell, ``"tanh"`` or ``"relu"``.
         learn_initial_state: whether there are ``initial_h`` and ``initial_c`` (H), as of ``LayerNormLSTM``.
         gain_init, recurrent_init, forget_bias, t_max: how parameters start, as of ``LayerNormLSTM``.
 
@@ -173,8 +181,8 @@ class LayerNormLSTMCell(LayerNormRNNCellBase, torch.nn.LSTMCell):  # type: ignor
 class LayerNormGRUCell(LayerNormRNNCellBase, torch.nn.GRUCell):  # type: ignore[misc]  # forward takes more
     """One step of ``LayerNormGRU``, drop-in for ``torch.nn.GRUCell``.
 
-    Arguments and errors are those of ``LayerNormLSTMCell``, with ``update_bias`` in ``forget_bias``'s place
-    and with the candidate's ``nonlinearity``, ``"tanh"`` or ``"relu"``; the state is one tensor h (N, H).
+    Arguments and errors are those of ``LayerNormLSTMCell``, with ``update_bias`` in ``forget_bias``'s place;
+    ``nonlinearity`` is the candidate's, and the state is one tensor h (N, H).
 
     Examples:
         >>> import torch, layernorm
@@ -184,11 +192,6 @@ class LayerNormGRUCell(LayerNormRNNCellBase, torch.nn.GRUCell):  # type: ignore[
     """
 
     _cell = "gru"
-
-    @property
-    def nonlinearity(self) -> Nonlinearity:
-        """``"tanh"`` or ``"relu"``, of the candidate."""
-        return self.spec.nonlinearity
 
 
 class LayerNormRNNCell(LayerNormRNNCellBase, torch.nn.RNNCell):  # type: ignore[misc]  # forward takes more
@@ -220,7 +223,6 @@ class LayerNormRNNCell(LayerNormRNNCellBase, torch.nn.RNNCell):  # type: ignore[
         learn_initial_state: bool = False,
         **start: Unpack[StartOptions],
     ) -> None:
-        name = checks.nonlinearity(nonlinearity)
         LayerNormRNNCellBase.__init__(
             self,
             input_size,
@@ -229,13 +231,8 @@ class LayerNormRNNCell(LayerNormRNNCellBase, torch.nn.RNNCell):  # type: ignore[
             device,
             dtype,
             variant=variant,
-            nonlinearity=name,
+            nonlinearity=nonlinearity,
             gain=gain,
             learn_initial_state=learn_initial_state,
             **start,
         )
-
-    @property
-    def nonlinearity(self) -> Nonlinearity:  # type: ignore[override]  # it cannot be set
-        """``"tanh"`` or ``"relu"``."""
-        return self.spec.nonlinearity

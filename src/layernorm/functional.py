@@ -235,6 +235,7 @@ def lstm(
     weights: Mapping[str, Tensor],
     *,
     variant: str | Variant = "paper",
+    nonlinearity: str = "tanh",
     reverse: bool = False,
     batch_sizes: Sequence[int] | None = None,
     resets: Tensor | None = None,
@@ -250,6 +251,7 @@ def lstm(
         weights: by the names and shapes of ``layernorm.variants.parameter_shapes``; any bias may
             be left out.
         variant: a preset's name or a ``layernorm.Variant``.
+        nonlinearity: of the candidate and of the cell, ``"tanh"`` or ``"relu"``.
         reverse: run from the last step to the first; the outputs stay in the input's order.
         batch_sizes: the rows of each step, not increasing: ints, or a tensor as ``PackedSequence`` has it.
         resets: bool, or numbers that are 0 or 1, (T, N), or (ΣN_t,) with ``batch_sizes``, with or
@@ -282,7 +284,7 @@ def lstm(
         >>> output.shape
         torch.Size([7, 2, 5])
     """
-    spec = layer_spec("lstm", variant)
+    spec = layer_spec("lstm", variant, checks.nonlinearity(nonlinearity))
     output, (h, c) = _sequence(
         spec,
         input,
@@ -387,6 +389,7 @@ def lstm_gates(
     weights: Mapping[str, Tensor],
     *,
     variant: str | Variant = "paper",
+    nonlinearity: str = "tanh",
 ) -> tuple[Tensor, Tensor]:
     """Compute the part of a normalized LSTM's step after its products (paper eq. 20-22).
 
@@ -401,6 +404,7 @@ def lstm_gates(
         weights: gains and biases by the names and shapes of ``layernorm.variants.parameter_shapes``, without
             the matrices; any bias may be left out.
         variant: a preset's name or a ``layernorm.Variant``.
+        nonlinearity: of the candidate and of the cell, ``"tanh"`` or ``"relu"``.
 
     Returns:
         ``(h, c)``, each (N, H).
@@ -420,7 +424,8 @@ def lstm_gates(
         >>> h.shape
         torch.Size([2, 5])
     """
-    h, c = _gates_step(layer_spec("lstm", variant), input_gates, hidden_gates, c, weights)
+    spec = layer_spec("lstm", variant, checks.nonlinearity(nonlinearity))
+    h, c = _gates_step(spec, input_gates, hidden_gates, c, weights)
     return h, c
 
 
@@ -465,6 +470,8 @@ def gru_gates(
         torch.Size([2, 5])
     """
     spec = layer_spec("gru", variant, checks.nonlinearity(nonlinearity))
+    if not spec.variant.reset_after:
+        raise ValueError("gru_gates: with reset_after=False W_hn (r·h) comes after the reset gate")
     (h,) = _gates_step(spec, input_gates, hidden_gates, h, weights)
     return h
 
@@ -548,7 +555,8 @@ def recurrent_layer(
             reset_state, rest = rest[:count], rest[count:]
         weights = dict(zip(weights, rest, strict=True))
     # Where a call's own arguments decide, the compiled kernels look at them themselves.
-    if state[0].size(-1) and masks is None and backends.compiled_module() is not None:
+    is_for_kernels = masks is None and bool(spec.codes)
+    if state[0].size(-1) and is_for_kernels and backends.compiled_module() is not None:
         found = ops.recurrent_layer_natively(
             spec, input, state, weights, reverse, batch_sizes, resets, recompute, reset_state
         )
@@ -556,7 +564,7 @@ def recurrent_layer(
             return found  # type: ignore[no-any-return]
     others = (*state, *weights.values()) if reset_state is None else (*state, *reset_state, *weights.values())
     kernel = backends.recurrent_kernel_for(spec.cell, input, others)
-    by_kernel = masks is None and (kernel == "native" or (reset_state is None and spec.is_for_gpus))
+    by_kernel = is_for_kernels and (kernel == "native" or (reset_state is None and spec.is_for_gpus))
     if kernel in backends.OPERATORS and by_kernel and state[0].size(-1):  # none has no kernel
         return ops.recurrent_layer(
             spec, input, state, weights, reverse, batch_sizes, resets, recompute, reset_state

@@ -68,6 +68,11 @@ class RecurrentParameters(torch.nn.Module):
         """How the module is normalized."""
         return self.spec.variant
 
+    @property
+    def nonlinearity(self) -> Nonlinearity:
+        """``"tanh"`` or ``"relu"``."""
+        return self.spec.nonlinearity
+
     def _register(self, suffix: str, input_size: int, device: Any, dtype: Any) -> None:
         shapes = self.spec.parameter_shapes(
             input_size,

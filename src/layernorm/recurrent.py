@@ -23,7 +23,6 @@ from layernorm.initialization import StartOptions
 from layernorm.parameters import RecurrentParameters, State
 from layernorm.pytorch_internals import is_any_autocast_enabled, module_apply, replicate_module
 from layernorm.regularization import RecurrentDropout
-from layernorm.spec import Nonlinearity
 from layernorm.streaming import Stream
 from layernorm.variants import Variant
 
@@ -57,7 +56,7 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
         *,
         variant: str | Variant = "paper",
         recompute: bool = False,
-        nonlinearity: Nonlinearity = "tanh",
+        nonlinearity: str = "tanh",
         gain: bool = True,
         learn_initial_state: bool = False,
         recurrent_dropout: RecurrentDropout | None = None,
@@ -65,7 +64,15 @@ class LayerNormRNNBase(RecurrentParameters, torch.nn.RNNBase):
     ) -> None:
         checks.recurrent_sizes(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
         RecurrentParameters.__init__(
-            self, input_size, hidden_size, bias, variant, nonlinearity, start, learn_initial_state, gain
+            self,
+            input_size,
+            hidden_size,
+            bias,
+            variant,
+            checks.nonlinearity(nonlinearity),
+            start,
+            learn_initial_state,
+            gain,
         )
         self.bias = bias
         self.num_layers = num_layers
@@ -383,6 +390,7 @@ class LayerNormLSTM(LayerNormRNNBase, torch.nn.LSTM):  # type: ignore[misc]  # f
         t_max: the longest time, in steps, over which the gates remember at first, in place of
             ``forget_bias``: see ``layernorm.initialization.Start``.
         gain: whether norms have gains.
+        nonlinearity: of the candidate and of the cell, ``"tanh"`` or ``"relu"``, in both places as in Keras.
         learn_initial_state: whether the state that a sequence starts from where none is given, and where
             ``resets`` say without a ``reset_state``, is learned: the parameters ``initial_h`` and
             ``initial_c``, (num_layers·D, P) and (num_layers·D, H), which are zeros at first.
@@ -472,17 +480,12 @@ class LayerNormGRU(LayerNormRNNBase, torch.nn.GRU):  # type: ignore[misc]  # for
             *options,
             variant=variant,
             recompute=recompute,
-            nonlinearity=checks.nonlinearity(nonlinearity),
+            nonlinearity=nonlinearity,
             gain=gain,
             learn_initial_state=learn_initial_state,
             recurrent_dropout=recurrent_dropout,
             **start,
         )
-
-    @property
-    def nonlinearity(self) -> Nonlinearity:
-        """``"tanh"`` or ``"relu"``."""
-        return self.spec.nonlinearity
 
 
 class LayerNormRNN(LayerNormRNNBase, torch.nn.RNN):  # type: ignore[misc]  # forward takes more
@@ -528,21 +531,15 @@ class LayerNormRNN(LayerNormRNNBase, torch.nn.RNN):  # type: ignore[misc]  # for
         checks.no_projection(proj_size)
         sizes = (input_size, hidden_size, num_layers)
         options: tuple[Any, ...] = (bias, batch_first, dropout, bidirectional, 0, device, dtype)
-        name = checks.nonlinearity(nonlinearity)
         LayerNormRNNBase.__init__(
             self,
             *sizes,
             *options,
             variant=variant,
             recompute=recompute,
-            nonlinearity=name,
+            nonlinearity=nonlinearity,
             gain=gain,
             learn_initial_state=learn_initial_state,
             recurrent_dropout=recurrent_dropout,
             **start,
         )
-
-    @property
-    def nonlinearity(self) -> Nonlinearity:
-        """``"tanh"`` or ``"relu"``."""
-        return self.spec.nonlinearity

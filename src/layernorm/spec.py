@@ -36,7 +36,7 @@ from layernorm.variants import (
     resolve,
 )
 
-#: The nonlinearity of an RNN, or of a GRU's candidate.
+#: The nonlinearity of an RNN, of a GRU's candidate, and of an LSTM's candidate and cell.
 Nonlinearity = Literal["tanh", "relu"]
 #: How W_ih x and W_hh h meet: each normalized by itself; added first; or added first but for a GRU's
 #: candidate, whose part of W_hh h is multiplied with the reset gate before it is added.
@@ -62,7 +62,7 @@ GATES_PARAMETERS: Final = PARAMETERS[3:]
 
 # What each of ``codes`` stands for, in order.
 _CODES: Final[Mapping[str, tuple[Any, ...]]] = {
-    "cell": ("lstm", "gru", "rnn_tanh", "rnn_relu", "gru_relu"),
+    "cell": ("lstm", "gru", "rnn_tanh", "rnn_relu", "gru_relu", "lstm_relu"),
     "kind": get_args(Kind),
     "inputs": get_args(Inputs),
     "scope": get_args(Scope),
@@ -71,6 +71,8 @@ _CODES: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 # Those that follow are the bits of numbers.
 _NUMBERS: Final = ("cell_eps", "cell_clip")
+# What descriptions have too, where it is not the usual.
+_OTHERS: Final = (*_NUMBERS, "reset_after")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class LayerSpec:
     Args:
         cell: ``"lstm"``, ``"gru"`` or ``"rnn"``.
         variant: how it is normalized.
-        nonlinearity: of an RNN or a GRU's candidate, ``"tanh"`` or ``"relu"``.
+        nonlinearity: of an RNN, of a candidate and of an LSTM's cell, ``"tanh"`` or ``"relu"``.
 
     Attributes:
         gates: G, the gates of the cell.
@@ -88,7 +90,8 @@ class LayerSpec:
         products: how W_ih x and W_hh h meet: ``"separate"``, ``"summed"`` or ``"late"``.
         normalizes_cell: whether an LSTM's cell is normalized.
         names: the name of each of ``PARAMETERS`` in this variant, whether or not a layer has it.
-        codes: the numbers by which the operators know this description, without eps.
+        codes: the numbers by which the operators know this description, without eps; empty where they do
+            not compute it and the reference does: ``reset_after=False``.
 
     Examples:
         >>> from layernorm.spec import LayerSpec
@@ -110,8 +113,6 @@ class LayerSpec:
     codes: tuple[int, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.cell == "lstm" and self.nonlinearity != "tanh":
-            raise ValueError("nonlinearity is of an RNN or a GRU; an LSTM has 'tanh'")
         facts: dict[str, Any] = {
             "gates": GATES[self.cell],
             "groups": _groups(self.cell, self.variant),
@@ -122,6 +123,11 @@ class LayerSpec:
         }
         for name, fact in facts.items():
             object.__setattr__(self, name, fact)
+        if self.cell != "gru" and not self.variant.reset_after:
+            raise ValueError(
+                "Variant: reset_after is of a GRU, which has a reset gate; this is of "
+                f"{self.cell.upper()}: {self.variant}"
+            )
         if self.cell != "lstm" and not self._is_for_any_cell:
             raise ValueError(
                 "Variant: inputs='plain' and cell_clip are of an LSTM, which has a cell; this is of "
@@ -136,14 +142,17 @@ class LayerSpec:
 
     @property
     def operation(self) -> str:
-        """The cell with its nonlinearity: lstm, gru, gru_relu, rnn_tanh or rnn_relu."""
+        """The cell with its nonlinearity: lstm, lstm_relu, gru, gru_relu, rnn_tanh or rnn_relu."""
         return _operation(self.cell, self.nonlinearity)
 
     @property
     def description(self) -> dict[str, Any]:
         """Describe what the layer computes in plain values, as checkpoints keep it."""
-        numbers = {name: getattr(self.variant, name) for name in _NUMBERS}
-        given = {name: value for name, value in numbers.items() if value is not None}
+        given = {
+            name: value
+            for name in _OTHERS
+            if (value := getattr(self.variant, name)) != getattr(Variant, name)
+        }
         return {**_values(self.cell, self.variant, self.nonlinearity), "eps": self.eps, **given}
 
     @classmethod
@@ -161,7 +170,7 @@ class LayerSpec:
             True
         """
         fields = dict(description)
-        unknown = sorted(fields.keys() - {*_CODES, *_NUMBERS, "eps"})
+        unknown = sorted(fields.keys() - {*_CODES, *_OTHERS, "eps"})
         operation = fields.pop("cell", None)
         if unknown or operation not in _CODES["cell"]:
             raise ValueError(
@@ -191,7 +200,7 @@ class LayerSpec:
     def is_for_gpus(self) -> bool:
         """Tell whether the kernels for GPUs compute it: the reference serves there otherwise."""
         variant = self.variant
-        if self.operation == "gru_relu":
+        if not self.codes or self.operation in ("lstm_relu", "gru_relu"):
             return False
         return variant.inputs != "plain" and variant.cell_eps is None and variant.cell_clip is None
 
@@ -310,8 +319,8 @@ def _groups(cell: Cell, variant: Variant) -> tuple[int, ...]:
 
 def _products(cell: Cell, variant: Variant) -> Products:
     if not variant.normalizes_gates:  # nothing tells the products apart but a GRU's candidate
-        return "separate" if cell == "gru" else "summed"
-    if cell == "gru" and variant.inputs == "summed" and variant.scope != "all":
+        return "separate" if cell == "gru" and variant.reset_after else "summed"
+    if cell == "gru" and variant.reset_after and variant.inputs == "summed" and variant.scope != "all":
         return "late"
     return "summed" if variant.inputs == "summed" else "separate"
 
@@ -326,6 +335,8 @@ def _operation(cell: Cell, nonlinearity: Nonlinearity) -> str:
 
 
 def _encode(cell: Cell, variant: Variant, nonlinearity: Nonlinearity) -> tuple[int, ...]:
+    if not variant.reset_after:
+        return ()
     values = _values(cell, variant, nonlinearity)
     numbers = (getattr(variant, name) for name in _NUMBERS)
     return (

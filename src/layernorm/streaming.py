@@ -136,7 +136,8 @@ class Stream:
             weights = [w for layer in layers for w in layer.values()]
             spec = self._module.spec
             kernel = backends.recurrent_kernel_for(spec.cell, h, weights)
-            self.kernel = kernel if kernel == "native" or spec.is_for_gpus else "reference"
+            is_computed = bool(spec.codes) and (kernel == "native" or spec.is_for_gpus)
+            self.kernel = kernel if is_computed else "reference"
             if self.kernel == "native":
                 self._take_step = self._compiled(layers)
             else:

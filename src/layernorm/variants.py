@@ -39,6 +39,10 @@ summed, scope matrix or gate     n = tanh(N(a_n + r·b_n)·gain_n + bias_n)
 summed, scope all                n = tanh(r·(N(a + b)_n·gain_n + bias_n))
 ===============================  =======================================================================
 
+With ``reset_after=False`` r comes before the product, as in Cho et al. 2014 and Keras: b_n = W_hn (r·h), and
+n = tanh(N(a)_n·gain_ih_n + N(b)_n·gain_hh_n + bias_n), or tanh(N(a + b)_n·gain_n + bias_n) where inputs are
+summed. It has no kernel but the reference.
+
 With ``projection_bias`` a = W_ih x + bias_ih and b = W_hh h + bias_hh: biases inside the norm.
 """
 
@@ -73,10 +77,11 @@ class Variant:
         eps: added to the variance (layer) or to the mean square (RMS); finite, not negative.
         cell_eps: likewise for the cell's norm; None for ``eps``.
         cell_clip: the largest magnitude of an LSTM's cell; None for any. With ``kind="none"`` too.
+        reset_after: whether a GRU's reset gate comes after the product with W_hn. With ``kind="none"`` too.
 
     Raises:
         ValueError: a field has a value it does not know, or fields do not go together.
-        TypeError: ``projection_bias`` is not a bool, or an eps or ``cell_clip`` not a number.
+        TypeError: ``projection_bias`` or ``reset_after`` is not a bool; an eps or ``cell_clip`` not a number.
 
     Examples:
         >>> from layernorm import Variant
@@ -92,6 +97,7 @@ class Variant:
     eps: float = 1e-5
     cell_eps: float | None = None
     cell_clip: float | None = None
+    reset_after: bool = True
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
@@ -100,10 +106,10 @@ class Variant:
                 raise ValueError(
                     f"Variant: {field} must be one of {', '.join(map(repr, choices))}; got {value!r}"
                 )
-        if not isinstance(self.projection_bias, bool):
-            raise TypeError(
-                f"Variant: projection_bias must be a bool, got {type(self.projection_bias).__name__}"
-            )
+        for field in ("projection_bias", "reset_after"):
+            value = getattr(self, field)
+            if not isinstance(value, bool):
+                raise TypeError(f"Variant: {field} must be a bool, got {type(value).__name__}")
         for field in ("eps", "cell_eps", "cell_clip"):
             value = getattr(self, field)
             if value is None and field != "eps":
@@ -121,6 +127,11 @@ class Variant:
         fixed = {"none": _UNNORMALIZED}.get(self.kind, _PLAIN if self.inputs == "plain" else {})
         for field, value in fixed.items():
             object.__setattr__(self, field, value)
+        if self.scope == "all" and not self.reset_after:
+            raise ValueError(
+                "Variant: scope='all' has statistics of r, z and n together, and with reset_after=False n "
+                "follows from r; use scope='matrix' or 'gate'"
+            )
         if self.cell == "none" or self.cell_eps == self.eps:
             object.__setattr__(self, "cell_eps", None)
 
@@ -312,7 +323,7 @@ def parameter_shapes(
     if variant.normalizes_gates:
         gains = ("gain_ih", "gain_hh") if variant.inputs == "separate" else ("gain",)
         names |= dict.fromkeys((*gains, "bias"), (width,))
-        if cell == "gru" and variant.inputs == "separate":
+        if cell == "gru" and variant.inputs == "separate" and variant.reset_after:
             names["bias_hn"] = (hidden_size,)
     if cell == "lstm" and variant.cell != "none":
         names |= {"gain_cell": (hidden_size,), "bias_cell": (hidden_size,)}

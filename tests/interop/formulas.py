@@ -338,6 +338,14 @@ def keras_gru(w, x, h):
     return (z * h + (1 - z) * np.tanh(xn + sigmoid(xr + hr) * hn),)
 
 
+@formula("keras-reset-before", "gru", keras_shapes(3, (3 * H,)))
+def keras_reset_before(w, x, h):
+    x_z, x_r, x_n = split(x @ w["kernel"] + w["bias"], 3)
+    w_z, w_r, w_n = split(w["recurrent_kernel"], 3)
+    z, r = sigmoid(x_z + h @ w_z), sigmoid(x_r + h @ w_r)
+    return (z * h + (1 - z) * np.tanh(x_n + (r * h) @ w_n),)
+
+
 @formula("keras", "rnn", keras_shapes(1, (H,)))
 def keras_rnn(w, x, h):
     return (np.tanh(x @ w["kernel"] + w["bias"] + h @ w["recurrent_kernel"]),)
@@ -378,6 +386,17 @@ def tf1_lstm(w, x, h, c):
     i, j, f, o = map(norm, split(cat(x, h) @ w["kernel"], 4), TF1_GATES)
     c = norm(c * sigmoid(f + 1.0) + sigmoid(i) * np.tanh(j), "state")
     return np.tanh(c) * sigmoid(o), c
+
+
+@formula(
+    "tf1",
+    "gru",
+    {"gates/kernel": (F + H, 2 * H), "gates/bias": (2 * H,)}
+    | {"candidate/kernel": (F + H, H), "candidate/bias": (H,)},
+)
+def tf1_gru(w, x, h):
+    r, u = split(sigmoid(cat(x, h) @ w["gates/kernel"] + w["gates/bias"]), 2)
+    return (u * h + (1 - u) * np.tanh(cat(x, r * h) @ w["candidate/kernel"] + w["candidate/bias"]),)
 
 
 @formula(

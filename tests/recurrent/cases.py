@@ -63,6 +63,17 @@ CELL_FUNCTIONS = [
     ("lstm", Variant(kind="rms", cell="carried", eps=0.1, cell_eps=0.0, cell_clip=0.5)),
     ("lstm", Variant(kind="none", cell_clip=0.4)),
 ]
+#: GRUs that the reference alone computes.
+RESET_BEFORE = [
+    ("gru", Variant(kind=kind, inputs=inputs, scope=scope, projection_bias=bias, reset_after=False))
+    for kind, inputs, scope, bias in (
+        ("none", "separate", "matrix", True),
+        ("layer", "separate", "matrix", False),
+        ("rms", "separate", "gate", True),
+        ("layer", "summed", "gate", False),
+        ("rms", "summed", "matrix", True),
+    )
+]
 ALL_FUNCTIONS = GATES_FUNCTIONS + CELL_FUNCTIONS
 #: Some of all, in which every value of every field occurs.
 FUNCTIONS = [

@@ -104,7 +104,7 @@ def of_cases(cases):
 def network(case: Case, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return a case's module, and the tensors of which its input and state are made."""
     torch.manual_seed(case.seed)
-    options = {"nonlinearity": "relu" if case.relu else "tanh"} if case.cell != "lstm" else {}
+    options = {"nonlinearity": "relu" if case.relu else "tanh"}
     if case.cell == "lstm" and case.proj and case.hidden > 1:
         options["proj_size"] = case.hidden // 2
     module = made(
@@ -241,6 +241,6 @@ def alike(case: Case, dtype: torch.dtype, draws: int = 2, kernel: str = "native"
         for i, (a, e) in enumerate(zip(itertools.chain(*other), expected, strict=True)):
             allowed[i] += largest(a.double() - e) / (1 if a.dtype == dtype else draws)
     # A half precision turns single units of a relu on or off: gradients differ.
-    count = 2 if case.relu and case.cell != "lstm" and dtype in HALVES else len(expected)
+    count = 2 if case.relu and dtype in HALVES else len(expected)
     for i, (a, e) in enumerate(zip(found[:count], expected[:count], strict=True)):
         assert largest(a.double() - e) <= 8 * allowed[i], i

@@ -21,6 +21,7 @@ from layernorm.variants import PRESETS
 from tests.recurrent import cases
 from tests.recurrent.cases import (
     ALL_FUNCTIONS,
+    RESET_BEFORE,
     SEQUENCES,
     as_function,
     flat,
@@ -151,7 +152,7 @@ def test_parameter_names():
     assert [n for n, _ in icefall.named_parameters()] == expected
 
 
-@of_functions(ALL_FUNCTIONS)
+@of_functions([*ALL_FUNCTIONS, *RESET_BEFORE])
 def test_derivatives_of_both_orders(cell, variant):
     weights = weights_of(cell, variant)
     x = torch.randn(2, 2, cases.F, dtype=torch.float64, requires_grad=True)

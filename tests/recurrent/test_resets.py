@@ -17,6 +17,7 @@ from tests.recurrent import cases
 from tests.recurrent.cases import (
     ALL_FUNCTIONS,
     CELLS,
+    RESET_BEFORE,
     SEQUENCES,
     F,
     H,
@@ -265,7 +266,7 @@ def test_derivatives_of_both_orders(cell, variant, reverse, packed):
 
 
 @with_and_without
-@of_functions([*ALL_FUNCTIONS, *VARIANTS])
+@of_functions([*ALL_FUNCTIONS, *RESET_BEFORE, *VARIANTS])
 def test_a_sequence_is_its_cell_step_by_step(cell, variant, resets):
     sequence = made(cell, variant)
     single = CELLS[cell](F, H, dtype=torch.float64, variant=variant)

@@ -43,6 +43,7 @@ def test_rms_is_layer_norm_without_the_mean():
         ({"scope": None}, ValueError, "scope must be one of .* got None"),
         ({"cell": "input"}, ValueError, "cell must be one of"),
         ({"projection_bias": 1}, TypeError, "projection_bias must be a bool, got int"),
+        ({"reset_after": 0}, TypeError, "reset_after must be a bool, got int"),
         ({"eps": -1e-5}, ValueError, "eps must be finite and not negative, got -1e-05"),
         ({"eps": float("nan")}, ValueError, "eps must be finite"),
         ({"eps": "1e-5"}, TypeError, "eps must be a float, got str"),
@@ -98,8 +99,61 @@ def test_a_gru_may_have_a_relu():
     )
     found = LF.gru_gates(x_side, h_side, state, vectors, nonlinearity="relu")
     torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="nonlinearity is of an RNN or a GRU; an LSTM has 'tanh'"):
-        layernorm.LayerNormLSTM(F, H, nonlinearity="relu")
+
+
+def test_an_lstm_may_have_a_relu():
+    weights = weights_of("lstm", "none", F, H, needs_grad=False)
+    x, h, c = torch.randn(T, N, F).double(), torch.randn(N, H).double(), torch.randn(N, H).double()
+    output, _ = LF.lstm(x, (h, c), weights, variant="none", nonlinearity="relu")
+    for x_t, actual in zip(x, output, strict=True):
+        a = x_t @ weights["weight_ih"].T + weights["bias_ih"] + h @ weights["weight_hh"].T
+        i, f, g, o = (a + weights["bias_hh"]).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.relu(g)
+        h = torch.sigmoid(o) * torch.relu(c)
+        torch.testing.assert_close(actual, h, rtol=0, atol=1e-12)
+    lstm = layernorm.LayerNormLSTM(F, H, variant="none", nonlinearity="relu")
+    assert (lstm.mode, lstm.nonlinearity) == ("LSTM", "relu")
+    assert "no LSTM with a relu" in layernorm.convert(torch.nn.Sequential(lstm), "torch.nn").left["0"]
+    cell = layernorm.LayerNormLSTMCell(F, H, nonlinearity="relu")
+    assert "nonlinearity='relu'" in repr(cell)
+    (x_side, h_side), state = torch.randn(2, N, 4 * H), torch.randn(N, H)
+    vectors = {name: p.detach() for name, p in cell.named_parameters() if not name.startswith("weight")}
+    spec = layer_spec("lstm", "paper", "relu")
+    expected = layernorm.reference.gates_step(spec, x_side, h_side, state, vectors)
+    found = LF.lstm_gates(x_side, h_side, state, vectors, nonlinearity="relu")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_reset_gate_may_come_before_the_product():
+    variant = Variant(kind="none", reset_after=False)
+    weights = weights_of("gru", variant, F, H, needs_grad=False)
+    x, h = torch.randn(T, N, F).double(), torch.randn(N, H).double()
+    start = h
+    output, _ = LF.gru(x, h, weights, variant=variant)
+    for x_t, actual in zip(x, output, strict=True):
+        a = x_t @ weights["weight_ih"].T + weights["bias_ih"] + weights["bias_hh"]
+        of_h = weights["weight_hh"]
+        r, z = torch.sigmoid(a[:, : 2 * H] + h @ of_h[: 2 * H].T).chunk(2, -1)
+        h = (1 - z) * torch.tanh(a[:, 2 * H :] + (r * h) @ of_h[2 * H :].T) + z * h
+        torch.testing.assert_close(actual, h, rtol=0, atol=1e-12)
+    gru = layernorm.LayerNormGRU(F, H, variant=variant, dtype=torch.float64)
+    gru.load_state_dict({f"{name}_l0": weight for name, weight in weights.items()}, strict=False)
+    stream = gru.stream(N, start.unsqueeze(0))
+    assert stream.kernel == "reference"
+    torch.testing.assert_close(torch.stack([stream.step(x_t) for x_t in x]), output, rtol=0, atol=1e-12)
+    assert "comes before the product" in layernorm.convert(torch.nn.Sequential(gru), "torch.nn").left["0"]
+    twin = layernorm.LayerNormGRU(F, H, variant=variant)
+    twin.load_state_dict(gru.state_dict())
+    with pytest.raises(ValueError, match="comes after the reset gate"):
+        LF.gru_gates(a, a, h, {}, variant=variant)
+
+
+def test_a_reset_before_is_of_a_gru_whose_candidate_has_its_own_norm():
+    with pytest.raises(ValueError, match="reset_after is of a GRU, which has a reset gate; this is of LSTM"):
+        layer_spec("lstm", Variant(reset_after=False))
+    with pytest.raises(ValueError, match="use scope='matrix' or 'gate'"):
+        Variant(scope="all", reset_after=False)
+    assert "bias_hn" not in parameter_shapes("gru", Variant(reset_after=False), F, H)
 
 
 @pytest.mark.parametrize("cell", ["gru", "rnn"])

@@ -154,8 +154,10 @@ def _to_torch(module: Module) -> Module | str | None:
         return None
     if (reason := _reason_to_leave(module, ours)) is not None:
         return reason
-    if module.spec.operation == "gru_relu":
-        return "torch.nn has no GRU with a relu"
+    if module.spec.operation in ("lstm_relu", "gru_relu"):
+        return f"torch.nn has no {module.spec.cell.upper()} with a relu"
+    if not module.variant.reset_after:
+        return "torch.nn has no GRU whose reset gate comes before the product"
     if module.learn_initial_state:
         return f"torch.nn has no {type(module).__name__} that learns its initial state"
     if module.variant.kind != "none":

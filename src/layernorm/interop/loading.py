@@ -65,7 +65,7 @@ def load(
         eps: the source's eps, where it is not the one of ``describe(source)``. A module tells it by itself.
         cell_clip: the largest magnitude of an LSTM's cell, where it is not the one of ``describe(source)``;
             infinity for none.
-        nonlinearity: of an RNN or a GRU's candidate, ``"tanh"`` or ``"relu"``; a module tells it by itself.
+        nonlinearity: ``"tanh"`` or ``"relu"``, Keras's ``activation``; a module tells it by itself.
         batch_first: whether the sequence module takes (N, T, F); None for what the given module does.
         constants: numbers that the source adds to a gate at run time, such as ``forget_bias=1.0``, where they
             are not those of ``describe(source)``. A module tells them by itself.
@@ -99,9 +99,11 @@ def load(
         for tensors, sizes in zip(found.layers, found.sizes, strict=True)
     ]
     bias = any(name.startswith("bias") for ours in read_out for name in ours)
-    options: dict[str, Any] = {"bias": bias, "variant": name_of(found.source.cell, variant)}
-    if found.source.cell != "lstm":
-        options["nonlinearity"] = nonlinearity or getattr(module, "nonlinearity", "tanh")
+    options: dict[str, Any] = {
+        "bias": bias,
+        "variant": name_of(found.source.cell, variant),
+        "nonlinearity": nonlinearity or getattr(module, "nonlinearity", "tanh"),
+    }
     sizes = found.sizes[0]
     is_projected = sizes.output != sizes.hidden  # which no cell is
     is_sequence = (not found.layout.is_cell or is_projected) if sequence is None else sequence

@@ -114,16 +114,19 @@ def _lstm_state(
     x: Tensor, hidden: Tensor, c: Tensor, weights: Weights, spec: LayerSpec, mask: Tensor | None = None
 ) -> State:
     i, f, g, o = _gates(x, hidden, weights, spec).chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * _masked(torch.tanh(g), mask)
+    nonlinear = getattr(torch, spec.nonlinearity)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * _masked(nonlinear(g), mask)
     if spec.variant.cell_clip is not None:
         c = c.clamp(-spec.variant.cell_clip, spec.variant.cell_clip)
     normalized = _normalized_cell(c, weights, spec) if spec.normalizes_cell else c
     carried = normalized if spec.variant.cell == "carried" else c
-    return torch.sigmoid(o) * torch.tanh(normalized), carried
+    return torch.sigmoid(o) * nonlinear(normalized), carried
 
 
 def _gru_step(x: Tensor, state: State, masks: Masks, *, spec: LayerSpec, weights: Weights) -> State:
     (h,) = state
+    if not spec.variant.reset_after:
+        return _reset_before(x, h, masks, spec, weights)
     hidden = _product(_masked(h, masks.hidden), weights["weight_hh"], weights.get("bias_hh"))
     return _gru_state(x, hidden, h, weights, spec, masks.candidate)
 
@@ -132,17 +135,17 @@ def _gru_state(
     x: Tensor, hidden: Tensor, h: Tensor, weights: Weights, spec: LayerSpec, mask: Tensor | None = None
 ) -> State:
     """Take h' = (1 - z)·n + z·h, which is PyTorch's convention."""
-    size, f = h.size(-1), getattr(torch, spec.nonlinearity)
+    size, nonlinear = h.size(-1), getattr(torch, spec.nonlinearity)
     if spec.products == "separate":
         hidden = _normalized(hidden, spec.groups, weights.get("gain_hh"), None, spec)
         x = _plus(x, weights.get("bias"))
         r, z = torch.sigmoid(x[..., : 2 * size] + hidden[..., : 2 * size]).chunk(2, -1)
         reset = r * _plus(hidden[..., 2 * size :], weights.get("bias_hn"))
-        n = f(x[..., 2 * size :] + reset)
+        n = nonlinear(x[..., 2 * size :] + reset)
     elif spec.products == "summed":
         gates = _gates(x, hidden, weights, spec)
         r, z = torch.sigmoid(gates[..., : 2 * size]).chunk(2, -1)
-        n = f(r * gates[..., 2 * size :])
+        n = nonlinear(r * gates[..., 2 * size :])
     else:
         (x_rz, x_n), (h_rz, h_n) = (a.split([2 * size, size], -1) for a in (x, hidden))
         (gain_rz, gain_n), (bias_rz, bias_n) = (
@@ -151,8 +154,26 @@ def _gru_state(
         )
         rz = _normalized(x_rz + h_rz, spec.groups[:-1], gain_rz, bias_rz, spec)
         r, z = torch.sigmoid(rz).chunk(2, -1)
-        n = f(_normalized(x_n + r * h_n, spec.groups[-1:], gain_n, bias_n, spec))
+        n = nonlinear(_normalized(x_n + r * h_n, spec.groups[-1:], gain_n, bias_n, spec))
     return ((1 - z) * _masked(n, mask) + z * h,)
+
+
+def _reset_before(x: Tensor, h: Tensor, masks: Masks, spec: LayerSpec, weights: Weights) -> State:
+    """Take a GRU's step whose reset gate meets h before the product (Cho et al. 2014)."""
+    size = h.size(-1)
+    is_separate = spec.variant.inputs == "separate"
+
+    def gates(h: Tensor, groups: Sequence[int], of: slice) -> Tensor:
+        part = {name: weight[of] for name, weight in weights.items() if name != "weight_ih"}
+        b = _product(_masked(h, masks.hidden), part["weight_hh"], part.get("bias_hh"))
+        a, bias = x[..., of], part.get("bias")
+        if is_separate:
+            return _plus(a + _normalized(b, groups, part.get("gain_hh"), None, spec), bias)
+        return _normalized(a + b, groups, part.get("gain"), bias, spec)
+
+    r, z = torch.sigmoid(gates(h, spec.groups[:-1], slice(2 * size))).chunk(2, -1)
+    n = getattr(torch, spec.nonlinearity)(gates(r * h, spec.groups[-1:], slice(2 * size, None)))
+    return ((1 - z) * _masked(n, masks.candidate) + z * h,)
 
 
 def _rnn_step(x: Tensor, state: State, masks: Masks, *, spec: LayerSpec, weights: Weights) -> State:

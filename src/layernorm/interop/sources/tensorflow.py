@@ -10,6 +10,7 @@ from layernorm.interop.source import Constant, Layout, Part, Source
 from layernorm.variants import PRESETS, Cell, Variant
 
 _LINGVO = Variant(inputs="summed", scope="gate", cell="none", eps=1e-8, cell_clip=10.0)
+_RESET_BEFORE = Variant(kind="none", reset_after=False)
 _LINGVO_GATES = {"i_i": "g", "i_g": "i", "f_g": "f", "o_g": "o"}
 _BIDIRECTIONAL = Layout("{direction}/{key}", ("forward", "backward"))
 
@@ -46,9 +47,8 @@ SOURCES: Final[Mapping[str, Mapping[Cell, Source]]] = {
             cell="gru",
             origin="keras-team/keras, keras/src/layers/rnn/gru.py, GRU and GRUCell with reset_after=True",
             formula="z, r, n as in torch.nn: n = tanh(x·kernel + b + r·(h·recurrent_kernel + b')); "
-            "h' = z·h + (1 - z)·n\nWith reset_after=False the function is another, which this "
-            "package does not "
-            "have; without a bias the weights do not tell.",
+            "h' = z·h + (1 - z)·n\nWith reset_after=False the function is that of "
+            "keras-reset-before; without a bias the weights do not tell.",
             variant=PRESETS["none"]["gru"],
             order="zrn",
             keys={**_matrices(), "bias": Part(("bias_ih", "bias_hh"), stacked=True, optional=True)},
@@ -60,6 +60,19 @@ SOURCES: Final[Mapping[str, Mapping[Cell, Source]]] = {
             formula="h' = tanh(x·kernel + h·recurrent_kernel + bias)",
             variant=PRESETS["none"]["rnn"],
             order="h",
+            keys={**_matrices(), "bias": Part("bias_ih", optional=True)},
+            layouts=(Layout(), _BIDIRECTIONAL),
+        ),
+    },
+    "keras-reset-before": {
+        "gru": Source(
+            cell="gru",
+            origin="keras-team/keras, keras/src/layers/rnn/gru.py, GRU and GRUCell with reset_after=False, "
+            "which was the default of Keras 1 and 2 and of TensorFlow 1's tf.keras",
+            formula="z, r = σ(x·kernel + h·recurrent_kernel + bias); "
+            "n = tanh(x·kernel + (r·h)·recurrent_kernel + bias); h' = z·h + (1 - z)·n",
+            variant=_RESET_BEFORE,
+            order="zrn",
             keys={**_matrices(), "bias": Part("bias_ih", optional=True)},
             layouts=(Layout(), _BIDIRECTIONAL),
         ),
@@ -115,7 +128,23 @@ SOURCES: Final[Mapping[str, Mapping[Cell, Source]]] = {
                 **_norms(state=("gain_cell", "bias_cell")),
             },
             constants={"forget_bias": Constant("f", 1.0)},
-        )
+        ),
+        "gru": Source(
+            cell="gru",
+            origin="tensorflow/tensorflow 1, tensorflow/python/ops/rnn_cell_impl.py, GRUCell",
+            formula="r, u = σ([x, h]·gates/kernel + gates/bias); "
+            "c = tanh([x, r·h]·candidate/kernel + candidate/bias); h' = u·h + (1 - u)·c",
+            variant=_RESET_BEFORE,
+            order="rzn",
+            keys={
+                f"{name}/{end}": part
+                for name, gates in (("gates", "rz"), ("candidate", "n"))
+                for end, part in (
+                    ("kernel", Part(("weight_ih", "weight_hh"), gates=gates, transposed=True)),
+                    ("bias", Part("bias_ih", gates=gates)),
+                )
+            },
+        ),
     },
     "supercell": {
         "lstm": Source(
