@@ -11,7 +11,7 @@ CSRC := $(wildcard csrc/*/*.*)
 CPP := $(CSRC) $(wildcard src/layernorm/gpu/persistent/*.cu*) $(wildcard tests/*/*.cpp tests/gpu/persistent/emulator/*)
 NATIVE_SOURCES := CMakeLists.txt $(CSRC)
 
-.PHONY: install demo test sanitize gpu wheel lint format docs clean
+.PHONY: install demo test persistent sanitize gpu wheel lint format docs clean
 
 install: $(INSTALLED)
 
@@ -41,6 +41,11 @@ demo: $(PACKAGE)
 # OPTIONS are pytest's: `make test OPTIONS=--cov` reports coverage.
 test: install
 	$(BIN)/python -m pytest -n auto $(OPTIONS)
+
+# The frozen kernels' own tests, which others run only where a file of theirs has changed.
+persistent: install
+	LAYERNORM_TEST_PERSISTENT=1 $(BIN)/python -m pytest -n auto tests/gpu/persistent
+	$(BIN)/python -m tests.gpu.persistent.passed
 
 # The recurrent kernels, and loops, by several threads under ThreadSanitizer, which wants addresses that are not
 # random; then the tests of the compiled kernels under AddressSanitizer and
