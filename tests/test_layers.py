@@ -40,7 +40,7 @@ LAYERS = (
     ("experiments.run",),
     ("experiments.results",),
     ("experiments.report",),
-    ("experiments.classification",),
+    ("experiments.classification", "experiments.own_task"),
     ("experiments.tasks",),
     ("experiments.studies",),
     ("experiments.commands",),
@@ -61,8 +61,12 @@ def modules():
 
 
 def imports(path, known):
-    """The modules of the package that a file imports anywhere, by name."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    """The modules of the package that a file imports anywhere, by name, but for those of types alone."""
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (inside(alias.name, known) for alias in node.names if is_ours(alias.name))
         elif isinstance(node, ast.ImportFrom) and is_ours(node.module or ""):

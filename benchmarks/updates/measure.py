@@ -110,7 +110,9 @@ def _subject(point: Point, norm: str, problem: Problem) -> Subject:
 
     preset = registry.find(point.task).presets[point.preset]
     # There is no checkpoint in the null device, and none is written unless it is asked for.
-    trainer = Trainer(problem, Run(norm, point.batch, 0), preset, checkpoint=Path(os.devnull))
+    trainer = Trainer(
+        problem, Run(norm, point.batch, preset.learning_rates[0], 0), preset, checkpoint=Path(os.devnull)
+    )
     batches = _batches(trainer)
     cases = next(batches)
 

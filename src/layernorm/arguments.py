@@ -98,6 +98,22 @@ def positives(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
 
 
+def seeds(text: str) -> tuple[int, ...]:
+    """Convert text to whole numbers of at least 0 separated by commas, each once."""
+    return tuple(dict.fromkeys(at_least_0(part) for part in text.split(",")))
+
+
+def rates(text: str) -> tuple[float, ...]:
+    """Convert text to numbers greater than 0 separated by commas, each once.
+
+    Examples:
+        >>> from layernorm.arguments import rates
+        >>> rates("3e-4,0.001")
+        (0.0003, 0.001)
+    """
+    return tuple(dict.fromkeys(number(0.0, above=True)(part) for part in text.split(",")))
+
+
 def number(least: float, above: bool = False) -> Callable[[str], float]:
     """Return the type of an argument that is a finite number of at least ``least``, or greater than it.
 

@@ -26,7 +26,7 @@ from tests.benchmarks.cases import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALLEST = updates.Point("digits-rows", "small", 4)
+SMALLEST = updates.Point("digits-rows", "small", 32)
 measured_here = partial(measured, updates.measure, [SMALLEST], list(updates.PEERS))
 
 
@@ -61,7 +61,7 @@ def test_the_points_are_the_presets_batch_sizes():
         "sequential-mnist small batch 64",
         "sequential-mnist paper batch 100",
         "digits-rows small batch 128",
-        "digits-rows small batch 4",
+        "digits-rows small batch 32",
     ]  # the sizes of "digits-rows" are the same
 
 
@@ -85,12 +85,12 @@ def test_both_make_updates_on_the_same_cases_in_each_round(monkeypatch):
     # How many updates a sample takes is each one's own; the check, the calibration and the rounds are not.
     batches = {norm: list(dict.fromkeys(cases)) for norm, cases in seen.items()}
     assert batches["layer"] == batches["none"]
-    assert [len(batch) for batch in batches["layer"]] == [4] * 6
-    assert len({case for batch in batches["layer"] for case in batch}) == 24
+    assert [len(batch) for batch in batches["layer"]] == [32] * 6
+    assert len({case for batch in batches["layer"] for case in batch}) == 192
 
 
 def test_batches_begin_again_after_an_epoch():
-    trainer = SimpleNamespace(run=Run("none", 3, 0), per_epoch=2, order=lambda epoch: torch.arange(8))
+    trainer = SimpleNamespace(run=Run("none", 3, 1e-3, 0), per_epoch=2, order=lambda epoch: torch.arange(8))
     batches = updates._batches(trainer)
     assert [next(batches).tolist() for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
 
@@ -124,7 +124,7 @@ def test_a_task_without_data_is_listed_and_the_others_are_measured(
         (task, batch, peer, status)
         for task, batch, status in (
             ("digits-rows", "128", "measured"),
-            ("digits-rows", "4", "measured"),
+            ("digits-rows", "32", "measured"),
             ("draw", "128", "no data"),
         )
         for peer in updates.PEERS

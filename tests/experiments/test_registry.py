@@ -64,7 +64,8 @@ def test_a_task_of_another_package_is_compared_and_reported(mine, install, tmp_p
     install(("mine", "their_package:TASK", "their-package"))
     assert registry.names() == (*registry.TASKS, "mine")
     assert registry.find("mine") is mine
-    few = ["--norms", "none", "--batch-sizes", "256", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]
+    few = ["--norms", "none", "--batch-sizes", "256", "--epochs", "1", "--seeds", "1"]
+    few += ["--learning-rates", "0.001", "--out", str(tmp_path)]
     assert main(["compare", "mine", *few]) == 0
     assert main(["report", str(tmp_path)]) == 0
     assert mine.title in (tmp_path / "report.html").read_text("utf-8")

@@ -2,11 +2,12 @@
 
 They are plain PyTorch and run on any device. RMS norm is ``layernorm.RMSNorm``, and ``variant="rms"`` of the
 recurrent layers. Weight norm is ``torch.nn.utils.parametrizations.weight_norm``; its data-dependent
-initialization is here.
+initialization is here. ``Norm`` makes norms by name, and ``swap_norms`` puts one in the place of batch norm.
 """
 
 from layernorm.baselines.batch_norm import BatchNorm
 from layernorm.baselines.batch_norm_lstm import BatchNormLSTM
+from layernorm.baselines.named import Norm, swap_norms
 from layernorm.baselines.weight_norm import start_weight_norm
 
-__all__ = ["BatchNorm", "BatchNormLSTM", "start_weight_norm"]
+__all__ = ["BatchNorm", "BatchNormLSTM", "Norm", "start_weight_norm", "swap_norms"]

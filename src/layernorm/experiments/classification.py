@@ -12,17 +12,20 @@ from torch.nn import functional as F
 
 from layernorm.experiments.task import Batch, Loss, Metric, Problem
 
+VALIDATION_ERROR: Final = Metric("validation_error", "validation error (%)", log=True)
+VALIDATION_LOSS: Final = Metric("validation_loss", "validation loss", form="{:.3g}", log=True)
 TEST_ERROR: Final = Metric("test_error", "test error (%)", log=True)
-TEST_LOSS: Final = Metric("test_loss", "test loss", form="{:.3g}", log=True)
-METRICS: Final = (TEST_ERROR, TEST_LOSS)
+METRICS: Final = (VALIDATION_ERROR, VALIDATION_LOSS, TEST_ERROR)
 
 
 @dataclass
 class Data:
-    """Training and test cases: inputs (cases, ...) and classes (cases)."""
+    """Training, validation and test cases: inputs (cases, ...) and classes (cases)."""
 
     train_inputs: Tensor
     train_targets: Tensor
+    valid_inputs: Tensor
+    valid_targets: Tensor
     test_inputs: Tensor
     test_targets: Tensor
 
@@ -55,12 +58,18 @@ class Classification(Problem):
         return Loss(total, len(batch.cases))
 
     def evaluate(self, network: nn.Module) -> Mapping[str, float]:
-        """Return mean cross-entropy and percentage of errors over the test cases."""
-        inputs, targets = self._data.test_inputs, self._data.test_targets
+        """Return cross-entropy and percentage of errors over validation cases, and errors over test cases."""
+        data = self._data
+        error, loss = self._measured(network, data.valid_inputs, data.valid_targets)
+        test_error, _ = self._measured(network, data.test_inputs, data.test_targets)
+        return {VALIDATION_ERROR.name: error, VALIDATION_LOSS.name: loss, TEST_ERROR.name: test_error}
+
+    def _measured(self, network: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
+        """Return the percentage of errors, and the mean cross-entropy."""
         loss, errors = 0.0, 0
         for start in range(0, len(inputs), self._at_once):
             part = slice(start, start + self._at_once)
             logits = network(inputs[part])
             loss += F.cross_entropy(logits, targets[part], reduction="sum").item()
             errors += int((logits.argmax(-1) != targets[part]).sum())
-        return {TEST_ERROR.name: 100.0 * errors / len(inputs), TEST_LOSS.name: loss / len(inputs)}
+        return 100.0 * errors / len(inputs), loss / len(inputs)

@@ -8,16 +8,24 @@ by an entry point of the group ``layernorm.tasks`` whose object is a ``Task`` of
     my-task = "my_package.my_module:TASK"
 
 A name of this package's own cannot be taken by another. Nothing is imported before it is asked for by name.
+
+A task may also be in a file, ``path/to/file.py:TASK``, or in a module, ``package.module:TASK``; after a file
+``:TASK`` may be left out. ``given`` adds a task that a program has made.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Mapping
+import runpy
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from layernorm.experiments.errors import ExperimentError
+from layernorm.experiments.errors import ExperimentError, reason
 
 if TYPE_CHECKING:
     from layernorm.experiments.task import Study, Task
@@ -42,18 +50,41 @@ TASKS: Final[Mapping[str, str]] = {
 STUDIES: Final = ("theory", "dynamics", "online")
 
 
+_given: Final[dict[str, Task]] = {}
+
+
+@contextmanager
+def given(task: Task) -> Iterator[None]:
+    """Let a task of the running program be found by its name within the block."""
+    before = _given.get(task.name)
+    _given[task.name] = task
+    try:
+        yield
+    finally:
+        _given.pop(task.name)
+        if before is not None:
+            _given[task.name] = before
+
+
 def find(name: str) -> Task:
     """Return the task of this name.
 
     Raises:
         ExperimentError: there is none, or another package's cannot be loaded.
     """
+    if name in _given:
+        return _given[name]
     if name in TASKS:
         task: Task = importlib.import_module(_module("tasks", name)).TASK
         return task
     found = _of_others(name)
+    if not found and (":" in name or name.endswith(".py")):
+        return _from_place(name)
     if not found:
-        raise ExperimentError(f"unknown task {name!r}; expected one of {', '.join(names())}")
+        raise ExperimentError(
+            f"unknown task {name!r}; expected one of {', '.join(names())}, a file, my_task.py, or a module, "
+            "my_package.my_module:TASK"
+        )
     if len(found) > 1:
         packages = ", ".join(map(_package, found))
         raise ExperimentError(f"the task {name!r} is in several packages, {packages}; keep one of them")
@@ -96,6 +127,51 @@ def _loaded(entry: EntryPoint) -> Task:
         raise ExperimentError(f"{where} must be a layernorm.experiments.task.Task, got {type(task).__name__}")
     if task.name != entry.name:
         raise ExperimentError(f"{where} calls itself {task.name!r}; both names must be the same")
+    return task
+
+
+def place_of(name: str) -> str:
+    """Return the name under which a task is found from any folder: of a file its whole path."""
+    path, attribute = _parts(name)
+    return f"{Path(path).resolve()}:{attribute}" if path.endswith(".py") else name
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Return file or module, and the name in it."""
+    if name.endswith(".py"):
+        return name, "TASK"
+    path, _, attribute = name.rpartition(":")
+    return path, attribute
+
+
+@functools.cache
+def _from_place(name: str) -> Task:
+    """Return the task of a file or a module."""
+    from layernorm.experiments.task import Task
+
+    path, attribute = _parts(name)
+    try:
+        if path.endswith(".py"):
+            if not Path(path).is_file():
+                raise ExperimentError(f"there is no file {path}")
+            sys.path.insert(0, str(Path(path).resolve().parent))  # as Python does for a script
+            try:
+                found = runpy.run_path(path)
+            finally:
+                sys.path.pop(0)
+            task = found.get(attribute)
+            there = attribute in found
+        else:
+            module = importlib.import_module(path)
+            task, there = getattr(module, attribute, None), hasattr(module, attribute)
+    except ExperimentError:
+        raise
+    except Exception as error:  # whatever the file raises
+        raise ExperimentError(f"{path} cannot be loaded: {type(error).__name__}: {reason(error)}") from error
+    if not there:
+        raise ExperimentError(f"{path} has no {attribute}; it should say {attribute} = layernorm.task(…)")
+    if not isinstance(task, Task):
+        raise ExperimentError(f"{name} must be what layernorm.task(…) returns, got {type(task).__name__}")
     return task
 
 

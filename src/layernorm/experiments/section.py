@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-#: Whether what was measured is what the paper claims.
-Verdict: TypeAlias = Literal["agrees", "partly", "differs", "not run"]
+#: Whether what was measured is what the paper claims; see ``results.judging``.
+Verdict: TypeAlias = Literal["agrees", "partly", "differs", "cannot tell", "not converged", "not run"]
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,9 @@ class Preset:
         epochs: passes over the training cases.
         batch_sizes: cases per update.
         norms: what is compared.
-        seeds: repetitions.
-        learning_rate: the greatest of the schedule.
+        seeds: of the repetitions.
+        learning_rates: the greatest of the schedule; of several every norm has its own best, by the
+            validation cases.
         optimizer: Adam with PyTorch's other defaults, SGD with momentum 0.9, or RMSprop.
         schedule: of the learning rate: constant, or down to 0 as half a cosine or a line.
         warmup: updates over which the learning rate first rises from 0.
@@ -69,8 +70,8 @@ class Preset:
     epochs: int
     batch_sizes: tuple[int, ...]
     norms: tuple[str, ...]
-    seeds: int = 1
-    learning_rate: float = 1e-3
+    seeds: tuple[int, ...] = (0,)
+    learning_rates: tuple[float, ...] = (1e-3,)
     optimizer: Optimizer = "adam"
     schedule: Schedule = "constant"
     warmup: int = 0
@@ -167,11 +168,14 @@ class Task:
         section: of the paper, as "§6.6, figure 6".
         summary: one sentence: data, network, optimizer.
         problem: makes the problem; its keyword arguments are a preset's ``sizes``.
-        metrics: what is measured on the cases held out; the first decides who is better.
+        metrics: what is measured on the cases held out; the first decides on the learning rate and on when
+            a run is as good as another, so it is of validation cases where there are such.
         norms: what the network can be normalized with; the first is the baseline.
         presets: by name, "small" and "paper".
         judge: the cards of the results (the columns of ``results.csv``).
         tables: further tables of the results, such as the paper's own numbers.
+        reported: the one of ``metrics`` that tells how good a trained network is, by the test cases; the
+            first where None.
     """
 
     name: str
@@ -184,6 +188,12 @@ class Task:
     presets: Mapping[str, Preset]
     judge: Callable[[pd.DataFrame], Sequence[Card]]
     tables: Callable[[pd.DataFrame], Sequence[Table]] = lambda results: ()
+    reported: Metric | None = None
+
+    @property
+    def final(self) -> Metric:
+        """The metric of a trained network."""
+        return self.reported or self.metrics[0]
 
 
 @dataclass(frozen=True)

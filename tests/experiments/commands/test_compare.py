@@ -22,7 +22,6 @@ import torch
 from rich.console import Console
 
 from layernorm.cli import main
-from layernorm.experiments.classification import TEST_ERROR
 from layernorm.experiments.commands import compare as compare_module
 from layernorm.experiments.commands.compare import Comparison, compare
 from layernorm.experiments.networks import feedforward
@@ -39,7 +38,7 @@ FILES = {"config.json", "results.csv", "results.parquet", "curves.png", "curves.
 
 
 def small(out: Path, **changes) -> Comparison:
-    preset = Preset(epochs=2, batch_sizes=(128, 64), norms=("none", "layer"), seeds=2)
+    preset = Preset(epochs=2, batch_sizes=(128, 64), norms=("none", "layer"), seeds=(0, 1))
     return Comparison("digits", dataclasses.replace(preset, **changes), out)
 
 
@@ -53,7 +52,7 @@ def test_it_writes_the_table_the_curves_and_the_report(tmp_path):
     assert len(table) == 2 * 2 * 2 * 9
     assert set(table.norm) == {"none", "layer"}
     for batch_size, rows in table.groupby("batch_size"):
-        assert rows["update"].max() == 2 * (1347 // batch_size)
+        assert rows["update"].max() == 2 * (1097 // batch_size)
         assert rows.epoch.max() == 2
     assert table.test_error.between(0, 100).all()
     config = json.loads((tmp_path / "config.json").read_text())
@@ -65,16 +64,18 @@ def test_it_writes_the_table_the_curves_and_the_report(tmp_path):
     page = path.read_text()
     text = console.file.getvalue()
     assert f"Report: {path}" in text
-    assert "best test error (%)" in text
-    summary = results_table.summarize(pd.read_csv(tmp_path / "results.csv"), ("none", "layer"), TEST_ERROR)
-    for row in results_table.cells(summary, TEST_ERROR):
-        assert row["best"] in page
-        assert row["best"] in text
+    assert "test error (%)" in text
+    task = find("digits")
+    summary = results_table.summarize(pd.read_csv(tmp_path / "results.csv"), ("none", "layer"), task)
+    for row in results_table.cells(summary, task):
+        for name in ("final", "difference"):
+            assert row[name] in page
+            assert row[name] in text
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_finished_runs_are_not_repeated_and_more_seeds_can_be_added(tmp_path):
-    compare(small(tmp_path, seeds=1), silent())
+    compare(small(tmp_path, seeds=(0,)), silent())
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*.csv")}
     console = silent()
     compare(small(tmp_path), console)
@@ -87,12 +88,45 @@ def test_finished_runs_are_not_repeated_and_more_seeds_can_be_added(tmp_path):
     }
 
 
+def test_rates_and_seeds_are_those_asked_for_and_more_can_be_added(tmp_path, capsys):
+    few = [
+        "compare",
+        "digits",
+        "--norms",
+        "none",
+        "--batch-sizes",
+        "256",
+        "--epochs",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main([*few, "--seed-list", "7,3", "--learning-rates", "0.01,3e-05"]) == 0
+    names = {path.stem for path in (tmp_path / "runs").glob("*.csv")}
+    assert names == {f"none-batch256-rate{rate}-seed{seed}" for rate in ("0.01", "3e-05") for seed in (3, 7)}
+    table = records(tmp_path)
+    assert set(zip(table.learning_rate, table.seed, strict=True)) == {
+        (r, s) for r in (0.01, 3e-05) for s in (3, 7)
+    }
+    assert "0.01" in capsys.readouterr().out
+    assert main([*few, "--seeds", "1", "--learning-rates", "0.1"]) == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["seeds"], config["learning_rates"]) == ([0, 3, 7], [3e-05, 0.01, 0.1])
+    assert "--learning-rates 3e-05,0.01,0.1 --" in config["command"] or config["command"].endswith(
+        "3e-05,0.01,0.1"
+    )
+    assert "--seed-list 0,3,7" in config["command"]
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "Learning rates" in page
+
+
 ARGUMENTS = ("compare", "digits", "--norms", "none,layer", "--batch-sizes", "4", "--epochs", "3")
+ONE = ("--seeds", "1", "--learning-rates", "0.001")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def command(out: Path) -> list[str]:
-    return [sys.executable, "-m", "layernorm", *ARGUMENTS, "--seeds", "1", "--out", str(out)]
+    return [sys.executable, "-m", "layernorm", *ARGUMENTS, *ONE, "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +142,7 @@ def test_an_interrupted_command_goes_on_when_given_again(tmp_path, signum, undis
     process = subprocess.Popen(
         command(out), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    first = out / "runs/none-batch4-seed0.csv"
+    first = out / "runs/none-batch4-rate0.001-seed0.csv"
     deadline = time.monotonic() + 120
     while not first.is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -121,12 +155,14 @@ def test_an_interrupted_command_goes_on_when_given_again(tmp_path, signum, undis
         assert errors == (
             "layernorm: interrupted; what is finished is kept, and the same command goes on from there\n"
         )
-        assert (out / "runs/layer-batch4-seed0.checkpoint").is_file()
+        assert (out / "runs/layer-batch4-rate0.001-seed0.checkpoint").is_file()
         assert set(pd.read_csv(out / "results.csv").norm) == {"none"}
         assert not list(out.rglob("*.new"))
     again = subprocess.run(command(out), env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert "none, batch 4, seed 0: finished before" in again.stdout
-    assert ("layer, batch 4, seed 0: goes on from update" in again.stdout) == (signum != signal.SIGKILL)
+    assert "none, batch 4, rate 0.001, seed 0: finished before" in again.stdout
+    assert ("layer, batch 4, rate 0.001, seed 0: goes on from update" in again.stdout) == (
+        signum != signal.SIGKILL
+    )
     assert {p.name for p in out.iterdir()} == FILES
     assert not list(out.rglob("*.checkpoint"))
     pd.testing.assert_frame_equal(records(out), undisturbed)
@@ -137,19 +173,19 @@ def test_records_also_go_to_tensorboard_with_those_before_an_interruption(tmp_pa
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    options = {"norms": ("none",), "batch_sizes": (128,), "epochs": 1, "seeds": 1}
+    options = {"norms": ("none",), "batch_sizes": (128,), "epochs": 1, "seeds": (0,)}
     comparison = dataclasses.replace(small(tmp_path, **options), tensorboard=True)
     updates = itertools.count()
     with monkeypatch.context() as patch:
-        patch.setattr(compare_module, "stop_flag", lambda: nullcontext(lambda: next(updates) == 7))
+        patch.setattr(compare_module, "stop_flag", lambda: nullcontext(lambda: next(updates) == 6))
         with pytest.raises(Interrupted):
             compare(comparison, silent())
     assert list((tmp_path / "runs").glob("*.checkpoint"))
     # What was written since the checkpoint, or was not written any more, does not matter.
-    (event_file,) = (tmp_path / "tensorboard/none-batch128-seed0").iterdir()
+    (event_file,) = (tmp_path / "tensorboard/none-batch128-rate0.001-seed0").iterdir()
     event_file.write_bytes(event_file.read_bytes()[:100])
     compare(comparison, silent())
-    found = EventAccumulator(str(tmp_path / "tensorboard/none-batch128-seed0"))
+    found = EventAccumulator(str(tmp_path / "tensorboard/none-batch128-rate0.001-seed0"))
     found.Reload()
     table = pd.read_csv(tmp_path / "results.csv")
     shown = {event.step: event.value for event in found.Scalars("test_error")}
@@ -158,10 +194,10 @@ def test_records_also_go_to_tensorboard_with_those_before_an_interruption(tmp_pa
 
 
 def test_the_learning_rate_is_the_one_asked_for(tmp_path):
-    options = {"norms": ("none",), "batch_sizes": (128,), "epochs": 1, "seeds": 1}
+    options = {"norms": ("none",), "batch_sizes": (128,), "epochs": 1, "seeds": (0,)}
     for rate in (1e-3, 1e-9):
-        compare(small(tmp_path / str(rate), learning_rate=rate, **options), silent())
-    learned, stood_still = (records(tmp_path / str(rate)).test_loss for rate in (1e-3, 1e-9))
+        compare(small(tmp_path / str(rate), learning_rates=(rate,), **options), silent())
+    learned, stood_still = (records(tmp_path / str(rate)).validation_loss for rate in (1e-3, 1e-9))
     assert learned.iloc[-1] < learned.iloc[0] - 0.01
     assert abs(stood_still.iloc[-1] - stood_still.iloc[0]) < 1e-4
 
@@ -173,6 +209,7 @@ def test_norms_are_where_the_paper_has_them():
     assert kinds["layer"] == ["Linear", "LayerNorm", "ReLU"] * 2 + ["Linear"]
     assert kinds["rms"] == ["Linear", "RMSNorm", "ReLU"] * 2 + ["Linear"]
     assert kinds["batch"] == ["Linear", "BatchNorm", "ReLU"] * 2 + ["Linear", "BatchNorm"]
+    assert kinds["batch-hidden"] == ["Linear", "BatchNorm", "ReLU"] * 2 + ["Linear"]
     assert kinds["weight"] == ["ParametrizedLinear", "ReLU"] * 2 + ["ParametrizedLinear"]
     linear = [m for m in network("layer") if isinstance(m, torch.nn.Linear)]
     sizes = [(m.in_features, m.out_features) for m in linear]
@@ -185,10 +222,10 @@ def test_norms_are_where_the_paper_has_them():
         (["digit"], "unknown task 'digit'; expected one of digits, digits-rows, "),
         (
             ["--norms", "none,lyer"],
-            "--norms: unknown norm 'lyer' for digits; expected some of none, batch, layer",
+            "--norms: unknown norm 'lyer' for digits; expected some of none, batch, batch-hidden",
         ),
         (["--norms", ",none"], "argument --norms: expected names separated by commas, got ',none'"),
-        (["--batch-sizes", "1348"], "--batch-sizes: 1348 is more than the 1347 training cases of digits"),
+        (["--batch-sizes", "1098"], "--batch-sizes: 1098 is more than the 1097 training cases of digits"),
         (["--batch-sizes", "4,x"], "argument --batch-sizes: expected a whole number of at least 1, got 'x'"),
         (["--batch-sizes", "-4"], "argument --batch-sizes: expected a whole number of at least 1, got '-4'"),
         (
@@ -199,7 +236,9 @@ def test_norms_are_where_the_paper_has_them():
         (["--seeds", "1.5"], "argument --seeds: expected a whole number of at least 1, got '1.5'"),
         (["--device", "meta"], "--device: cannot use 'meta'"),
         (["--device", "nonsense"], "--device: cannot use 'nonsense'"),
-        (["--learning-rate", "0"], "argument --learning-rate: expected a number greater than 0, got '0'"),
+        (["--learning-rates", "0"], "argument --learning-rates: expected a number greater than 0, got '0'"),
+        (["--seed-list", "1,-2"], "argument --seed-list: expected a whole number of at least 0, got '-2'"),
+        (["--seeds", "2", "--seed-list", "1"], "argument --seed-list: not allowed with argument --seeds"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--clip", "0"], "argument --clip: expected a number greater than 0, got '0'"),
         (["--size", "cases"], "argument --size: expected NAME=VALUE, got 'cases'"),
@@ -221,11 +260,11 @@ def test_an_unwritable_folder_is_refused(capsys, tmp_path):
 
 
 def test_a_folder_of_another_comparison_is_refused(capsys, tmp_path):
-    compare(small(tmp_path, seeds=1), silent())
+    compare(small(tmp_path, seeds=(0,)), silent())
     message = refused(capsys, "compare", "--epochs", "3", "--out", str(tmp_path))
     assert "holds an experiment with epochs 2, and 3 is asked for; choose another --out" in message
-    message = refused(capsys, "compare", "--epochs", "2", "--learning-rate", "0.01", "--out", str(tmp_path))
-    assert "holds an experiment with learning rate 0.001, and 0.01 is asked for" in message
+    message = refused(capsys, "compare", "--epochs", "2", "--optimizer", "sgd", "--out", str(tmp_path))
+    assert "holds an experiment with optimizer adam, and sgd is asked for" in message
     (tmp_path / "config.json").write_text("{")
     assert "config.json is damaged" in refused(capsys, "compare", "--out", str(tmp_path))
 
@@ -238,13 +277,12 @@ def test_damaged_files_are_named(capsys, tmp_path):
         "128",
         "--epochs",
         "1",
-        "--seeds",
-        "1",
+        *ONE,
         "--out",
         str(tmp_path),
     ]
     (tmp_path / "runs").mkdir()
-    checkpoint = tmp_path / "runs/none-batch128-seed0.checkpoint"
+    checkpoint = tmp_path / "runs/none-batch128-rate0.001-seed0.checkpoint"
     checkpoint.write_bytes(b"half a checkpoint")
     message = refused(capsys, "compare", *arguments)
     assert str(checkpoint) in message
@@ -252,10 +290,10 @@ def test_damaged_files_are_named(capsys, tmp_path):
     checkpoint.unlink()
     assert main(["compare", *arguments]) == 0
     capsys.readouterr()
-    (tmp_path / "runs/none-batch128-seed0.csv").write_text("half a")
+    (tmp_path / "runs/none-batch128-rate0.001-seed0.csv").write_text("half a")
     assert main(["compare", *arguments]) == 2
     assert (
-        "none-batch128-seed0.csv is damaged (its columns should be norm, batch_size,"
+        "none-batch128-rate0.001-seed0.csv is damaged (its columns should be norm, batch_size,"
         in capsys.readouterr().err
     )
 
@@ -268,9 +306,16 @@ def test_missing_extras_are_named(monkeypatch, capsys):
 
 def test_a_live_display_shows_what_runs_and_the_time_left(tmp_path):
     console = Console(file=io.StringIO(), width=160, force_terminal=True)
-    compare(small(tmp_path, seeds=1, batch_sizes=(16,), epochs=8), console)
+    compare(small(tmp_path, seeds=(0,), batch_sizes=(16,), epochs=8), console)
     text = console.file.getvalue()
-    for part in ("whole comparison", "layer, batch 16, seed 0", "test error", "1/2 runs", "left", "2/2 runs"):
+    for part in (
+        "whole comparison",
+        "layer, batch 16, rate 0.001, seed 0",
+        "validation error",
+        "1/2 runs",
+        "left",
+        "2/2 runs",
+    ):
         assert part in text
 
 

@@ -64,9 +64,9 @@ def test_everything_into_one_report(tmp_path, experiments, capsys):
     assert set(table.task) == {"digits"}
     assert len(pd.read_csv(tmp_path / "results.csv")) == len(table) == 2 * 5
     # Again: what is done is not done again, and the page can be made elsewhere.
-    before = (tmp_path / "digits/runs/none-batch128-seed0.csv").stat().st_mtime_ns
+    before = (tmp_path / "digits/runs/none-batch128-rate0.001-seed0.csv").stat().st_mtime_ns
     assert main(["reproduce", "digits", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "digits/runs/none-batch128-seed0.csv").stat().st_mtime_ns == before
+    assert (tmp_path / "digits/runs/none-batch128-rate0.001-seed0.csv").stat().st_mtime_ns == before
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "elsewhere.html")]) == 0
     assert "no MNIST here" in (tmp_path / "elsewhere.html").read_text()
     assert main(["report", str(tmp_path / "digits"), "--out", str(tmp_path / "one.html")]) == 0

@@ -29,7 +29,9 @@ from layernorm.experiments.task import Preset
 from tests.experiments.commands.cases import records, silent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SETTINGS = ("compare", "digits", "--batch-sizes", "128", "--epochs", "1", "--seeds", "1")
+SETTINGS = (
+    "compare", "digits", "--batch-sizes", "128", "--epochs", "1", "--learning-rates", "0.001", "--seeds", "1",
+)  # fmt: skip
 ARGUMENTS = (*SETTINGS, "--norms", "none,layer")
 
 
@@ -59,13 +61,15 @@ def whole(tmp_path_factory) -> Path:
             lambda: next(updates) == 5,
         )
     torch.set_num_threads(threads)
-    assert (out / "runs/rms-batch128-seed0.checkpoint").is_file()
+    assert (out / "runs/rms-batch128-rate0.001-seed0.checkpoint").is_file()
     return out
 
 
 def _preset() -> Preset:
     small = registry.find("digits").presets["small"]
-    return dataclasses.replace(small, epochs=1, batch_sizes=(128,), norms=("none", "layer"), seeds=1)
+    return dataclasses.replace(
+        small, epochs=1, batch_sizes=(128,), norms=("none", "layer"), seeds=(0,), learning_rates=(1e-3,)
+    )
 
 
 def test_a_command_that_names_only_what_is_new_keeps_the_rest(tmp_path, capsys):
@@ -80,7 +84,7 @@ def test_a_command_that_names_only_what_is_new_keeps_the_rest(tmp_path, capsys):
     text = capsys.readouterr().out
     assert all(f"128  {norm} " in text.split("Report")[-2] for norm in ("none", "layer", "rms"))
     config = json.loads((out / "config.json").read_text())
-    assert (config["norms"], config["batch_sizes"], config["seeds"]) == (["none", "layer", "rms"], [128], 1)
+    assert (config["norms"], config["batch_sizes"], config["seeds"]) == (["none", "layer", "rms"], [128], [0])
     # Another batch size, for which there is no baseline; one more seed; all in the order of the first.
     other = list(SETTINGS)
     other[3], other[-1] = "64", "2"
@@ -89,26 +93,26 @@ def test_a_command_that_names_only_what_is_new_keeps_the_rest(tmp_path, capsys):
     assert (config["norms"], config["batch_sizes"], config["seeds"]) == (
         ["none", "layer", "rms"],
         [128, 64],
-        2,
+        [0, 1],
     )
     assert config["command"] == (
         "layernorm compare digits --preset small --epochs 1 --batch-sizes 128,64 "
-        "--norms none,layer,rms --seeds 2"
+        "--norms none,layer,rms --seeds 2 --learning-rates 0.001"
     )
     table = pd.read_csv(out / "results.csv")
     runs = list(table.groupby(["norm", "batch_size", "seed"], sort=False).groups)
     assert runs == [("none", 128, 0), ("layer", 128, 0), ("rms", 128, 0), ("layer", 64, 0), ("layer", 64, 1)]
     summary = capsys.readouterr().out.split("ms an update\n")[-1].splitlines()[3].split()
     assert summary[:2] == ["64", "layer"]
-    assert summary.count("–") == 2
+    assert summary.count("–") == 3
     page = (out / "report.html").read_text()
     assert all(f'"name": "{norm}"' in page for norm in ("none", "layer", "rms"))
 
 
 FILES = (
-    "config.json", "results.csv", "results.parquet", "runs/none-batch128-seed0.csv",
-    "runs/none-batch128-seed0.csv.sha256", "runs/layer-batch128-seed0.csv",
-    "runs/rms-batch128-seed0.checkpoint",
+    "config.json", "results.csv", "results.parquet", "runs/none-batch128-rate0.001-seed0.csv",
+    "runs/none-batch128-rate0.001-seed0.csv.sha256", "runs/layer-batch128-rate0.001-seed0.csv",
+    "runs/rms-batch128-rate0.001-seed0.checkpoint",
 )  # fmt: skip
 DAMAGES = {
     "empty": lambda content, chance: b"",
@@ -165,26 +169,31 @@ def test_what_is_torn_is_made_again_without_a_word_from_the_user(whole, tmp_path
     """Damage one file after another, as a power cut does on a disk that lies."""
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    (out / "runs/none-batch128-seed0.csv").write_bytes(b"")
-    (out / "runs/rms-batch128-seed0.checkpoint").write_bytes(b"PK\x03\x04half")
+    (out / "runs/none-batch128-rate0.001-seed0.csv").write_bytes(b"")
+    (out / "runs/rms-batch128-rate0.001-seed0.checkpoint").write_bytes(b"PK\x03\x04half")
     (out / "config.json").write_bytes(b"")
     (out / "results.csv").write_bytes(b"")
-    for left in ("layer-batch128-seed0.checkpoint", "layer-batch128-seed0.claim", "a.csv.new"):
+    for left in (
+        "layer-batch128-rate0.001-seed0.checkpoint",
+        "layer-batch128-rate0.001-seed0.claim",
+        "a.csv.new",
+    ):
         (out / "runs" / left).write_bytes(b"left by a kill")
     assert main([*ARGUMENTS[:-1], "none,layer,rms", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "config.json is damaged: Expecting value: line 1 column 1 (char 0); it is written anew" in text
     assert (
-        "none-batch128-seed0.csv is damaged (its content does not have its SHA-256); this run is trained"
+        "none-batch128-rate0.001-seed0.csv is damaged (its content does not have its SHA-256); this run is"
         in text
     )
     assert (
-        "rms-batch128-seed0.checkpoint cannot be used (it is empty or cut off); this run begins again" in text
+        "rms-batch128-rate0.001-seed0.checkpoint cannot be used (it is empty or cut off); this run begins "
+        "again" in text
     )
-    assert "layer, batch 128, seed 0: finished before" in text
+    assert "layer, batch 128, rate 0.001, seed 0: finished before" in text
     table = records(out)
     pd.testing.assert_frame_equal(table[table.norm != "rms"].reset_index(drop=True), records(whole))
-    runs = {f"{norm}-batch128-seed0.csv" for norm in ("none", "layer", "rms")}
+    runs = {f"{norm}-batch128-rate0.001-seed0.csv" for norm in ("none", "layer", "rms")}
     assert {path.name for path in (out / "runs").iterdir()} == runs | {f"{name}.sha256" for name in runs}
 
 
@@ -192,7 +201,7 @@ def test_what_is_torn_is_made_again_without_a_word_from_the_user(whole, tmp_path
 def test_a_damaged_run_that_is_not_asked_for_is_left_out_with_a_word(whole, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    (out / "runs/none-batch128-seed0.csv").write_bytes(b"")
+    (out / "runs/none-batch128-rate0.001-seed0.csv").write_bytes(b"")
     assert main([*SETTINGS, "--norms", "layer", "--out", str(out)]) == 0
     assert "this run is left out until a command names it" in capsys.readouterr().out
     assert set(records(out).norm) == {"layer"}
@@ -209,7 +218,7 @@ def test_runs_of_other_settings_are_refused_where_config_json_is_lost(whole, tmp
     arguments[5] = "2"
     assert main([*arguments, "--out", str(out)]) == 2
     message = capsys.readouterr().err
-    assert "cannot be used (it is of task=digits epochs=1 learning_rate=0.001" in message
+    assert "cannot be used (it is of task=digits epochs=1 optimizer=adam" in message
     assert message.count("\n") == 1
 
 
@@ -243,7 +252,9 @@ def test_a_worker_that_was_only_thought_lost_stops_before_it_writes(tmp_path):
             train(comparison, run, registry.find("digits").problem(), None)
         return False
 
-    with pytest.raises(ExperimentError, match=r"trains layer-batch128-seed0 now; this process stops"):
+    with pytest.raises(
+        ExperimentError, match=r"trains layer-batch128-rate0.001-seed0 now; this process stops"
+    ):
         train(comparison, run, problem, None, taken_over)
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {f"{run.name}.csv", f"{run.name}.csv.sha256"}
     compare(comparison, silent())

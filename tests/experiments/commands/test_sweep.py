@@ -72,7 +72,8 @@ def test_a_lost_worker_changes_nothing(tmp_path, sweep):
     pd.testing.assert_frame_equal(records(tmp_path / "ray"), records(tmp_path / "here"))
     for norm in PRESET.norms:
         here, there = (
-            torch.load(tmp_path / place / f"runs/{norm}-batch64-seed0.pt") for place in ("here", "ray")
+            torch.load(tmp_path / place / f"runs/{norm}-batch64-rate0.001-seed0.pt")
+            for place in ("here", "ray")
         )
         for name, tensor in here.items():
             assert torch.equal(tensor, there[name]), (norm, name)
@@ -82,9 +83,11 @@ def test_a_lost_worker_changes_nothing(tmp_path, sweep):
 def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path, sweep):
     out = tmp_path / "out"
     (out / "runs").mkdir(parents=True)
-    (out / "runs/none-batch64-seed0.checkpoint").write_bytes(b"damaged")
+    (out / "runs/none-batch64-rate0.001-seed0.checkpoint").write_bytes(b"damaged")
     console = silent(200)
-    with pytest.raises(ExperimentError, match=r"1 of 2 runs were lost, none-batch64-seed0 first .*delete it"):
+    with pytest.raises(
+        ExperimentError, match=r"1 of 2 runs were lost, none-batch64-rate0.001-seed0 first .*delete it"
+    ):
         compare(Comparison("digits", PRESET, out), console, sweep)
     assert set(pd.read_csv(out / "results.csv").norm) == {"layer"}
 

@@ -61,7 +61,7 @@ class Noisy(Problem):
 
 
 def trained(tmp_path: Path, preset: Preset = PRESET, problem: Problem | None = None, **options) -> Trainer:
-    trainer = Trainer(problem or Noisy(), Run("layer", 32, 1), preset, tmp_path / "run", **options)
+    trainer = Trainer(problem or Noisy(), Run("layer", 32, 1e-3, 1), preset, tmp_path / "run", **options)
     trainer.train()
     return trainer
 
@@ -81,7 +81,7 @@ def test_a_stopped_run_ends_like_an_undisturbed_one(tmp_path):
     whole = trained(tmp_path / "whole")
     for stop_at in (0, 1, 2, 3, 4, 100):  # 3 updates an epoch; it stops after one more
         torch.rand(3)  # whatever else uses the global generator
-        stopped = Trainer(Noisy(), Run("layer", 32, 1), PRESET, tmp_path / "stopped")
+        stopped = Trainer(Noisy(), Run("layer", 32, 1e-3, 1), PRESET, tmp_path / "stopped")
         assert stopped.update == min(stop_at, 5)
         if stop_at < stopped.updates:
             with pytest.raises(Interrupted):
@@ -103,7 +103,7 @@ def _train_until_killed(checkpoint: Path) -> None:
     torch.set_num_threads(1)
     training.CHECKPOINT_SECONDS = 0.0
     preset = dataclasses.replace(PRESET, epochs=60, schedule="cosine")
-    trainer = Trainer(Noisy(), Run("layer", 32, 1), preset, checkpoint)
+    trainer = Trainer(Noisy(), Run("layer", 32, 1e-3, 1), preset, checkpoint)
     trainer.train(stop=lambda: bool(time.sleep(0.002)))
     trainer.save()
 
@@ -137,7 +137,7 @@ def test_a_run_killed_twenty_times_ends_with_the_bits_of_an_undisturbed_one(tmp_
     assert len(set(reached)) > 10
     preset = dataclasses.replace(PRESET, epochs=60, schedule="cosine")
     whole = trained(tmp_path / "whole", preset)
-    ended = Trainer(Noisy(), Run("layer", 32, 1), preset, checkpoint)
+    ended = Trainer(Noisy(), Run("layer", 32, 1e-3, 1), preset, checkpoint)
     assert ended.update == whole.update == 180
     assert_same(state(whole), state(ended))
 
@@ -154,13 +154,13 @@ def _process(rank: int, port: int, path: Path, problem: Problem, preset: Preset)
         "TORCHELASTIC_RUN_ID": "test",
     }
     with processes.joined("cpu") as device:
-        trainer = Trainer(problem, Run("layer", 32, 1), preset, path / "run", device)
+        trainer = Trainer(problem, Run("layer", 32, 1e-3, 1), preset, path / "run", device)
         halfway = trainer.updates // 2
         if trainer.update == 0:
             # The first process sees the wish to stop, both stop, and the checkpoint is that of process 0.
             with pytest.raises(Interrupted):
                 trainer.train(stop=lambda: rank == 1 and trainer.update >= halfway)
-            trainer = Trainer(problem, Run("layer", 32, 1), preset, path / "run", device)
+            trainer = Trainer(problem, Run("layer", 32, 1e-3, 1), preset, path / "run", device)
             assert trainer.update == halfway + 1
         trainer.train()
         torch.save(state(trainer), path / f"rank{rank}")
@@ -212,9 +212,10 @@ def test_what_is_drawn_for_a_case_does_not_depend_on_the_processes(tmp_path):
     assert whole.unique().numel() == whole.numel()  # successive draws differ
 
 
-def rates(tmp_path: Path, **changes) -> list[float]:
+def rates(tmp_path: Path, rate: float, **changes) -> list[float]:
     """The learning rate of each of 6 updates."""
-    trainer = Trainer(Noisy(), Run("layer", 32, 0), dataclasses.replace(PRESET, **changes), tmp_path / "run")
+    run = Run("layer", 32, rate, 0)
+    trainer = Trainer(Noisy(), run, dataclasses.replace(PRESET, **changes), tmp_path / "run")
     seen = []
     step = trainer._optimizer.step
     trainer._optimizer.step = lambda: (seen.append(trainer._optimizer.param_groups[0]["lr"]), step())
@@ -223,16 +224,16 @@ def rates(tmp_path: Path, **changes) -> list[float]:
 
 
 def test_schedules(tmp_path):
-    assert rates(tmp_path, learning_rate=0.5) == [0.5] * 6
-    assert rates(tmp_path, schedule="linear", learning_rate=6.0) == pytest.approx([6, 5, 4, 3, 2, 1])
+    assert rates(tmp_path, 0.5) == [0.5] * 6
+    assert rates(tmp_path, 6.0, schedule="linear") == pytest.approx([6, 5, 4, 3, 2, 1])
     cosine = [0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
-    assert rates(tmp_path, schedule="cosine", learning_rate=1.0) == pytest.approx(cosine)
-    assert rates(tmp_path, warmup=4, learning_rate=1.0) == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+    assert rates(tmp_path, 1.0, schedule="cosine") == pytest.approx(cosine)
+    assert rates(tmp_path, 1.0, warmup=4) == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
 
 
 def test_clipping_bounds_the_norm_of_all_gradients_together(tmp_path):
-    preset = dataclasses.replace(PRESET, clip=1e-3, optimizer="sgd", learning_rate=1.0)
-    trainer = Trainer(Noisy(), Run("layer", 32, 0), preset, tmp_path / "run")
+    preset = dataclasses.replace(PRESET, clip=1e-3, optimizer="sgd")
+    trainer = Trainer(Noisy(), Run("layer", 32, 1.0, 0), preset, tmp_path / "run")
     norms = []
     step = trainer._optimizer.step
 
@@ -251,14 +252,14 @@ def test_every_optimizer_lowers_the_loss_and_resumes(tmp_path, optimizer):
     preset = dataclasses.replace(PRESET, epochs=10, optimizer=optimizer)
     whole = trained(tmp_path / "whole", preset)
     assert whole.records[-1]["error"] < 0.9 * whole.records[0]["error"]
-    stopped = Trainer(Noisy(), Run("layer", 32, 1), preset, tmp_path / "stopped")
+    stopped = Trainer(Noisy(), Run("layer", 32, 1e-3, 1), preset, tmp_path / "stopped")
     with pytest.raises(Interrupted):
         stopped.train(stop=lambda: stopped.update >= 7)
     assert_same(state(whole), state(trained_on(tmp_path / "stopped", preset)))
 
 
 def trained_on(checkpoint: Path, preset: Preset) -> Trainer:
-    trainer = Trainer(Noisy(), Run("layer", 32, 1), preset, checkpoint)
+    trainer = Trainer(Noisy(), Run("layer", 32, 1e-3, 1), preset, checkpoint)
     trainer.train()
     return trainer
 
@@ -279,30 +280,29 @@ def test_evaluations_come_as_asked(tmp_path):
     assert [r["update"] for r in trained(tmp_path / "a").records] == list(range(7))  # 3 updates an epoch
     every = dataclasses.replace(PRESET, evaluate_every=4)
     assert [r["update"] for r in trained(tmp_path / "b", every).records] == [0, 4, 6]
-    data = Data(
-        torch.randn(800, 4), torch.zeros(800, dtype=torch.long), torch.randn(9, 4), torch.ones(9).long()
-    )
+    held_out = (torch.randn(9, 4), torch.ones(9).long())
+    data = Data(torch.randn(800, 4), torch.zeros(800, dtype=torch.long), *held_out, *held_out)
     problem = Classification(data, lambda norm: nn.Linear(4, 2), at_once=4)
     updates = [r["update"] for r in trained(tmp_path / "c", PRESET, problem).records]
     assert updates == [0, 6, 12, 18, 25, 31, 37, 43, 50]
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
-    stopped = Trainer(Noisy(), Run("layer", 32, 1), PRESET, tmp_path / "run", identity="epochs=2")
+    stopped = Trainer(Noisy(), Run("layer", 32, 1e-3, 1), PRESET, tmp_path / "run", identity="epochs=2")
     stopped.save()
     make = partial(Trainer, Noisy(), preset=PRESET, checkpoint=tmp_path / "run")
-    for run, identity in ((Run("layer", 32, 2), "epochs=2"), (Run("layer", 32, 1), "epochs=3")):
+    for run, identity in ((Run("layer", 32, 1e-3, 2), "epochs=2"), (Run("layer", 32, 1e-3, 1), "epochs=3")):
         with pytest.raises(
-            ExperimentError, match=r"cannot be used .it is of the run epochs=2 layer-batch32-seed1"
+            ExperimentError, match=r"cannot be used .it is of the run epochs=2 layer-batch32-rate0.001-seed1"
         ):
             make(run=run, identity=identity)
     content = (tmp_path / "run").read_bytes()
     (tmp_path / "run").write_bytes(content[: len(content) // 2])
     with pytest.raises(ExperimentError, match="delete it to train this run from its start"):
-        make(run=Run("layer", 32, 1), identity="epochs=2")
+        make(run=Run("layer", 32, 1e-3, 1), identity="epochs=2")
     torch.save({"run": "x"}, tmp_path / "run")
     with pytest.raises(ExperimentError, match="it is of another version of layernorm"):
-        make(run=Run("layer", 32, 1), identity="epochs=2")
+        make(run=Run("layer", 32, 1e-3, 1), identity="epochs=2")
 
 
 @pytest.mark.parametrize("name", ["digits", "digits-rows"])
@@ -313,6 +313,6 @@ def test_every_norm_of_a_task_trains(name, tmp_path):
         assert set(preset.norms) <= set(task.norms)
     preset = dataclasses.replace(task.presets["small"], epochs=1)
     for norm in task.norms:
-        trainer = Trainer(problem, Run(norm, 64, 0), preset, tmp_path / "none")
+        trainer = Trainer(problem, Run(norm, 64, 1e-3, 0), preset, tmp_path / "none")
         trainer.train()
-        assert trainer.records[-1]["test_loss"] < trainer.records[0]["test_loss"], norm
+        assert trainer.records[-1]["validation_loss"] < trainer.records[0]["validation_loss"], norm

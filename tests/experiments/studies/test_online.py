@@ -101,10 +101,9 @@ def test_what_is_counted():
 
 
 def few():
-    """100 training and 60 test cases."""
-    data = DIGITS()
-    sizes = {"train_inputs": 100, "train_targets": 100, "test_inputs": 60, "test_targets": 60}
-    return Data(**{name: getattr(data, name)[:size] for name, size in sizes.items()})
+    """100 training, 20 validation and 60 test cases."""
+    sizes = {"train": 100, "valid": 20, "test": 60}
+    return Data(**{name: part[: sizes[name.partition("_")[0]]] for name, part in vars(DIGITS()).items()})
 
 
 @pytest.fixture(scope="module")

@@ -226,9 +226,18 @@ def test_questions_of_the_news_are_read_where_they_are(monkeypatch):
 
 def test_cards_and_table():
     results = pd.DataFrame(
-        [("none", 10, 60.0), ("none", 20, 50.0), ("layer", 10, 49.0), ("layer-0.1", 10, 48.0)],
-        columns=["norm", "update", "validation_error"],
-    ).assign(batch_size=64, seed=0)
+        [
+            (seed, norm, 10 * place, error + seed / 100)
+            for seed in range(3)
+            for norm, errors in (
+                ("none", (60.0, 50.0, 50.5)),
+                ("layer", (49.0, 48.0, 48.5)),
+                ("layer-0.1", (48.0, 47.0, 47.5)),
+            )
+            for place, error in enumerate(errors)
+        ],
+        columns=["seed", "norm", "update", "validation_error"],
+    ).assign(batch_size=64, learning_rate=3e-3)
     assert [card.verdict for card in TASK.judge(results)] == ["agrees", "agrees", "not run", "differs"]
     (table,) = TASK.tables(results)
     assert [row[2] for row in table.rows] == ["50.3", "49.5", "50.0"]

@@ -348,8 +348,8 @@ def test_too_few_writers_are_refused(monkeypatch):
 @pytest.mark.parametrize("norm", ["none", "layer"])
 def test_it_learns_and_draws(norm, strokes, tmp_path):
     task = problem(steps=24, lines=16)
-    preset = Preset(4, (4,), (norm,), learning_rate=0.01, clip=10.0)
-    trainer = Trainer(task, Run(norm, 4, 0), preset, tmp_path / "checkpoint")
+    preset = Preset(4, (4,), (norm,), clip=10.0)
+    trainer = Trainer(task, Run(norm, 4, 0.01, 0), preset, tmp_path / "checkpoint")
     trainer.train()
     first, last = trainer.records[0], trainer.records[-1]
     assert last["valid_nll"] < first["valid_nll"] - 5

@@ -136,10 +136,10 @@ def test_the_table_gives_the_test_error_at_the_least_validation_error(task, perm
             ("layer", 64, 0, 5, 4.5, 1.5),
         ],
         columns=["norm", "batch_size", "seed", "update", "validation_error", "test_error"],
-    )
+    ).assign(learning_rate=1e-3)
     (table,) = task.tables(results)
     assert [tuple(row) for row in table.rows] == [
         ("none", "64", "4.00", "9.8" if permuted else "1.1"),
         ("layer", "64", "1.50", ""),
     ]
-    assert [card.verdict for card in task.judge(results)] == ["agrees", "not run", "not run"]
+    assert [card.verdict for card in task.judge(results)] == ["cannot tell", "not run", "not run"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -188,21 +190,24 @@ def test_norms_begin_with_the_same_weights():
 
 def test_cards_and_table_take_each_run_where_its_loss_is_least():
     rows = []
-    for norm, better, losses in (("none", 0.0, (3.0, 2.5, 2.0)), ("layer", 1.0, (3.0, 1.0, 1.5))):
+    runs = (("none", 0.0, (3.0, 2.5, 2.0, 2.1)), ("layer", 1.0, (3.0, 1.0, 1.5, 1.6)))
+    for seed, (norm, better, losses) in itertools.product((0, 1), runs):
         for place, loss in enumerate(losses):
-            row = {"norm": norm, "batch_size": 128, "seed": 0, "update": 60 * place, "validation_loss": loss}
+            row = {"norm": norm, "batch_size": 128, "seed": seed, "update": 60 * place}
+            row |= {"validation_loss": loss, "learning_rate": 1e-3}
             best = loss == min(losses)
             for metric in TRANSFER:
                 row[metric.name] = (50.0 + better * (1 if metric.higher else -1)) if best else 0.0
             rows.append(row)
     results = pd.DataFrame(rows)
     assert [card.verdict for card in TASK.judge(results)] == ["agrees", "agrees"]
-    results.loc[4, "mr"] = 10.0
+    results.loc[5, "mr"] = 10.0
     card = TASK.judge(results)[1]
     assert card.verdict == "partly"
-    assert "Better in 6 of 7" in card.figure
+    assert "Better in 6 of 7, beyond chance in 6:" in card.figure
+    assert TASK.judge(results[results.seed == 0])[1].verdict == "cannot tell"
     assert "a difference is chance" in card.remark
-    assert [card.verdict for card in TASK.judge(results[:3])] == ["not run", "not run"]
+    assert [card.verdict for card in TASK.judge(results[results.norm == "none"])] == ["not run", "not run"]
     (table,) = TASK.tables(results)
     assert {len(row) for row in table.rows} == {len(table.columns)} == {8}
     assert table.rows[-1][:2] == ("here: layer, batch 128", "51.000")

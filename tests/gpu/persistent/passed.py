@@ -1,4 +1,5 @@
-"""Whether the persistent kernels' tests have passed with these very files: they are frozen, and take a minute.
+"""Whether the persistent kernels' tests have passed with these very files: they are frozen, and take a
+minute.
 
 ``make persistent`` runs them, and then ``python -m tests.gpu.persistent.passed`` notes the files that passed;
 where a file has changed since, every run of the tests includes them.

@@ -26,6 +26,7 @@ from layernorm.arguments import say
 from layernorm.experiments import registry
 from layernorm.experiments.commands.progress import Display
 from layernorm.experiments.errors import ExperimentError
+from layernorm.experiments.own_task import OwnTask, task_of
 from layernorm.experiments.report import drawing, page
 from layernorm.experiments.results import folder, results_table
 from layernorm.experiments.results.comparison import FIXED, Comparison, command, finished, together
@@ -67,7 +68,8 @@ def compare(comparison: Comparison, console: Console, sweep: Sweep | None = None
     with folder.opened(comparison.out):
         there = _begin(comparison, task, console)
         whole = together(comparison, there)
-        folder.write(comparison.out, whole.settings, command(whole))
+        described = {"described": task.description} if isinstance(task, OwnTask) else {}
+        folder.write(comparison.out, whole.settings | described, command(whole))
         try:
             train_missing([run for run in comparison.runs if run in there])
         finally:
@@ -126,8 +128,7 @@ def _report(comparison: Comparison, task: Task, table: pd.DataFrame, console: Co
     shown = results_table.section(comparison.out, task, folder.read(comparison.out), table)
     drawing.save(shown.charts[0], comparison.out)
     page.write(path, f"layernorm compare {task.name}", [shown])
-    metric = task.metrics[0]
-    results_table.show(console, results_table.summarize(table, comparison.preset.norms, metric), metric)
+    results_table.show(console, results_table.summarize(table, comparison.preset.norms, task), task)
     say(console, f"Report: {path}")
     return path
 
@@ -191,8 +192,7 @@ def read(path: Path) -> Section:
         ExperimentError: the folder holds none, or is damaged.
     """
     config = folder.read(path)
-    task = registry.find(config["task"])
-    return results_table.section(path, task, config, records(path))
+    return results_table.section(path, task_of(config), config, records(path))
 
 
 def records(path: Path) -> pd.DataFrame:
@@ -202,7 +202,7 @@ def records(path: Path) -> pd.DataFrame:
         ExperimentError: there are none, or a file is damaged.
     """
     config = folder.read(path)
-    table = _table(finished(path, config, registry.find(config["task"])))
+    table = _table(finished(path, config, task_of(config)))
     if table.empty:
         raise ExperimentError(f"{path} has no results yet: no run is finished; give its command again")
     return table

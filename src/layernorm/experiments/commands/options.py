@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from layernorm.arguments import at_least_0, names, number, positive, positives, printable, say
+from layernorm.arguments import at_least_0, names, number, positive, positives, printable, rates, say, seeds
 from layernorm.experiments import registry
 
 _PRESETS: Final = ("small", "paper")
@@ -85,6 +85,8 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="folder (default: runs/paper)")
     add("--device", default="cpu", metavar="DEVICE", help="where to train (default: cpu)")
     _add_preset(parser)
+    _add_seeds(parser)
+    _add_rates(add)
     _add_ray(parser)
 
 
@@ -101,6 +103,25 @@ def _add_preset(parser: argparse.ArgumentParser) -> None:
         default="small",
         help="small: minutes on two cores; paper: as published (default: small)",
     )
+
+
+def _add_seeds(parser: argparse.ArgumentParser, default: str = "") -> None:
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--seeds", type=_first_seeds, metavar="K", help=f"repetitions, with the seeds 0 to K - 1{default}")
+    add("--seed-list", type=seeds, metavar="A,B,…", dest="seeds", help="these seeds instead")
+
+
+def _add_rates(add: Callable[..., object]) -> None:
+    add(
+        "--learning-rates",
+        type=rates,
+        metavar="R,S,…",
+        help="the greatest of the schedule; each norm has its best, by the validation cases",
+    )
+
+
+def _first_seeds(text: str) -> tuple[int, ...]:
+    return tuple(range(positive(text)))
 
 
 def _add_ray(parser: argparse.ArgumentParser) -> None:
@@ -127,13 +148,19 @@ def _add_compare(parser: argparse.ArgumentParser, defaults: Mapping[str, str]) -
             options["help"] += f" (default: {defaults[option]})".replace("%", "%%")
         parser.add_argument(*names, **options)
 
-    add("task", nargs="?", default="digits", metavar="TASK", help="see below (default: digits)")
+    add(
+        "task",
+        nargs="?",
+        default="digits",
+        metavar="TASK",
+        help="a name of those below, FILE.py[:TASK] or MODULE:TASK (default: digits)",
+    )
     _add_preset(parser)
     add("--norms", type=names, metavar="A,B,…", help="norms to compare")
     add("--batch-sizes", type=positives, metavar="N,M,…", help="cases per update")
     add("--epochs", type=positive, metavar="N", help="passes over the data")
-    add("--seeds", type=positive, metavar="K", help="repetitions")
-    add("--learning-rate", type=number(0.0, above=True), metavar="R", help="the greatest of the schedule")
+    _add_seeds(parser, f" (default: {defaults['seeds']})" if defaults else "")
+    _add_rates(add)
     add("--optimizer", choices=("adam", "sgd", "rmsprop"), help="Adam, SGD with momentum, RMSprop")
     add("--schedule", choices=("constant", "cosine", "linear"), help="of the learning rate")
     add("--warmup", type=at_least_0, metavar="N", help="updates over which the learning rate rises from 0")
@@ -198,8 +225,9 @@ def _compare(options: argparse.Namespace) -> None:
         raise ExperimentError(
             f"--preset: {task.name} has no preset {options.preset!r}, only {', '.join(task.presets)}"
         )
+    is_place = options.task not in registry.names()
     comparison = Comparison(
-        task=task.name,
+        task=registry.place_of(options.task) if is_place else task.name,
         preset=_changed(options, task.presets[options.preset]),
         preset_name=options.preset,
         out=options.out or Path("runs") / task.name,

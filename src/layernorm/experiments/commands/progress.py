@@ -94,10 +94,8 @@ class Display:
         else:
             self._progress.advance(self._whole, self._updates[run])
         self._progress.update(self._whole, text=f"{self._done}/{len(self._updates)} runs")
-        choose = max if self._metric.higher else min
-        best = choose(record[self._metric.name] for record in records)
         spent = duration(records[-1]["seconds"])
-        self._say(run, f"best {self._value(best)}, {spent} of training")
+        self._say(run, f"{self._value(records[-1][self._metric.name])}, {spent} of training")
 
     def say(self, run: Run, text: str) -> None:
         """Show something else about a run."""
@@ -141,4 +139,4 @@ def duration(seconds: float) -> str:
 
 
 def _name(run: Run) -> str:
-    return f"{run.norm}, batch {run.batch_size}, seed {run.seed}"
+    return f"{run.norm}, batch {run.batch_size}, rate {run.learning_rate:g}, seed {run.seed}"

@@ -19,9 +19,9 @@ from layernorm.experiments.results import results_table
 from layernorm.experiments.run.training import Precision, Run
 from layernorm.experiments.task import Preset, Task
 
-#: What a folder holds one value of; norms, batch sizes and seeds can be added to it.
+#: What a folder holds one value of; norms, batch sizes, learning rates and seeds can be added to it.
 FIXED: Final = (
-    "task", "epochs", "learning_rate", "optimizer", "schedule", "warmup", "clip", "evaluate_every", "sizes",
+    "task", "epochs", "optimizer", "schedule", "warmup", "clip", "evaluate_every", "sizes",
     "device", "precision",
 )  # fmt: skip
 
@@ -56,9 +56,10 @@ class Comparison:
     def runs(self) -> list[Run]:
         """All runs: seed by seed, so that an unfinished comparison is even."""
         return [
-            Run(norm, batch_size, seed)
-            for seed in range(self.preset.seeds)
+            Run(norm, batch_size, learning_rate, seed)
+            for seed in self.preset.seeds
             for batch_size in self.preset.batch_sizes
+            for learning_rate in self.preset.learning_rates
             for norm in self.preset.norms
         ]
 
@@ -131,18 +132,29 @@ def finished(
 
 
 def together(comparison: Comparison, there: Iterable[Run]) -> Comparison:
-    """Return the comparison with the other norms, batch sizes and seeds that a folder has."""
+    """Return the comparison with the other norms, batch sizes, learning rates and seeds of a folder."""
     there = list(there)
     preset = comparison.preset
     norms = dict.fromkeys((*preset.norms, *(run.norm for run in there)))
     sizes = dict.fromkeys((*preset.batch_sizes, *(run.batch_size for run in there)))
-    seeds = max([preset.seeds, *(run.seed + 1 for run in there)])
+    rates = sorted({*preset.learning_rates, *(run.learning_rate for run in there)})
+    seeds = sorted({*preset.seeds, *(run.seed for run in there)})
     known = registry.find(comparison.task).norms
     if len(norms) > len(set(preset.norms)):
         norms = dict.fromkeys(norm for norm in known if norm in norms)
     if len(sizes) > len(set(preset.batch_sizes)):
         sizes = dict.fromkeys(sorted(sizes, reverse=True))
-    changed = dataclasses.replace(preset, norms=tuple(norms), batch_sizes=tuple(sizes), seeds=seeds)
+    if len(rates) == len(set(preset.learning_rates)):
+        rates = list(preset.learning_rates)
+    if len(seeds) == len(set(preset.seeds)):
+        seeds = list(preset.seeds)
+    changed = dataclasses.replace(
+        preset,
+        norms=tuple(norms),
+        batch_sizes=tuple(sizes),
+        learning_rates=tuple(rates),
+        seeds=tuple(seeds),
+    )
     return comparison if changed == preset else dataclasses.replace(comparison, preset=changed, command="")
 
 
@@ -161,16 +173,20 @@ def command(comparison: Comparison) -> str:
                 words += ["--size", f"{name}={size}"] if preset.sizes.get(name) != size else []
             continue
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        words += [f"--{field.name.replace('_', '-')}", text]
+        option = field.name.replace("_", "-")
+        if field.name == "seeds":
+            several = value == tuple(range(len(value)))
+            option, text = ("seeds", str(len(value))) if several else ("seed-list", text)
+        words += [f"--{option}", text]
     for name, usual in (("device", "cpu"), ("precision", "float32")):
         value = getattr(comparison, name)
         words += [] if value == usual else [f"--{name}", value]
     return shlex.join(words)
 
 
-def _place(run: Run, settings: Mapping[str, Any]) -> tuple[int, int, int, int, str]:
-    """Return where a run stands: seed by seed, and in each as the settings have batch sizes and norms."""
+def _place(run: Run, settings: Mapping[str, Any]) -> tuple[int, int, int, float, int, str]:
+    """Return where a run stands: by seed, then as the settings have batch sizes, and by rate and norm."""
     sizes, norms = list(settings["batch_sizes"]), list(settings["norms"])
     size = sizes.index(run.batch_size) if run.batch_size in sizes else len(sizes)
     norm = norms.index(run.norm) if run.norm in norms else len(norms)
-    return run.seed, size, -run.batch_size, norm, run.norm
+    return run.seed, size, -run.batch_size, run.learning_rate, norm, run.norm

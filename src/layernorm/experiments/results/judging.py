@@ -1,13 +1,27 @@
-"""Cards from a comparison's results: which norm is better, and which needs fewer updates."""
+"""Cards from a comparison's results: which norm is better, and which needs fewer updates.
+
+A verdict rests on differences that are paired by seed: runs of one seed start from the same weights and see
+the cases in the same order. It is *agrees* or *differs* where the 95 % interval of the mean difference is on
+one side of the claim's boundary, *cannot tell* where it holds the boundary or there is but one seed, and *not
+converged* where the norm that would have to be caught was still improving when training ended. Where there
+are several learning rates each norm has its own best, by validation cases: ``at_best_rates``.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Final
 
+import numpy as np
 import pandas as pd
 
+from layernorm.experiments.results.statistics import Interval, geometric_interval, interval
 from layernorm.experiments.section import Card, Verdict
 from layernorm.experiments.task import Metric
+
+#: The largest batch size that is a small one.
+SMALL_BATCH: Final = 16
 
 
 def best(run: pd.DataFrame, metric: Metric) -> float:
@@ -15,11 +29,64 @@ def best(run: pd.DataFrame, metric: Metric) -> float:
     return float(run[metric.name].max() if metric.higher else run[metric.name].min())
 
 
+def final(run: pd.DataFrame, metric: Metric) -> float:
+    """Return the last value of a run."""
+    return float(run[metric.name].iloc[-1])
+
+
 def first_at(run: pd.DataFrame, metric: Metric, value: float) -> pd.Series | None:
     """Return the first record of a run that is as good as a value; None if none is."""
     column = run[metric.name]
     there = run[column >= value if metric.higher else column <= value]
     return there.iloc[0] if len(there) else None
+
+
+def small_batches(results: pd.DataFrame) -> tuple[int, ...]:
+    """Return the batch sizes that are small; there may be none."""
+    return tuple(size for size in results.batch_size.unique() if size <= SMALL_BATCH)
+
+
+def at_rates(results: pd.DataFrame, metric: Metric) -> pd.DataFrame:
+    """Return the mean of a metric at the end of training, by batch size, norm and learning rate.
+
+    The seeds are those that all rates of a batch size and norm have; a run that ended in NaN is the worst.
+    """
+    worst = -math.inf if metric.higher else math.inf
+    keys = ["batch_size", "norm", "learning_rate", "seed"]
+    ends = results.groupby(keys, sort=False).tail(1).fillna({metric.name: worst})  # last() passes over NaN
+    rows = []
+    for (batch_size, norm), group in ends.groupby(["batch_size", "norm"], sort=False):
+        table = group.pivot(index="learning_rate", columns="seed", values=metric.name)
+        shared = table.dropna(axis="columns")
+        means = (table if shared.empty else shared).mean(axis="columns")
+        rows += [(batch_size, norm, rate, mean) for rate, mean in means.items()]
+    return pd.DataFrame(rows, columns=["batch_size", "norm", "learning_rate", metric.name])
+
+
+def at_best_rates(results: pd.DataFrame, metric: Metric) -> pd.DataFrame:
+    """Return the records of each norm and batch size at the learning rate that is best for them.
+
+    Args:
+        results: the records of a comparison.
+        metric: of the validation cases, at the end of training.
+    """
+    if results.learning_rate.nunique() < 2:
+        return results
+    ranked = at_rates(results, metric)
+    ends = -ranked[metric.name] if metric.higher else ranked[metric.name]
+    chosen = ranked.loc[ends.groupby([ranked.batch_size, ranked.norm]).idxmin()]
+    keys = ["batch_size", "norm", "learning_rate"]
+    kept = pd.MultiIndex.from_frame(results[keys]).isin(pd.MultiIndex.from_frame(chosen[keys]))
+    return results[kept].reset_index(drop=True)
+
+
+def is_converged(runs: pd.DataFrame, metric: Metric) -> bool:
+    """Return whether the mean over the seeds has its best before the last evaluation."""
+    curve = runs.groupby("update")[metric.name].mean().to_numpy()
+    if np.isnan(curve).all():
+        return True
+    place = np.nanargmax(curve) if metric.higher else np.nanargmin(curve)
+    return bool(place < len(curve) - 1)
 
 
 def fewer_updates(
@@ -30,48 +97,57 @@ def fewer_updates(
     section: str,
     norm: str = "layer",
     than: str = "none",
+    at_most: float = 1.0,
     batch_sizes: Sequence[int] | None = None,
     remark: str = "",
 ) -> Card:
     """Return the card that says whether a norm reaches the best of another one in fewer updates.
 
-    Batch sizes are judged one by one, each by the mean over its seeds; a run that never gets there makes its
-    batch size a no.
+    Batch sizes are judged one by one, each by the geometric mean over its seeds of the share of the other's
+    updates that the norm needs. A run that never gets there needs as many updates as it has, at least.
 
     Args:
-        results: the records of a comparison.
+        results: the records of a comparison, each norm at one learning rate.
         metric: what is compared.
         claim: the paper's.
         section: of the paper.
         norm: the one that should need fewer updates.
         than: the one whose best is to be reached.
+        at_most: the claimed share of the other's updates.
         batch_sizes: those to look at; None for all.
         remark: why it is not as the paper has it, shown only then.
     """
-    verdicts, texts = {}, []
+    verdicts: dict[int, Verdict] = {}
+    texts = []
     for batch_size, runs in _by_batch_size(results, (norm, than), batch_sizes):
-        own, others = [], []
+        own, others, missing = [], [], 0
         for _, seed in runs.groupby("seed"):
             goal = best(seed[seed.norm == than], metric)
             reached = first_at(seed[seed.norm == norm], metric, goal)
             other = first_at(seed[seed.norm == than], metric, goal)
-            own.append(None if reached is None else int(reached["update"]))
+            missing += reached is None
+            own.append(int(seed[seed.norm == norm]["update"].max() if reached is None else reached["update"]))
             others.append(0 if other is None else int(other["update"]))
-        theirs = sum(others) / len(others)
-        missing = own.count(None)
+        ratio = geometric_interval([max(1, a) / max(1, b) for a, b in zip(own, others, strict=True)])
+        verdict = verdict_of(ratio, at_most, lower_agrees=True)
+        if missing and verdict == "agrees":
+            verdict = "cannot tell"
+        if missing == len(own):
+            verdict = "differs"
+        if not is_converged(runs[runs.norm == than], metric) and verdict != "cannot tell":
+            verdict = "not converged"
+        verdicts[batch_size] = verdict
+        ours, theirs = sum(own) / len(own), sum(others) / len(others)
         if missing:
-            verdicts[batch_size] = False
             texts.append(
                 f"batch {batch_size}: {_words(norm)} never is as good as {_words(than)} at its best, at "
                 f"update {theirs:.0f}" + (f", with {missing} of {len(own)} seeds" if len(own) > 1 else "")
             )
             continue
-        ours = sum(update for update in own if update is not None) / len(own)
-        verdicts[batch_size] = ours < theirs
-        ratio = f" ({theirs / ours:.1f} times fewer)" if 0 < ours < theirs else ""
         texts.append(
             f"batch {batch_size}: {_words(norm)} is as good as {_words(than)} at its best after {ours:.0f} "
-            f"updates, {_words(than)} itself after {theirs:.0f}{ratio}"
+            f"updates, {_words(than)} itself after {theirs:.0f} (a share of {_shown(ratio, '{:.2f}')}"
+            + (")" if at_most == 1 else f"; the claim's is at most {at_most:g})")
         )
     return _card(claim, section, verdicts, texts, remark)
 
@@ -80,6 +156,7 @@ def better(
     results: pd.DataFrame,
     metric: Metric,
     *,
+    curve: Metric | None = None,
     claim: str,
     section: str,
     norm: str = "layer",
@@ -87,22 +164,76 @@ def better(
     batch_sizes: Sequence[int] | None = None,
     remark: str = "",
 ) -> Card:
-    """Return the card that says whether a norm's best value is better than another one's.
+    """Return the card that says whether a norm's value at the end is better than another one's.
 
-    The arguments are those of ``fewer_updates``; the values are means over the seeds.
+    The arguments are those of ``fewer_updates``; ``curve`` is the metric by which training has converged, if
+    it is not ``metric``.
     """
-    verdicts, texts = {}, []
+    verdicts: dict[int, Verdict] = {}
+    texts = []
     for batch_size, runs in _by_batch_size(results, (norm, than), batch_sizes):
-        means = {}
-        for name in (norm, than):
-            of_seeds = [best(seed, metric) for _, seed in runs[runs.norm == name].groupby("seed")]
-            means[name] = sum(of_seeds) / len(of_seeds)
-        verdicts[batch_size] = means[norm] > means[than] if metric.higher else means[norm] < means[than]
-        values = " against ".join(
-            f"{metric.form.format(means[name])} ({_words(name)})" for name in (norm, than)
+        values = {
+            name: [final(seed, metric) for _, seed in runs[runs.norm == name].groupby("seed")]
+            for name in (norm, than)
+        }
+        difference = interval([a - b for a, b in zip(values[norm], values[than], strict=True)])
+        verdict = verdict_of(difference, 0.0, lower_agrees=not metric.higher)
+        behind = {"agrees": than, "differs": norm}.get(verdict)
+        if behind is not None and not is_converged(runs[runs.norm == behind], curve or metric):
+            verdict = "not converged"
+        verdicts[batch_size] = verdict
+        means = " against ".join(
+            f"{metric.form.format(np.mean(values[name]))} ({_words(name)})" for name in (norm, than)
         )
-        texts.append(f"batch {batch_size}: best {metric.label} {values}")
+        texts.append(
+            f"batch {batch_size}: {metric.label} {means}, a difference of {_shown(difference, metric.form)}"
+        )
     return _card(claim, section, verdicts, texts, remark)
+
+
+def ranking(results: pd.DataFrame, *, metric: Metric, curve: Metric) -> Sequence[Card]:
+    """Return a card for each batch size that says which norm is best, and whether that is more than chance.
+
+    The arguments are those of ``better``; the verdict is on the best norm against the second.
+    """
+    cards = []
+    for batch_size, runs in _by_batch_size(results, (), None):
+        ends = (
+            runs.groupby(["norm", "seed"])
+            .tail(1)
+            .groupby("norm")[metric.name]
+            .agg(lambda end: end.mean(skipna=False))
+        )
+        order = ends.sort_values(ascending=not metric.higher).index  # NaN, of what diverged, comes last
+        if len(order) > 1:
+            first, second = order[:2]
+            cards.append(
+                better(
+                    runs,
+                    metric,
+                    curve=curve,
+                    claim=f"At batch size {batch_size} {_words(first)} is best of {len(order)}.",
+                    section=f"{_words(second)} is second",
+                    norm=first,
+                    than=second,
+                )
+            )
+    return cards
+
+
+def verdict_of(estimate: Interval, boundary: float, *, lower_agrees: bool) -> Verdict:
+    """Return on which side of the boundary an interval is."""
+    if not (estimate.high < boundary or estimate.low > boundary):  # NaN among them: one seed
+        return "cannot tell"
+    return "agrees" if (estimate.high < boundary) == lower_agrees else "differs"
+
+
+def _shown(estimate: Interval, form: str) -> str:
+    """Return a mean with its interval, or that one seed has none."""
+    mean = form.format(estimate.mean)
+    if math.isnan(estimate.low):
+        return f"{mean}, from one seed"
+    return f"{mean}, 95 % from {form.format(estimate.low)} to {form.format(estimate.high)}"
 
 
 def _words(norm: str) -> str:
@@ -126,13 +257,27 @@ def _by_batch_size(
     return groups[::-1]
 
 
-def _card(claim: str, section: str, verdicts: Mapping[int, bool], texts: Sequence[str], remark: str) -> Card:
-    verdict: Verdict = "partly"
+def _card(
+    claim: str, section: str, verdicts: Mapping[int, Verdict], texts: Sequence[str], remark: str
+) -> Card:
     if not verdicts:
         return Card(claim, section, "The runs that would tell are not there.", "not run")
-    if all(verdicts.values()):
-        verdict, remark = "agrees", ""
-    elif not any(verdicts.values()):
-        verdict = "differs"
+    verdict = together(list(verdicts.values()))
     text = "; ".join(texts)
-    return Card(claim, section, f"{text[0].upper()}{text[1:]}.", verdict, remark)
+    return Card(
+        claim, section, f"{text[0].upper()}{text[1:]}.", verdict, "" if verdict == "agrees" else remark
+    )
+
+
+def together(verdicts: Sequence[Verdict]) -> Verdict:
+    """Return one verdict for several: theirs where they are alike, and *partly* where some agree.
+
+    Examples:
+        >>> from layernorm.experiments.results.judging import together
+        >>> together(["agrees", "cannot tell"]), together(["differs", "not converged"])
+        ('partly', 'cannot tell')
+    """
+    found = set(verdicts)
+    if len(found) == 1:
+        return verdicts[0]
+    return "partly" if "agrees" in found else "cannot tell"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeAlias
+from urllib.parse import quote, unquote
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +23,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from layernorm.experiments.errors import ExperimentError
 from layernorm.experiments.run import checkpoints, processes
-from layernorm.experiments.task import Batch, Loss, Preset, Problem
+from layernorm.experiments.task import Batch, Loss, Optimizer, Preset, Problem
 
 #: The layout of checkpoints and of a comparison's folder.
-FORMAT: Final = 3
+FORMAT: Final = 4
 EVALUATIONS_PER_EPOCH: Final = 4
 #: Seconds between checkpoints inside an epoch.
 CHECKPOINT_SECONDS: Final = 10.0
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
-#: One logged step: norm, batch_size, seed, update, epoch, seconds, train_loss, and the task's metrics.
+#: One logged step: the values of ``COLUMNS``, and the task's metrics.
 Record: TypeAlias = Mapping[str, Any]
 #: The columns of every task; ``train_loss`` is the mean over the updates since the last record.
-COLUMNS: Final = ("norm", "batch_size", "seed", "update", "epoch", "seconds", "train_loss")
+COLUMNS: Final = (
+    "norm", "batch_size", "learning_rate", "seed", "update", "epoch", "seconds", "train_loss",
+)  # fmt: skip
 
 
 class Interrupted(Exception):
@@ -47,12 +50,14 @@ class Run:
 
     norm: str
     batch_size: int
+    learning_rate: float
     seed: int
 
     @property
     def name(self) -> str:
         """The name of the run in file names."""
-        return f"{self.norm}-batch{self.batch_size}-seed{self.seed}"
+        norm = quote(self.norm, safe="")
+        return f"{norm}-batch{self.batch_size}-rate{self.learning_rate!r}-seed{self.seed}"
 
     @classmethod
     def named(cls, name: str) -> Self | None:
@@ -60,11 +65,16 @@ class Run:
 
         Examples:
             >>> from layernorm.experiments.run.training import Run
-            >>> Run.named("none-batch4-seed0"), Run.named("notes")
-            (Run(norm='none', batch_size=4, seed=0), None)
+            >>> Run.named("none-batch4-rate0.001-seed0"), Run.named("notes")
+            (Run(norm='none', batch_size=4, learning_rate=0.001, seed=0), None)
         """
-        found = re.fullmatch(r"(.+)-batch([1-9]\d{0,17})-seed(0|[1-9]\d{0,17})", name, re.ASCII)
-        return cls(found[1], int(found[2]), int(found[3])) if found else None
+        found = _NAME.fullmatch(name)
+        return cls(unquote(found[1]), int(found[2]), float(found[3]), int(found[4])) if found else None
+
+
+_NAME: Final = re.compile(
+    r"(.+)-batch([1-9]\d{0,17})-rate(\d+(?:\.\d+)?(?:e[-+]\d+)?)-seed(0|[1-9]\d{0,17})", re.ASCII
+)
 
 
 class _Objective(nn.Module):
@@ -84,7 +94,7 @@ class Trainer:
 
     Args:
         problem: what is trained, its data on ``device``.
-        run: norm, batch size and seed.
+        run: norm, batch size, learning rate and seed.
         preset: epochs, optimizer, schedule, clipping, evaluations.
         checkpoint: the file that keeps an unfinished run; read if it exists.
         device: where to train.
@@ -118,7 +128,7 @@ class Trainer:
         self.updates = self.per_epoch * preset.epochs
         torch.manual_seed(run.seed)
         self.network = problem.network(run.norm).to(self._device)
-        self._optimizer = _optimizer(preset, self.network)
+        self._optimizer = _optimizer(preset.optimizer, run.learning_rate, self.network)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "float16")
         objective = _Objective(problem, self.network)
         self._objective: nn.Module = objective
@@ -169,7 +179,8 @@ class Trainer:
     def step(self, cases: Tensor, stop: bool = False) -> bool:
         """Make one update on these training cases; return whether any process wants to stop."""
         began = time.perf_counter()
-        self.network.train()
+        if not self.network.training:  # evaluations leave it so; setting it takes as long as a small layer
+            self.network.train()
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate()
         with torch.autocast(self._device.type, self._autocast, enabled=self._precision != "float32"):
@@ -279,7 +290,7 @@ class Trainer:
             rise *= 0.5 * (1.0 + math.cos(math.pi * done))
         elif preset.schedule == "linear":
             rise *= 1.0 - done
-        return preset.learning_rate * rise
+        return self.run.learning_rate * rise
 
     def _is_mark(self) -> bool:
         """Return whether there is an evaluation after this update."""
@@ -300,6 +311,7 @@ class Trainer:
         record = {
             "norm": self.run.norm,
             "batch_size": self.run.batch_size,
+            "learning_rate": self.run.learning_rate,
             "seed": self.run.seed,
             "update": self.update,
             "epoch": self.update / self.per_epoch,
@@ -317,10 +329,10 @@ def _mixed(seed: int, number: int) -> int:
     return seed * 1_000_003 + number
 
 
-def _optimizer(preset: Preset, network: nn.Module) -> torch.optim.Optimizer:
-    parameters, rate = network.parameters(), preset.learning_rate
-    if preset.optimizer == "sgd":
+def _optimizer(name: Optimizer, rate: float, network: nn.Module) -> torch.optim.Optimizer:
+    parameters = network.parameters()
+    if name == "sgd":
         return torch.optim.SGD(parameters, rate, momentum=0.9, fused=True)
-    if preset.optimizer == "rmsprop":
+    if name == "rmsprop":
         return torch.optim.RMSprop(parameters, rate, momentum=0.9)
     return torch.optim.Adam(parameters, rate, fused=True)

@@ -200,7 +200,7 @@ def task(name: str, title: str, permuted: bool, small: Preset) -> Task:
                 epochs=200,
                 batch_sizes=(100,),
                 norms=("none", "batch", "layer"),
-                learning_rate=1e-3,
+                learning_rates=(1e-3,),
                 optimizer="rmsprop",
                 clip=1.0,
                 evaluate_every=500,
@@ -209,6 +209,7 @@ def task(name: str, title: str, permuted: bool, small: Preset) -> Task:
         },
         judge=judge,
         tables=partial(_published, permuted),
+        reported=TEST_ERROR,
     )
 
 
@@ -233,7 +234,8 @@ def judge(results: pd.DataFrame) -> Sequence[Card]:
         ),
         judging.better(
             results,
-            VALIDATION_ERROR,
+            TEST_ERROR,
+            curve=VALIDATION_ERROR,
             claim="Recurrent batch norm has a lower error in the end than no norm.",
             section=section,
             norm="batch",
@@ -267,7 +269,7 @@ TASK = task(
         epochs=2,
         batch_sizes=(64,),
         norms=("none", "batch", "layer"),
-        learning_rate=1e-3,
+        learning_rates=(1e-3,),
         optimizer="rmsprop",
         clip=1.0,
         evaluate_every=50,

@@ -243,7 +243,11 @@ def _train(
     preset = Preset(epochs, (batch_size,), (norm,), evaluate_every=len(data.train_targets) * epochs)
     checkpoint = _checkpoint(folder, (seed, network, norm, batch_size))
     trainer = Trainer(
-        problem, Run(norm, batch_size, seed), preset, checkpoint, identity=f"{network} {epochs}"
+        problem,
+        Run(norm, batch_size, preset.learning_rates[0], seed),
+        preset,
+        checkpoint,
+        identity=f"{network} {epochs}",
     )
     try:
         trainer.train()
