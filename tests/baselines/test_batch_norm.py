@@ -40,6 +40,22 @@ def test_batch_norm_is_pytorchs(peer, shape, options):
     assert torch.equal(fresh.eval()(x), theirs(x))
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 5, 2)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_unbiased_variance_normalizes_where_it_is_asked_for(shape, affine):
+    norm = BatchNorm(3, affine=affine, unbiased=True, eps=0.1).double()
+    if affine:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = torch.randn(shape, dtype=torch.float64) * 3 + 2
+    channels = x.movedim(1, -1).reshape(-1, 3)
+    expected = (channels - channels.mean(0)) / (channels.var(0, correction=1) + 0.1).sqrt()
+    if affine:
+        expected = expected * norm.weight + norm.bias
+    torch.testing.assert_close(norm(x).movedim(1, -1).reshape(-1, 3), expected, **CLOSE)
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * channels.var(0, correction=1), **CLOSE)
+    assert norm.eps == 0.1
+
+
 def test_the_running_variance_of_a_small_batch_is_the_unbiased_one():
     norm = BatchNorm(1, momentum=1.0)
     norm(torch.tensor([[0.0], [2.0]]))

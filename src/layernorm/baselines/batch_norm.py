@@ -38,6 +38,7 @@ class BatchNorm(BatchNormBase):
         device: the device of the parameters.
         dtype: their dtype.
         process_group: the processes that share a batch; None for all.
+        unbiased: whether training divides by the root of the unbiased variance too (paper §6.6).
 
     Shape:
         Input and output (N, C) or (N, C, *).
@@ -68,16 +69,35 @@ class BatchNorm(BatchNormBase):
         dtype: Any = None,
         *,
         process_group: dist.ProcessGroup | None = None,
+        unbiased: bool = False,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.process_group = process_group
+        self.unbiased = unbiased
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, C, *) to the same shape."""
         self._check_input_dim(input)
         if self.training and shared(self.process_group) is not None:
             return self._over_processes(input)
+        if self.training and self.unbiased:
+            return self._by_unbiased_variance(input)
         return super().forward(input)
+
+    def _by_unbiased_variance(self, input: Tensor) -> Tensor:
+        """Normalize by √(n/(n - 1)·var + eps): by √(var + eps·(n - 1)/n), and times √((n - 1)/n)."""
+        count = input.numel() // self.num_features
+        share, eps = (count - 1) / count, self.eps
+        try:
+            self.eps = eps * share
+            output: Tensor = super().forward(input)
+        finally:
+            self.eps = eps
+        bias: Tensor | float = 0.0
+        if self.affine:
+            bias = self.bias.reshape(-1, *[1] * (input.dim() - 2))
+        result: Tensor = (output - bias) * share**0.5 + bias
+        return result
 
     def _over_processes(self, input: Tensor) -> Tensor:
         channels_last = input.movedim(1, -1)
@@ -92,7 +112,9 @@ class BatchNorm(BatchNormBase):
                 f"{list(input.shape)} and none in the other processes"
             )
         unused = rows.new_zeros(1, self.num_features)
-        output, mean, var = BatchStandardized.apply(rows, unused, unused, steps, self.eps)  # type: ignore[no-untyped-call]
+        share = (total - 1) / total if self.unbiased else 1.0
+        output, mean, var = BatchStandardized.apply(rows, unused, unused, steps, self.eps * share)  # type: ignore[no-untyped-call]
+        output = output * share**0.5
         if self.running_mean is not None and self.running_var is not None:
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
             factor = self.momentum

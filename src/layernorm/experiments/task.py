@@ -21,7 +21,7 @@ from layernorm.experiments.errors import ExperimentError as ExperimentError
 from layernorm.experiments.errors import MissingData as MissingData
 from layernorm.experiments.section import Card, Section, Table
 
-Optimizer: TypeAlias = Literal["adam", "sgd", "rmsprop"]
+Optimizer: TypeAlias = Literal["adam", "adam-uncorrected", "sgd", "rmsprop"]
 Schedule: TypeAlias = Literal["constant", "cosine", "linear"]
 
 
@@ -59,10 +59,12 @@ class Preset:
         seeds: of the repetitions.
         learning_rates: the greatest of the schedule; of several every norm has its own best, by the
             validation cases.
-        optimizer: Adam with PyTorch's other defaults, SGD with momentum 0.9, or RMSprop.
+        optimizer: Adam with PyTorch's other defaults, or without its correction of bias (see
+            ``run.optimizers``); SGD with momentum 0.9, or RMSprop.
         schedule: of the learning rate: constant, or down to 0 as half a cosine or a line.
         warmup: updates over which the learning rate first rises from 0.
         clip: the greatest norm of all gradients together; None for no limit.
+        clip_each: whether it is that of each parameter's gradient by itself.
         evaluate_every: updates between evaluations; None for four evaluations an epoch.
         sizes: keyword arguments of the task's problem.
     """
@@ -76,6 +78,7 @@ class Preset:
     schedule: Schedule = "constant"
     warmup: int = 0
     clip: float | None = None
+    clip_each: bool = False
     evaluate_every: int | None = None
     sizes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -119,10 +122,13 @@ class Loss:
     Attributes:
         total: the sum over this process's cases, a scalar with a gradient.
         count: what it is divided by: cases, time steps, characters.
+        is_summed: whether the sum itself is minimized, and only told divided by ``count``: where a source
+            limits the gradient of the sum.
     """
 
     total: Tensor
     count: int
+    is_summed: bool = False
 
 
 class Problem(abc.ABC):

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from layernorm.experiments import registry
 from layernorm.experiments.classification import Classification, Data
 from layernorm.experiments.run import processes, training
+from layernorm.experiments.run.optimizers import UncorrectedAdam
 from layernorm.experiments.run.training import Interrupted, Run, Trainer
 from layernorm.experiments.task import Batch, ExperimentError, Loss, Preset, Problem
 
@@ -247,7 +248,59 @@ def test_clipping_bounds_the_norm_of_all_gradients_together(tmp_path):
     assert norms == pytest.approx([1e-3] * 6, rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", "rmsprop"])
+def test_clipping_may_bound_each_gradient_by_itself(tmp_path):
+    preset = dataclasses.replace(PRESET, clip=1e-3, clip_each=True, optimizer="sgd")
+    trainer = Trainer(Noisy(), Run("layer", 32, 1.0, 0), preset, tmp_path / "run")
+    norms = []
+    step = trainer._optimizer.step
+
+    def stepped():
+        norms.extend(parameter.grad.norm().item() for parameter in trainer.network.parameters())
+        step()
+
+    trainer._optimizer.step = stepped
+    trainer.step(torch.arange(32))
+    assert len(norms) > 1
+    assert norms == pytest.approx([1e-3] * len(norms), rel=1e-4)
+
+
+def test_the_sum_may_be_what_is_minimized(tmp_path):
+    class Summed(Noisy):
+        def loss(self, network, batch):
+            return dataclasses.replace(super().loss(network, batch), is_summed=True)
+
+    grads, losses = [], []
+    for problem in (Noisy(), Summed()):
+        preset = dataclasses.replace(PRESET, clip=None)
+        trainer = Trainer(problem, Run("layer", 32, 1e-3, 1), preset, tmp_path / type(problem).__name__)
+        trainer.step(torch.arange(32))
+        grads.append([parameter.grad.clone() for parameter in trainer.network.parameters()])
+        losses.append(trainer._loss_sum)
+    assert losses[0] == losses[1]  # it is told as the mean
+    count = int((1 + torch.arange(32) % 3).sum())
+    for mean, total in zip(*grads, strict=True):
+        torch.testing.assert_close(total, count * mean, rtol=1e-5, atol=1e-5)
+
+
+def test_the_authors_adam_takes_larger_first_steps():
+    """Against the formulas of their code, with b1 = 0.1 and b2 = 0.001, in float64."""
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    optimizer = UncorrectedAdam([p], lr=0.01)
+    expected, m, v = p.detach().clone(), torch.zeros(2).double(), torch.zeros(2).double()
+    for t in range(1, 6):
+        g = torch.tensor([0.3 * t, -1.0], dtype=torch.float64)
+        p.grad = g.clone()
+        before = p.detach().clone()
+        optimizer.step()
+        rate = 0.01 * (1 - 0.001**t) ** 0.5 / (1 - 0.1**t)
+        m, v = 0.1 * g + 0.9 * m, 0.001 * g**2 + 0.999 * v
+        expected -= rate * m / (v.sqrt() + 1e-8)
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
+        if t == 1:
+            assert ((before - p.detach()).abs() > 0.03).all()  # Adam's is 0.01
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adam-uncorrected", "sgd", "rmsprop"])
 def test_every_optimizer_lowers_the_loss_and_resumes(tmp_path, optimizer):
     preset = dataclasses.replace(PRESET, epochs=10, optimizer=optimizer)
     whole = trained(tmp_path / "whole", preset)

@@ -18,6 +18,7 @@ from layernorm.arguments import at_least_0, names, number, positive, positives, 
 from layernorm.experiments import registry
 
 _PRESETS: Final = ("small", "paper")
+_OPTIMIZERS: Final = ("adam", "adam-uncorrected", "sgd", "rmsprop")
 _DATA: Final = """\
 Data is looked for in the folder that LAYERNORM_DATA names, then in a cache folder, then
 downloaded where its licence allows. The same command goes on where an earlier one was stopped.
@@ -161,10 +162,11 @@ def _add_compare(parser: argparse.ArgumentParser, defaults: Mapping[str, str]) -
     add("--epochs", type=positive, metavar="N", help="passes over the data")
     _add_seeds(parser, f" (default: {defaults['seeds']})" if defaults else "")
     _add_rates(add)
-    add("--optimizer", choices=("adam", "sgd", "rmsprop"), help="Adam, SGD with momentum, RMSprop")
+    add("--optimizer", choices=_OPTIMIZERS, help="adam-uncorrected: as the authors have it")
     add("--schedule", choices=("constant", "cosine", "linear"), help="of the learning rate")
     add("--warmup", type=at_least_0, metavar="N", help="updates over which the learning rate rises from 0")
     add("--clip", type=number(0.0, above=True), metavar="X", help="greatest norm of all gradients together")
+    add("--clip-each", action="store_true", default=None, help="limit each parameter's gradient by itself")
     add("--evaluate-every", type=positive, metavar="N", help="updates between evaluations")
     add(
         "--size",

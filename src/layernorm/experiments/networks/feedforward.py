@@ -19,9 +19,9 @@ def network(sizes: tuple[int, ...], norm: str) -> nn.Sequential:
     """Return linear layers of these sizes with ReLU between them.
 
     Layer and RMS norm are on the hidden layers and not on the logits; "batch" is batch norm on all layers
-    (paper §6.6), with running mean and variance by momentum for inference, and "batch-hidden" on the hidden
-    layers alone; weight norm is on the weights of all layers. Where a norm has a bias of its own, its linear
-    layer has none.
+    (paper §6.6, with its unbiased variance), with running mean and variance by momentum for inference, and
+    "batch-hidden" on the hidden layers alone; weight norm is on the weights of all layers. Where a norm has
+    a bias of its own, its linear layer has none.
 
     Args:
         sizes: features of the input, of each hidden layer, and of the output.
@@ -41,7 +41,7 @@ def network(sizes: tuple[int, ...], norm: str) -> nn.Sequential:
     for index, (before, after) in enumerate(pairwise(sizes)):
         last = index == len(sizes) - 2
         if norm == "batch" or (norm == "batch-hidden" and not last):
-            layers += [nn.Linear(before, after, bias=False), BatchNorm(after)]
+            layers += [nn.Linear(before, after, bias=False), BatchNorm(after, unbiased=True)]
         elif norm == "layer" and not last:
             layers += [nn.Linear(before, after, bias=False), layernorm.LayerNorm(after)]
         elif norm == "rms" and not last:

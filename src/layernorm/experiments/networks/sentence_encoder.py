@@ -95,10 +95,10 @@ class SentenceEncoder(nn.Module):
         _, state = self.gru(embedded)
         return cast(Tensor, state[0])
 
-    def encode(self, sentences: Sentences) -> Tensor:
-        """Encode all sentences as vectors (N, H), some sentences at a time."""
+    def encode(self, sentences: Sentences, after: bool = False) -> Tensor:
+        """Encode all sentences as vectors (N, H), some at a time; ``after`` as of ``Sentences.packed``."""
         parts = torch.arange(len(sentences)).split(_SENTENCES_AT_ONCE)
-        return torch.cat([self(sentences.packed(part)) for part in parts])
+        return torch.cat([self(sentences.packed(part, after=after)) for part in parts])
 
 
 def gru(norm: str, input_size: int, units: int) -> nn.Module:

@@ -21,7 +21,7 @@ from layernorm.experiments.task import Preset, Task
 
 #: What a folder holds one value of; norms, batch sizes, learning rates and seeds can be added to it.
 FIXED: Final = (
-    "task", "epochs", "optimizer", "schedule", "warmup", "clip", "evaluate_every", "sizes",
+    "task", "epochs", "optimizer", "schedule", "warmup", "clip", "clip_each", "evaluate_every", "sizes",
     "device", "precision",
 )  # fmt: skip
 
@@ -177,7 +177,7 @@ def command(comparison: Comparison) -> str:
         if field.name == "seeds":
             several = value == tuple(range(len(value)))
             option, text = ("seeds", str(len(value))) if several else ("seed-list", text)
-        words += [f"--{option}", text]
+        words += [f"--{option}", *([] if value is True else [text])]
     for name, usual in (("device", "cpu"), ("precision", "float32")):
         value = getattr(comparison, name)
         words += [] if value == usual else [f"--{name}", value]

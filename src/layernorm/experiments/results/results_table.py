@@ -234,7 +234,7 @@ def section(folder: Path, task: Task, config: Mapping[str, Any], table: pd.DataF
         config: as in ``config.json``.
         table: the records.
     """
-    metric, *others = task.metrics
+    metric, *others = (one for one in task.metrics if not one.name.startswith("test_") or one == task.final)
     norms = config["norms"]
     summary = summarize(table, norms, task)
     rates = rates_table(table, task)
@@ -329,7 +329,8 @@ def _described(config: Mapping[str, Any]) -> str:
     rates = ", ".join(f"{rate:g}" for rate in config["learning_rates"])
     several = "s" if len(config["learning_rates"]) > 1 else ""
     sizes = "".join(f", {name} {value}" for name, value in config["sizes"].items())
-    clip = f", gradients clipped at {config['clip']:g}" if config["clip"] else ""
+    each = " each" if config["clip_each"] else ""
+    clip = f", gradients{each} clipped at {config['clip']:g}" if config["clip"] else ""
     schedule = "" if config["schedule"] == "constant" else f" ({config['schedule']})"
     warmup = f", warm-up of {config['warmup']} updates" if config["warmup"] else ""
     return (

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from layernorm.experiments.errors import ExperimentError
-from layernorm.experiments.run import checkpoints, processes
-from layernorm.experiments.task import Batch, Loss, Optimizer, Preset, Problem
+from layernorm.experiments.run import checkpoints, optimizers, processes
+from layernorm.experiments.task import Batch, Loss, Preset, Problem
 
 #: The layout of checkpoints and of a comparison's folder.
 FORMAT: Final = 4
@@ -128,7 +128,7 @@ class Trainer:
         self.updates = self.per_epoch * preset.epochs
         torch.manual_seed(run.seed)
         self.network = problem.network(run.norm).to(self._device)
-        self._optimizer = _optimizer(preset.optimizer, run.learning_rate, self.network)
+        self._optimizer = optimizers.make(preset.optimizer, run.learning_rate, self.network)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "float16")
         objective = _Objective(problem, self.network)
         self._objective: nn.Module = objective
@@ -188,10 +188,13 @@ class Trainer:
         total, total_count, stops = processes.summed(loss.total.item(), loss.count, stop)
         self._optimizer.zero_grad()
         # DistributedDataParallel takes the mean over the processes; wanted is their sum over the count.
-        self._scaler.scale(loss.total * (processes.count() / total_count)).backward()
+        divisor = 1 if loss.is_summed else total_count
+        self._scaler.scale(loss.total * (processes.count() / divisor)).backward()
         if self.preset.clip is not None:
             self._scaler.unscale_(self._optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.preset.clip)
+            parameters = list(self.network.parameters())
+            for limited in [[one] for one in parameters] if self.preset.clip_each else [parameters]:
+                nn.utils.clip_grad_norm_(limited, self.preset.clip)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._loss_sum += total / total_count
@@ -327,12 +330,3 @@ class Trainer:
 def _mixed(seed: int, number: int) -> int:
     """Mix a seed and a number into another seed."""
     return seed * 1_000_003 + number
-
-
-def _optimizer(name: Optimizer, rate: float, network: nn.Module) -> torch.optim.Optimizer:
-    parameters = network.parameters()
-    if name == "sgd":
-        return torch.optim.SGD(parameters, rate, momentum=0.9, fused=True)
-    if name == "rmsprop":
-        return torch.optim.RMSprop(parameters, rate, momentum=0.9)
-    return torch.optim.Adam(parameters, rate, fused=True)

@@ -33,6 +33,9 @@ _REMARK: Final = (
     "difference is chance"
 )
 
+#: Kiros et al.'s limit of the gradient of a batch's sum.
+_CLIP: Final = 5.0
+
 VALIDATION_LOSS: Final = Metric("validation_loss", "validation loss (nats a word)", form="{:.3f}")
 #: The columns of the paper's table 3.
 TRANSFER: Final = (
@@ -162,7 +165,7 @@ class SkipThoughtProblem(Problem):
         )
         targets = [self._sentences.packed(cases, after=True).data for cases in around]
         losses = [F.cross_entropy(*both, reduction="sum") for both in zip(logits, targets, strict=True)]
-        return Loss(losses[0] + losses[1], sum(map(len, targets)))
+        return Loss(losses[0] + losses[1], sum(map(len, targets)), is_summed=True)
 
 
 def _middles(documents: Sequence[Sequence[Sequence[str]]]) -> Tensor:
@@ -254,7 +257,7 @@ TASK = Task(
             epochs=5,
             batch_sizes=(128,),
             norms=("none", "layer"),
-            clip=10.0,
+            clip=_CLIP,
             evaluate_every=60,
             sizes={
                 "text": "shakespeare",
@@ -272,7 +275,9 @@ TASK = Task(
             epochs=2,
             batch_sizes=(128,),
             norms=("none", "layer"),
-            clip=10.0,
+            learning_rates=(2e-4,),
+            optimizer="adam-uncorrected",
+            clip=_CLIP,
             evaluate_every=50_000,
             sizes={
                 "text": "books",
