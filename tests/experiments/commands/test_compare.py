@@ -244,6 +244,8 @@ def test_norms_are_where_the_paper_has_them():
         (["--size", "cases"], "argument --size: expected NAME=VALUE, got 'cases'"),
         (["--size", "cases=4"], "--size: unknown size 'cases'; this task has: none"),
         (["--ray", "nowhere:1"], "--ray: cannot reach the cluster 'nowhere:1'"),
+        (["--jobs", "0"], "argument --jobs: expected a whole number of at least 1, got '0'"),
+        (["--jobs", "2", "--ray"], "--jobs: Ray has its own number of runs"),
         (["--cpus-per-run", "2"], "--cpus-per-run is for --ray, which is not given"),
         (["--preset", "tiny"], "argument --preset: invalid choice: 'tiny'"),
         (["digits-rows", "--norms", "sheeprl"], "unknown norm 'sheeprl' for digits-rows"),

@@ -37,7 +37,7 @@ from layernorm.experiments.storage import files
 from layernorm.experiments.storage.locks import claimed
 from layernorm.experiments.task import Problem, Task
 
-Sweep = Callable[[Comparison, list[Run], "Display"], None]
+Sweep = Callable[[Comparison, list[Run], "Display", Callable[[], bool]], None]
 
 
 def compare(comparison: Comparison, console: Console, sweep: Sweep | None = None) -> Path:
@@ -117,7 +117,7 @@ def _train_missing(
             display.skip(run)
         missing = [run for run in comparison.runs if run not in there]
         if sweep is not None:
-            sweep(comparison, missing, display)
+            sweep(comparison, missing, display, stop)
         else:
             for run in missing:
                 train(comparison, run, problem, display, stop)

@@ -134,6 +134,9 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="runs side by side on a Ray cluster; without ADDRESS on one started here",
     )
+    add(
+        "--jobs", type=positive, default=1, metavar="N", help="runs side by side on this machine (default: 1)"
+    )
     add("--cpus-per-run", type=positive, metavar="N", help="with --ray (default: 1)")
     add("--gpus-per-run", type=number(0.0), metavar="X", help="with --ray (default: 0)")
 
@@ -293,6 +296,11 @@ def _reproduce(options: argparse.Namespace) -> None:
         options.preset,
         options.device,
         _sweep(options),
+        {
+            name: value
+            for name in ("seeds", "learning_rates")
+            if (value := getattr(options, name)) is not None
+        },
     )
 
 
@@ -311,7 +319,15 @@ def _sweep(options: argparse.Namespace) -> Callable[..., None] | None:
         for name in ("cpus_per_run", "gpus_per_run"):
             if getattr(options, name) is not None:
                 raise ExperimentError(f"--{name.replace('_', '-')} is for --ray, which is not given")
-        return None
+        if options.jobs == 1:
+            return None
+        if processes.count() > 1:
+            raise ExperimentError("--jobs: torchrun's processes share every batch; leave one of the two out")
+        from layernorm.experiments.commands.jobs import Jobs
+
+        return Jobs(options.jobs)
+    if options.jobs > 1:
+        raise ExperimentError("--jobs: Ray has its own number of runs, by --cpus-per-run; leave one out")
     if processes.count() > 1:
         raise ExperimentError(
             "--ray: either Ray trains the runs side by side or torchrun shares their batches"

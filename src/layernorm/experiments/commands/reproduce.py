@@ -7,10 +7,11 @@ command continues where an earlier one was stopped. An experiment whose data can
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pandas as pd
 from rich.console import Console
@@ -38,6 +39,7 @@ def reproduce(
     preset: str = "small",
     device: str = "cpu",
     sweep: Sweep | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Run experiments one after another and write the report over all that are in the folder.
 
@@ -48,6 +50,7 @@ def reproduce(
         preset: the size of all.
         device: where the tasks train.
         sweep: trains the runs of a task elsewhere; see ``compare``.
+        changes: of the presets of all tasks: seeds and learning rates.
 
     Returns:
         The path of the report.
@@ -69,7 +72,7 @@ def reproduce(
             console.rule(f"{index}/{len(names)} {name}", align="left")
             began = time.monotonic()
             try:
-                _run(name, out / name, console, preset, device, sweep)
+                _run(name, out / name, console, preset, device, sweep, changes or {})
             except MissingData as error:
                 left_out[name] = str(error)
                 say(console, f"left out: {error}")
@@ -133,12 +136,21 @@ def read(out: Path) -> list[Section]:
     return [sections[name] for name in sorted(sections, key=lambda name: order.get(name, len(order)))]
 
 
-def _run(name: str, out: Path, console: Console, preset: str, device: str, sweep: Sweep | None) -> None:
+def _run(
+    name: str,
+    out: Path,
+    console: Console,
+    preset: str,
+    device: str,
+    sweep: Sweep | None,
+    changes: Mapping[str, Any],
+) -> None:
     if name in registry.STUDIES:
         study.run(name, out, console, preset)
         return
     task = registry.find(name)
-    comparison = Comparison(name, task.presets[preset], out, preset, device)
+    size = dataclasses.replace(task.presets[preset], **changes)
+    comparison = Comparison(name, size, out, preset, device)
     compare.compare(comparison, console, sweep)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from layernorm.experiments import registry
@@ -12,12 +13,14 @@ from layernorm.experiments.commands.compare import Comparison
 from layernorm.experiments.commands.progress import Display
 from layernorm.experiments.errors import DamagedFile, ExperimentError
 from layernorm.experiments.results import results_table
-from layernorm.experiments.run.training import Run
+from layernorm.experiments.run.training import Interrupted, Run
 from layernorm.experiments.storage import files
 from layernorm.experiments.task import Task
 
 #: How often a run whose worker was lost is started again.
 _RETRIES = 3
+#: Seconds between looks at whether to stop.
+_LOOK = 0.2
 
 
 class RaySweep:
@@ -53,10 +56,13 @@ class RaySweep:
             reason = str(error).splitlines()[0]
             raise ExperimentError(f"--ray: cannot reach the cluster {address!r}: {reason}") from error
 
-    def __call__(self, comparison: Comparison, runs: list[Run], display: Display) -> None:
+    def __call__(
+        self, comparison: Comparison, runs: list[Run], display: Display, stop: Callable[[], bool]
+    ) -> None:
         """Train the runs, and show each when it ends.
 
         Raises:
+            Interrupted: ``stop`` answered True; runs that were not finished begin again.
             ExperimentError: a run failed, or was lost too often; the others are finished first.
         """
         ray = self._ray
@@ -65,7 +71,12 @@ class RaySweep:
         failed: dict[str, str] = {}
         try:
             while pending:
-                (done,), _ = ray.wait(list(pending), num_returns=1)
+                ready, _ = ray.wait(list(pending), num_returns=1, timeout=_LOOK)
+                if stop():
+                    raise Interrupted
+                if not ready:
+                    continue
+                (done,) = ready
                 run = pending.pop(done)
                 try:
                     self._keep(comparison, run, ray.get(done), display)
@@ -73,7 +84,7 @@ class RaySweep:
                     reason = str(error).strip().splitlines()[-1]
                     failed[run.name] = reason
                     display.say(run, f"lost: {reason}")
-        except KeyboardInterrupt:
+        except (Interrupted, KeyboardInterrupt):
             for task in pending:
                 ray.cancel(task, force=True)
             raise

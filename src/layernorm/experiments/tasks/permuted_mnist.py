@@ -13,10 +13,11 @@ TASK = sequential_mnist.task(
         epochs=6,
         batch_sizes=(64,),
         norms=("none", "batch", "layer"),
+        seeds=tuple(range(3)),
         learning_rates=(1e-3,),
         optimizer="rmsprop",
         clip=1.0,
         evaluate_every=100,
-        sizes={"hidden": 100, "down": 4, "cases": 20_000, "held_out": 1000},
+        sizes={"hidden": 100, "down": 4, "cases": 16_000, "held_out": 1000},
     ),
 )

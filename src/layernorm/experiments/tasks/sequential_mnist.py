@@ -269,10 +269,11 @@ TASK = task(
         epochs=2,
         batch_sizes=(64,),
         norms=("none", "batch", "layer"),
+        seeds=tuple(range(3)),
         learning_rates=(1e-3,),
         optimizer="rmsprop",
         clip=1.0,
         evaluate_every=50,
-        sizes={"hidden": 100, "down": 2, "cases": 16_000, "held_out": 500},
+        sizes={"hidden": 100, "down": 2, "cases": 12_000, "held_out": 500},
     ),
 )

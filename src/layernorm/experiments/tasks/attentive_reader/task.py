@@ -295,6 +295,7 @@ TASK = Task(
             epochs=5,
             batch_sizes=(64,),
             norms=("none", "batch", "layer", "layer-0.1"),
+            seeds=tuple(range(5)),
             learning_rates=(3e-3,),
             clip=10.0,
             evaluate_every=38,

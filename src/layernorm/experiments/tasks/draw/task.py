@@ -223,6 +223,7 @@ TASK = Task(
             epochs=15,
             batch_sizes=(128,),
             norms=("none", "layer"),
+            seeds=tuple(range(3)),
             evaluate_every=39,
             sizes={
                 "cases": 10_000,

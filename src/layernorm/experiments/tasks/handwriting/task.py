@@ -174,6 +174,7 @@ TASK: Final = Task(
             epochs=2,
             batch_sizes=(8,),
             norms=("none", "layer"),
+            seeds=tuple(range(3)),
             clip=10.0,
             evaluate_every=50,
             sizes={"steps": 120, "lines": 3_200, "valid_lines": 100, "hidden": 100},

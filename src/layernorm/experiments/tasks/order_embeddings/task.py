@@ -310,6 +310,7 @@ TASK = Task(
             epochs=2,
             batch_sizes=(128,),
             norms=("none", "layer"),
+            seeds=tuple(range(5)),
             clip=_CLIP,
             clip_each=True,
             evaluate_every=100,

@@ -254,9 +254,10 @@ TASK = Task(
     norms=NORMS,
     presets={
         "small": Preset(
-            epochs=5,
+            epochs=3,
             batch_sizes=(128,),
             norms=("none", "layer"),
+            seeds=tuple(range(3)),
             clip=_CLIP,
             evaluate_every=60,
             sizes={
