@@ -36,6 +36,7 @@ class Command(NamedTuple):
 
 COMMANDS: Final = (
     Command("compare", "train the same network with different norms", _EXPERIMENTS),
+    Command("explain", "what each norm averages, in pictures and numbers", _EXPERIMENTS),
     Command("theory", "the paper's invariances and its geometry, checked numerically", _EXPERIMENTS),
     Command(
         "dynamics",

@@ -47,7 +47,7 @@ TASKS: Final[Mapping[str, str]] = {
     "permuted-mnist": "the same in a fixed random order",
 }
 #: The studies of this package, each a command.
-STUDIES: Final = ("theory", "dynamics", "online")
+STUDIES: Final = ("explain", "theory", "dynamics", "online")
 
 
 _given: Final[dict[str, Task]] = {}

@@ -81,9 +81,9 @@ def at_best_rates(results: pd.DataFrame, metric: Metric) -> pd.DataFrame:
 
 
 def is_converged(runs: pd.DataFrame, metric: Metric) -> bool:
-    """Return whether the mean over the seeds has its best before the last evaluation."""
+    """Return whether the mean over the seeds is best before the last of several evaluations."""
     curve = runs.groupby("update")[metric.name].mean().to_numpy()
-    if np.isnan(curve).all():
+    if len(curve) < 2 or np.isnan(curve).all():
         return True
     place = np.nanargmax(curve) if metric.higher else np.nanargmin(curve)
     return bool(place < len(curve) - 1)
