@@ -35,8 +35,8 @@ $(INSTALLED): $(PACKAGE)
 	@touch $@
 
 demo: $(PACKAGE)
-	$(BIN)/layernorm compare digits
-	$(BIN)/layernorm compare digits-rows
+	$(BIN)/layernorm compare digits --jobs 2
+	$(BIN)/layernorm compare digits-rows --jobs 2
 
 # OPTIONS are pytest's: `make test OPTIONS=--cov` reports coverage.
 test: install

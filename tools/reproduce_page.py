@@ -32,7 +32,8 @@ def written(page: str, sections: list[Section], times: dict[str, str]) -> str:
     """Return the page with these sections."""
     for section in sections:
         pattern = re.compile(
-            rf"(`{re.escape(section.name)}`), [\d:]+ minutes(.*?\n)(.*?){re.escape(HEAD)}(?:\|.*\n)*", re.S
+            rf"(`{re.escape(section.name)}`), [\d:]+ minutes(.*?\n)(.*?){re.escape(HEAD)}(?:\|[^\n]*\n)*",
+            re.S,
         )
         new = lambda found, s=section: f"{found[1]}, {times[s.name]} minutes{found[2]}{found[3]}{table(s)}"  # noqa: E731
         page, count = pattern.subn(new, page, count=1)

@@ -67,7 +67,7 @@ def show_cards(console: Console, cards: Sequence[Card]) -> None:
     for card in cards:
         console.print()
         console.print(Text(card.verdict, "bold"))
-        remark = f" {card.remark}" if card.remark else ""
+        remark = f" {card.remark[0].upper()}{card.remark[1:]}" if card.remark else ""
         for heading, text in (
             ("claim", f"{card.claim} ({card.section})"),
             ("measured", card.figure + remark),

@@ -357,7 +357,7 @@ STUDY: Final = Study(
     run=run,
     read=read,
     presets={
-        "small": {"batch_sizes": (2, 4, 8, 32, 128), "learning_rates": (1e-3, 1e-2), "seeds": 3, "epochs": 5},
+        "small": {"batch_sizes": (2, 4, 8, 32, 128), "learning_rates": (3e-4, 3e-3), "seeds": 5, "epochs": 5},
         "paper": {
             "batch_sizes": (1, 2, 4, 8, 16, 32, 64, 128, 256),
             "learning_rates": (3e-4, 1e-3, 3e-3, 1e-2),
