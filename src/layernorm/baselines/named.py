@@ -9,11 +9,11 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from layernorm import functional
 from layernorm.baselines.batch_norm import BatchNorm
 from layernorm.modules import LayerNorm, RMSNorm
+from layernorm.pytorch_internals import BatchNormBase
 
 #: What ``Norm`` knows, apart from modules of one's own.
 NAMES: Final = ("none", "batch", "layer", "rms", "instance", "group:G")
@@ -143,7 +143,7 @@ def swap_norms(model: nn.Module, to: str | Callable[[int], nn.Module] = "layer")
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, _BatchNorm)
+        if isinstance(child, BatchNormBase)
     ]
     if not found:
         raise ValueError(f"swap_norms: {type(model).__name__} has no batch norm to replace")
