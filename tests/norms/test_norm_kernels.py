@@ -43,6 +43,8 @@ def capability(request):
             pytest.skip("the Triton kernels have no float64")
         if request.param == "looped" and not 512 < given.get("width", 1000) < 2000:
             pytest.skip("this width tells nothing new of loops")
+        if request.param == "looped" and given.get("dtype") == torch.float16 and given.get("width") != 1025:
+            pytest.skip("the interpreter is slow, and takes this type at one width")
         request.getfixturevalue(request.param)
         yield request.param
         return

@@ -40,7 +40,7 @@ def test_a_lost_process_is_said_and_the_same_command_goes_on(tmp_path, monkeypat
         patch.setattr(jobs, "_train", lost)
         with pytest.raises(ExperimentError, match="a process that trains was lost; the same command goes on"):
             compare(comparison, silent(), jobs.Jobs(2))
-    compare(comparison, silent(), jobs.Jobs(2))
+    compare(comparison, silent())
     assert records(tmp_path).groupby(["norm", "seed"]).ngroups == 4
 
 
