@@ -178,7 +178,7 @@ class OwnTask(Task):
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the report needs."""
+        """Return what the report needs."""
         return {
             "name": self.name,
             "title": self.title,

@@ -1,4 +1,4 @@
-"""What several seeds tell: means with their intervals, by Student's t."""
+"""Compute means over seeds with their intervals, by Student's t."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each norm averages, in pictures and numbers, and what follows for the size of the batch.
+"""Show what each norm averages, in pictures and numbers, and what follows for the size of the batch.
 
 The paper's own statements: which summed inputs share a mean (§2, §3), that batch norm needs large batches and
 running statistics (§2), and that layer norm needs neither (§3).
