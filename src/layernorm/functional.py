@@ -494,8 +494,7 @@ def _gates_step(
         weights = dict(zip(weights, rest, strict=True))
     operator = f"{spec.cell}_gates"
     kernel = backends.recurrent_kernel_for(operator, state, (input_gates, hidden_gates, *weights.values()))
-    by_kernel = kernel == "native" or spec.is_for_gpus
-    if kernel in backends.OPERATORS and by_kernel and state.size(-1):  # none has no kernel
+    if kernel in backends.OPERATORS and spec.is_computed_by(kernel) and state.size(-1):  # none has no kernel
         return ops.gates_step(spec, input_gates, hidden_gates, state, weights)
     named = {recurrent_checks.gates_state(spec): state}
     named |= {"input_gates": input_gates, "hidden_gates": hidden_gates, **weights}
@@ -555,8 +554,7 @@ def recurrent_layer(
             reset_state, rest = rest[:count], rest[count:]
         weights = dict(zip(weights, rest, strict=True))
     # Where a call's own arguments decide, the compiled kernels look at them themselves.
-    is_for_kernels = masks is None and bool(spec.codes)
-    if state[0].size(-1) and is_for_kernels and backends.compiled_module() is not None:
+    if state[0].size(-1) and masks is None and spec.codes and backends.compiled_module() is not None:
         found = ops.recurrent_layer_natively(
             spec, input, state, weights, reverse, batch_sizes, resets, recompute, reset_state
         )
@@ -564,7 +562,7 @@ def recurrent_layer(
             return found  # type: ignore[no-any-return]
     others = (*state, *weights.values()) if reset_state is None else (*state, *reset_state, *weights.values())
     kernel = backends.recurrent_kernel_for(spec.cell, input, others)
-    by_kernel = is_for_kernels and (kernel == "native" or (reset_state is None and spec.is_for_gpus))
+    by_kernel = masks is None and spec.is_computed_by(kernel) and (kernel == "native" or reset_state is None)
     if kernel in backends.OPERATORS and by_kernel and state[0].size(-1):  # none has no kernel
         return ops.recurrent_layer(
             spec, input, state, weights, reverse, batch_sizes, resets, recompute, reset_state

@@ -79,15 +79,10 @@ def couple_gates(module: RecurrentParameters) -> RecurrentParameters:
             f"{name}: the gates of {module.spec} share statistics, of which the input gate would be a part; "
             "use a variant with scope='gate', or without a norm at the gates"
         )
-    per_gate = [
-        (weight, suffix)
-        for suffix in module.suffixes
-        for weight, shape in module.layer_shapes()[module.suffixes.index(suffix)].items()
-        if shape[0] == 4 * module.hidden_size and weight != "weight_hr"
-    ]
-    for weight, suffix in per_gate:
-        sign = 1 if weight.startswith("gain") else -1
-        _register(name, module, weight + suffix, _Coupled(sign))
+    for suffix, shapes in zip(module.suffixes, module.layer_shapes(), strict=True):
+        for weight, shape in shapes.items():
+            if shape[0] == 4 * module.hidden_size:
+                _register(name, module, weight + suffix, _Coupled(1 if weight.startswith("gain") else -1))
     return module
 
 

@@ -204,6 +204,10 @@ class LayerSpec:
             return False
         return variant.inputs != "plain" and variant.cell_eps is None and variant.cell_clip is None
 
+    def is_computed_by(self, kernel: str) -> bool:
+        """Tell whether a kernel, "native" or one for GPUs, computes it; the reference does otherwise."""
+        return bool(self.codes) and (kernel == "native" or self.is_for_gpus)
+
     @property
     def saved_h_gates(self) -> int:
         """How many gates of W_hh h are kept for backward: (rows, saved_h_gates·H)."""

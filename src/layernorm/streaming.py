@@ -136,8 +136,7 @@ class Stream:
             weights = [w for layer in layers for w in layer.values()]
             spec = self._module.spec
             kernel = backends.recurrent_kernel_for(spec.cell, h, weights)
-            is_computed = bool(spec.codes) and (kernel == "native" or spec.is_for_gpus)
-            self.kernel = kernel if is_computed else "reference"
+            self.kernel = kernel if spec.is_computed_by(kernel) else "reference"
             if self.kernel == "native":
                 self._take_step = self._compiled(layers)
             else:

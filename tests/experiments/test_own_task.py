@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.data import TensorDataset
 import layernorm
 from layernorm.cli import main
 from layernorm.experiments.errors import ExperimentError
+from layernorm.experiments.own_task import Options
 from tests.experiments.commands.cases import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,6 +148,11 @@ def test_datasets_and_several_inputs(tmp_path):
     )
 
 
+def test_both_functions_take_the_same_options():
+    taken = inspect.signature(layernorm.task).parameters
+    assert set(Options.__annotations__) == {n for n, p in taken.items() if p.default is not p.empty}
+
+
 WRONG = [
     ({"model": nn.Linear(2, 2)}, TypeError, "model must be a function of a norm .*, got Linear"),
     ({"model": lambda norm: None}, TypeError, "model must return a torch.nn.Module, got NoneType"),
@@ -171,7 +178,18 @@ WRONG = [
     ({"seeds": 0}, ValueError, "seeds must be a whole number of at least 1, got 0"),
     ({"seeds": []}, ValueError, "seeds must not be empty"),
     ({"epochs": 1.5}, ValueError, "epochs must be a whole number"),
-    ({"learning_rates": [0.0]}, ValueError, "learning_rates must be positive"),
+    ({"learning_rates": [0.0]}, ValueError, "learning_rates must be a finite number greater than 0, got 0.0"),
+    ({"seeds": [1, -1]}, ValueError, "seeds must be a whole number of at least 0, got -1"),
+    (
+        {"optimizer": "adamm"},
+        ValueError,
+        "optimizer must be one of adam, adam-uncorrected, sgd, rmsprop; got",
+    ),
+    ({"schedule": "cos"}, ValueError, "schedule must be one of constant, cosine, linear; got 'cos'"),
+    ({"warmup": -1}, ValueError, "warmup must be a whole number of at least 0"),
+    ({"clip": 0}, ValueError, "clip must be a finite number greater than 0, got 0"),
+    ({"evaluate_every": 0}, ValueError, "evaluate_every must be a whole number of at least 1"),
+    ({"precision": "half"}, ValueError, "precision must be one of float32, bfloat16, float16; got 'half'"),
     ({"batch_sizes": [51]}, ExperimentError, "51 is more than the 50 training cases"),
     (
         {"metrics": {"error": lambda a, b: "x"}},

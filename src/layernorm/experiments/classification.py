@@ -14,7 +14,7 @@ from layernorm.experiments.task import Batch, Loss, Metric, Problem
 
 VALIDATION_ERROR: Final = Metric("validation_error", "validation error (%)", log=True)
 VALIDATION_LOSS: Final = Metric("validation_loss", "validation loss", form="{:.3g}", log=True)
-TEST_ERROR: Final = Metric("test_error", "test error (%)", log=True)
+TEST_ERROR: Final = Metric("test_error", "test error (%)", log=True, is_test=True)
 METRICS: Final = (VALIDATION_ERROR, VALIDATION_LOSS, TEST_ERROR)
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Final, TypeAlias, TypedDict
+from typing import Any, Final, TypeAlias, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,17 @@ from layernorm.baselines import Norm
 from layernorm.experiments import registry
 from layernorm.experiments.errors import ExperimentError
 from layernorm.experiments.results import judging
-from layernorm.experiments.task import Batch, Loss, Metric, Optimizer, Preset, Problem, Schedule, Task
+from layernorm.experiments.task import (
+    Batch,
+    Loss,
+    Metric,
+    Optimizer,
+    Preset,
+    Problem,
+    Schedule,
+    Task,
+    final_metric,
+)
 
 #: Inputs and targets, each a tensor or an array, of inputs perhaps several; or a dataset of such pairs.
 Data: TypeAlias = Any
@@ -139,24 +149,22 @@ def task(
         raise ValueError(f"norms must not be empty; expected some of {', '.join(NORMS)}")
     networks = {norm: _network(model, maker) for norm, maker in makers.items()}
     preset = Preset(
-        epochs=_positive("epochs", epochs),
-        batch_sizes=tuple(_positive("batch_sizes", size) for size in batch_sizes),
+        epochs=_whole("epochs", epochs),
+        batch_sizes=tuple(_whole("batch_sizes", size) for size in batch_sizes),
         norms=tuple(makers),
-        seeds=tuple(range(_positive("seeds", seeds))) if isinstance(seeds, int) else tuple(seeds),
-        learning_rates=tuple(float(rate) for rate in learning_rates),
-        optimizer=optimizer,
-        schedule=schedule,
-        warmup=warmup,
-        clip=clip,
-        evaluate_every=evaluate_every,
+        seeds=tuple(range(_whole("seeds", seeds))) if isinstance(seeds, int) else _seeds(seeds),
+        learning_rates=tuple(_above_0("learning_rates", rate) for rate in learning_rates),
+        optimizer=_one_of("optimizer", optimizer, get_args(Optimizer)),
+        schedule=_one_of("schedule", schedule, get_args(Schedule)),
+        warmup=_whole("warmup", warmup, 0),
+        clip=None if clip is None else _above_0("clip", clip),
+        evaluate_every=None if evaluate_every is None else _whole("evaluate_every", evaluate_every),
         sizes={"data": _digest(parts), "networks": _digest_of_text(*map(str, networks.values()))},
     )
     for option in ("batch_sizes", "seeds", "learning_rates"):
         if not getattr(preset, option):
             raise ValueError(f"{option} must not be empty")
-    if min(preset.learning_rates) <= 0 or not all(map(math.isfinite, preset.learning_rates)):
-        raise ValueError(f"learning_rates must be positive, got {list(preset.learning_rates)}")
-    columns, reported = _metrics(list(measures) or [LOSS], maximize, "test" in parts)
+    columns = _metrics(list(measures) or [LOSS], maximize, "test" in parts)
     counts = f"{len(parts['train'][1])} training, {len(parts['valid'][1])} validation"
     return OwnTask(
         name=name,
@@ -168,8 +176,7 @@ def task(
         metrics=columns,
         norms=tuple(makers),
         presets={"small": preset, "paper": preset},
-        judge=partial(judging.ranking, metric=reported, curve=columns[0]),
-        reported=reported,
+        judge=partial(judging.ranking, metric=final_metric(columns), curve=columns[0]),
     )
 
 
@@ -185,14 +192,12 @@ class OwnTask(Task):
             "summary": self.summary,
             "norms": list(self.norms),
             "metrics": [asdict(metric) for metric in self.metrics],
-            "reported": asdict(self.final),
         }
 
     @classmethod
     def described(cls, description: Mapping[str, Any]) -> OwnTask:
         """Return a task that reads and reports, and cannot be trained."""
         metrics = tuple(Metric(**metric) for metric in description["metrics"])
-        reported = Metric(**description["reported"])
         return cls(
             name=description["name"],
             title=description["title"],
@@ -202,8 +207,7 @@ class OwnTask(Task):
             metrics=metrics,
             norms=tuple(description["norms"]),
             presets={},
-            judge=partial(judging.ranking, metric=reported, curve=metrics[0]),
-            reported=reported,
+            judge=partial(judging.ranking, metric=final_metric(metrics), curve=metrics[0]),
         )
 
 
@@ -282,17 +286,15 @@ def _cannot_be_trained(**sizes: Any) -> Problem:
     raise ExperimentError("the model and data of this folder are not here; run what made it again")
 
 
-def _metrics(
-    names: Sequence[str], maximize: Sequence[str], has_test: bool
-) -> tuple[tuple[Metric, ...], Metric]:
-    """Return the columns, of validation and then of test cases, and the one that tells who is better."""
+def _metrics(names: Sequence[str], maximize: Sequence[str], has_test: bool) -> tuple[Metric, ...]:
+    """Return the columns, of validation and then of test cases."""
 
     def of(part: str, name: str) -> Metric:
-        return Metric(f"{part}_{name}", f"{part} {name}", higher=name in maximize, form="{:.4g}")
+        higher, is_test = name in maximize, part == "test"
+        return Metric(f"{part}_{name}", f"{part} {name}", higher, form="{:.4g}", is_test=is_test)
 
     valid = [of("validation", name) for name in dict.fromkeys((*names, LOSS))]
-    tests = [of("test", name) for name in names] if has_test else []
-    return (*valid, *tests), (tests or valid)[0]
+    return (*valid, *(of("test", name) for name in names if has_test))
 
 
 def _data(name: str, given: Data) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -361,9 +363,25 @@ def _joined(outputs: Sequence[Any]) -> Any:
     raise ExperimentError(f"the network must return tensors, got {type(first).__name__}")
 
 
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+def _whole(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def _seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(_whole("seeds", seed, 0) for seed in seeds))
+
+
+def _above_0(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number greater than 0, got {value!r}")
+    return float(value)
+
+
+def _one_of(name: str, value: Any, choices: Sequence[str]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
     return value
 
 

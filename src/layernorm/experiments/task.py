@@ -35,6 +35,7 @@ class Metric:
         higher: whether more is better.
         form: how a value is written.
         log: whether its axis is logarithmic.
+        is_test: whether it is of test cases, which choose nothing.
     """
 
     name: str
@@ -42,6 +43,12 @@ class Metric:
     higher: bool = False
     form: str = "{:.2f}"
     log: bool = False
+    is_test: bool = False
+
+
+def final_metric(metrics: Sequence[Metric]) -> Metric:
+    """Return the one that tells how good a trained network is: the first of test cases, else the first."""
+    return next((metric for metric in metrics if metric.is_test), metrics[0])
 
 
 #: What every task minimizes: the mean over the updates since the last record.
@@ -180,8 +187,6 @@ class Task:
         presets: by name, "small" and "paper".
         judge: the cards of the results (the columns of ``results.csv``).
         tables: further tables of the results, such as the paper's own numbers.
-        reported: the one of ``metrics`` that tells how good a trained network is, by the test cases; the
-            first where None.
     """
 
     name: str
@@ -194,12 +199,11 @@ class Task:
     presets: Mapping[str, Preset]
     judge: Callable[[pd.DataFrame], Sequence[Card]]
     tables: Callable[[pd.DataFrame], Sequence[Table]] = lambda results: ()
-    reported: Metric | None = None
 
     @property
     def final(self) -> Metric:
-        """The metric of a trained network."""
-        return self.reported or self.metrics[0]
+        """The metric that tells how good a trained network is; see ``final_metric``."""
+        return final_metric(self.metrics)
 
 
 @dataclass(frozen=True)

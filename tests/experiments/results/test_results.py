@@ -18,7 +18,7 @@ from layernorm.experiments.task import ExperimentError, Metric
 
 RECALL = Metric("recall", "recall (%)", higher=True)
 DIGITS = registry.find("digits")
-BY_RECALL = dataclasses.replace(DIGITS, metrics=(RECALL,), reported=RECALL)
+BY_RECALL = dataclasses.replace(DIGITS, metrics=(RECALL,))
 
 
 def rows(norm, seed, errors, losses=None, batch_size=4, rate=1e-3, test=None):

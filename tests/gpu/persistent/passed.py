@@ -1,4 +1,4 @@
-"""Whether the persistent kernels' tests have passed with these very files: they are frozen, and take a
+"""Tell whether the persistent kernels' tests have passed with these files: they are frozen, and take a
 minute.
 
 ``make persistent`` runs them, and then ``python -m tests.gpu.persistent.passed`` notes the files that passed;
@@ -20,7 +20,9 @@ NOTE = Path(__file__).with_name("passed.sha256")
 def digest() -> str:
     """Return the digest of all files."""
     inside = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
-    paths = [path for path in inside if path != NOTE and "__pycache__" not in path.parts]
+    paths = [
+        path for path in inside if path not in (NOTE, Path(__file__)) and "__pycache__" not in path.parts
+    ]
     total = hashlib.sha256()
     for path in sorted((*paths, *(ROOT / name for name in FILES))):
         total.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

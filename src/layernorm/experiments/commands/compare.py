@@ -185,6 +185,13 @@ def _write(comparison: Comparison, run: Run, problem: Problem, trainer: Trainer)
     files.write_table(comparison.path(run, ".csv"), table, comparison.about(run))
 
 
+def recorded(comparison: Comparison, run: Run) -> list[Record]:
+    """Return the records of a run that has been trained elsewhere."""
+    task = registry.find(comparison.task)
+    table = results_table.read(comparison.path(run, ".csv"), task, comparison.about(run))
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
 def read(path: Path) -> Section:
     """Return what the report shows of a comparison's folder.
 

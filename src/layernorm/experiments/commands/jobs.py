@@ -19,7 +19,6 @@ from layernorm.experiments.commands import compare
 from layernorm.experiments.commands.compare import Comparison
 from layernorm.experiments.commands.progress import Display
 from layernorm.experiments.errors import ExperimentError
-from layernorm.experiments.results import results_table
 from layernorm.experiments.run.training import Interrupted, Run
 from layernorm.experiments.task import Problem
 
@@ -62,7 +61,7 @@ class Jobs:
                     for future in done:
                         run = pending.pop(future)
                         future.result()
-                        display.finish(run, _records(comparison, run))
+                        display.finish(run, compare.recorded(comparison, run))
             except BrokenProcessPool as error:
                 raise ExperimentError(
                     "a process that trains was lost; the same command goes on from what was reached"
@@ -72,12 +71,6 @@ class Jobs:
                 pool.shutdown(cancel_futures=True)
         if pending:
             raise Interrupted
-
-
-def _records(comparison: Comparison, run: Run) -> list[dict[str, Any]]:
-    task = registry.find(comparison.task)
-    table = results_table.read(comparison.path(run, ".csv"), task, comparison.about(run))
-    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def _begin(asked: Event, threads: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Unpack, get_args
 
 import pandas as pd
 from rich.console import Console
@@ -124,6 +124,8 @@ def compare(
         >>> result.table[["norm", "seeds"]].values.tolist()
         [['none', 2], ['layer', 2]]
     """
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}; got {precision!r}")
     made = task(model=model, train=train, valid=valid, loss=loss, **options)
     folder = Path("runs") / made.name if out is None else Path(out)
     comparison = Comparison(

@@ -104,9 +104,7 @@ class RaySweep:
                 continue
             files.make_folder(path.parent)
             files.write(path, content)
-        task = registry.find(comparison.task)
-        table = results_table.read(comparison.path(run, ".csv"), task, comparison.about(run))
-        display.finish(run, [{str(k): v for k, v in row.items()} for row in table.to_dict("records")])
+        display.finish(run, compare.recorded(comparison, run))
 
 
 def _reach(address: str | None) -> None:

@@ -234,7 +234,7 @@ def section(folder: Path, task: Task, config: Mapping[str, Any], table: pd.DataF
         config: as in ``config.json``.
         table: the records.
     """
-    metric, *others = (one for one in task.metrics if not one.name.startswith("test_") or one == task.final)
+    metric, *others = (one for one in task.metrics if not one.is_test or one == task.final)
     norms = config["norms"]
     summary = summarize(table, norms, task)
     rates = rates_table(table, task)

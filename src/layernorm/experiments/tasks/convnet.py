@@ -9,12 +9,10 @@ from itertools import pairwise
 from typing import Final
 
 import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from layernorm import functional
-from layernorm.baselines import BatchNorm, start_weight_norm
+from layernorm.baselines import Norm, start_weight_norm
 from layernorm.experiments.classification import METRICS, TEST_ERROR, VALIDATION_ERROR, Classification
 from layernorm.experiments.results import judging
 from layernorm.experiments.section import Card
@@ -52,12 +50,8 @@ def network(channels: Sequence[int], norm: str) -> nn.Sequential:
     for index, (before, after) in enumerate(pairwise(widths)):
         convolution = nn.Conv2d(before, after, 3, padding=1, bias=norm not in ("batch", "layer"))
         layers.append(weight_norm(convolution) if norm == "weight" else convolution)
-        if norm == "batch":
-            layers.append(BatchNorm(after))
-        elif norm == "layer":
-            layers.append(nn.GroupNorm(1, after))
-        elif norm == "rms":
-            layers.append(_ImageRMSNorm(after))
+        if norm in ("batch", "layer", "rms"):
+            layers.append(Norm(norm)(after, dim=1))
         layers.append(nn.ReLU())
         if index % 2:
             layers.append(nn.MaxPool2d(2))
@@ -65,17 +59,6 @@ def network(channels: Sequence[int], norm: str) -> nn.Sequential:
     logits = nn.Linear(channels[-1] * side**2, 10)
     layers += [nn.Flatten(), weight_norm(logits) if norm == "weight" else logits]
     return nn.Sequential(*layers)
-
-
-class _ImageRMSNorm(nn.Module):
-    """Images (N, C, H, W) by the root mean square of each, with one gain for each channel."""
-
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(channels)), eps
-
-    def forward(self, images: Tensor) -> Tensor:
-        return functional.rms_norm(images, images.shape[1:], None, self.eps) * self.weight[:, None, None]
 
 
 class ConvolutionalMnist(Classification):
@@ -166,5 +149,4 @@ TASK = Task(
         ),
     },
     judge=judge,
-    reported=TEST_ERROR,
 )

@@ -85,5 +85,4 @@ TASK = Task(
     norms=feedforward.NORMS,
     presets={"small": _PRESET, "paper": _PRESET},
     judge=judge,
-    reported=TEST_ERROR,
 )

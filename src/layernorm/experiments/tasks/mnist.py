@@ -105,5 +105,4 @@ TASK = Task(
         ),
     },
     judge=judge,
-    reported=TEST_ERROR,
 )

@@ -22,7 +22,7 @@ NORMS: Final = ("none", "batch", "layer", "rms", "weight")
 NOISE: Final = 0.1
 VALIDATION_ERROR: Final = Metric("validation_error", "validation error (%)", log=True)
 VALIDATION_LOSS: Final = Metric("validation_loss", "validation loss", form="{:.3g}", log=True)
-TEST_ERROR: Final = Metric("test_error", "test error (%)", log=True)
+TEST_ERROR: Final = Metric("test_error", "test error (%)", log=True, is_test=True)
 
 _AT_ONCE: Final = 1000
 
@@ -209,7 +209,6 @@ def task(name: str, title: str, permuted: bool, small: Preset) -> Task:
         },
         judge=judge,
         tables=partial(_published, permuted),
-        reported=TEST_ERROR,
     )
 
 
