@@ -78,11 +78,6 @@ def positive(text: str) -> int:
     return _whole_number(text, 1)
 
 
-def at_least_0(text: str) -> int:
-    """Convert text to a whole number of at least 0."""
-    return _whole_number(text, 0)
-
-
 def _whole_number(text: str, least: int) -> int:
     try:
         value = int(text)
@@ -98,9 +93,9 @@ def positives(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
 
 
-def seeds(text: str) -> tuple[int, ...]:
+def from_0(text: str) -> tuple[int, ...]:
     """Convert text to whole numbers of at least 0 separated by commas, each once."""
-    return tuple(dict.fromkeys(at_least_0(part) for part in text.split(",")))
+    return tuple(dict.fromkeys(_whole_number(part, 0) for part in text.split(",")))
 
 
 def rates(text: str) -> tuple[float, ...]:

@@ -186,7 +186,7 @@ WRONG = [
         "optimizer must be one of adam, adam-uncorrected, sgd, rmsprop; got",
     ),
     ({"schedule": "cos"}, ValueError, "schedule must be one of constant, cosine, linear; got 'cos'"),
-    ({"warmup": -1}, ValueError, "warmup must be a whole number of at least 0"),
+    ({"warmups": [-1]}, ValueError, "warmups must be a whole number of at least 0"),
     ({"clip": 0}, ValueError, "clip must be a finite number greater than 0, got 0"),
     ({"evaluate_every": 0}, ValueError, "evaluate_every must be a whole number of at least 1"),
     ({"precision": "half"}, ValueError, "precision must be one of float32, bfloat16, float16; got 'half'"),

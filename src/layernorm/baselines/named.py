@@ -12,19 +12,20 @@ from torch import Tensor, nn
 
 from layernorm import functional
 from layernorm.baselines.batch_norm import BatchNorm
+from layernorm.baselines.dynamic_tanh import DynamicTanh
 from layernorm.modules import LayerNorm, RMSNorm
 from layernorm.pytorch_internals import BatchNormBase
 
 #: What ``Norm`` knows, apart from modules of one's own.
-NAMES: Final = ("none", "batch", "layer", "rms", "instance", "group:G")
+NAMES: Final = ("none", "batch", "layer", "rms", "instance", "group:G", "dyt")
 
 
 class Norm:
     """Makes the norm of a name, of a width that a network says.
 
     Args:
-        norm: ``"none"``, ``"batch"``, ``"layer"``, ``"rms"``, ``"instance"``, ``"group:G"`` with G groups, or
-            what makes a module of a width, such as a class of one's own.
+        norm: ``"none"``, ``"batch"``, ``"layer"``, ``"rms"``, ``"instance"``, ``"group:G"`` with G groups,
+            ``"dyt"`` for dynamic tanh, or what makes a module of a width, such as a class of one's own.
 
     Attributes:
         name: as in tables.
@@ -190,6 +191,7 @@ _MAKERS: Final[dict[str, Callable[[int, int], nn.Module]]] = {
     "layer": lambda width, dim: nn.GroupNorm(1, width) if dim == 1 else LayerNorm(width),
     "rms": lambda width, dim: ChannelRMSNorm(width) if dim == 1 else RMSNorm(width),
     "instance": lambda width, dim: nn.GroupNorm(width, width) if dim == 1 else InstanceNorm(width, width),
+    "dyt": lambda width, dim: DynamicTanh(width, dim=dim),
 }
 
 __all__ = ["NAMES", "Norm", "swap_norms"]

@@ -53,11 +53,11 @@ class Options(TypedDict, total=False):
     norms: Sequence[str | Callable[[int], nn.Module]]
     batch_sizes: Sequence[int]
     learning_rates: Sequence[float]
+    warmups: Sequence[int]
     seeds: int | Sequence[int]
     epochs: int
     optimizer: Optimizer
     schedule: Schedule
-    warmup: int
     clip: float | None
     evaluate_every: int | None
     name: str
@@ -76,11 +76,11 @@ def task(
     norms: Sequence[str | Callable[[int], nn.Module]] = NORMS,
     batch_sizes: Sequence[int] = (128,),
     learning_rates: Sequence[float] = RATES,
+    warmups: Sequence[int] = (0,),
     seeds: int | Sequence[int] = 5,
     epochs: int = 10,
     optimizer: Optimizer = "adam",
     schedule: Schedule = "constant",
-    warmup: int = 0,
     clip: float | None = None,
     evaluate_every: int | None = None,
     name: str = "own",
@@ -103,11 +103,11 @@ def task(
         norms: names that ``Norm`` knows, or what makes a module of a width.
         batch_sizes: cases per update.
         learning_rates: the greatest of the schedule; each norm is compared at the one that is best for it.
+        warmups: updates over which the learning rate rises from 0, likewise.
         seeds: how many, or which.
         epochs: passes over the training cases.
         optimizer: ``"adam"``, ``"sgd"`` (with momentum 0.9) or ``"rmsprop"``.
         schedule: ``"constant"``, ``"cosine"`` or ``"linear"``.
-        warmup: updates over which the learning rate rises from 0.
         clip: the greatest norm of all gradients together.
         evaluate_every: updates between evaluations; None for four an epoch.
         name: of the task; ``runs/NAME`` is its folder.
@@ -154,14 +154,14 @@ def task(
         norms=tuple(makers),
         seeds=tuple(range(_whole("seeds", seeds))) if isinstance(seeds, int) else _seeds(seeds),
         learning_rates=tuple(_above_0("learning_rates", rate) for rate in learning_rates),
+        warmups=tuple(_whole("warmups", updates, 0) for updates in warmups),
         optimizer=_one_of("optimizer", optimizer, get_args(Optimizer)),
         schedule=_one_of("schedule", schedule, get_args(Schedule)),
-        warmup=_whole("warmup", warmup, 0),
         clip=None if clip is None else _above_0("clip", clip),
         evaluate_every=None if evaluate_every is None else _whole("evaluate_every", evaluate_every),
         sizes={"data": _digest(parts), "networks": _digest_of_text(*map(str, networks.values()))},
     )
-    for option in ("batch_sizes", "seeds", "learning_rates"):
+    for option in ("batch_sizes", "seeds", "learning_rates", "warmups"):
         if not getattr(preset, option):
             raise ValueError(f"{option} must not be empty")
     columns = _metrics(list(measures) or [LOSS], maximize, "test" in parts)

@@ -42,10 +42,13 @@ TASKS: Final[Mapping[str, str]] = {
     "draw": "DRAW on binarized MNIST (§6.4)",
     "handwriting": "handwriting generation (§6.5)",
     "mnist": "permutation-invariant MNIST, 784-1000-1000-10 (§6.6)",
-    "convnet": "a convolutional network on MNIST (§6.7)",
+    "convnet": "a convolutional network on MNIST or CIFAR-10 (§6.7)",
     "sequential-mnist": "MNIST pixel by pixel (Cooijmans et al.)",
     "permuted-mnist": "the same in a fixed random order",
+    "transformer": "a transformer on characters: norms in various places, and none",
 }
+#: Those that are not of the paper's report, and run when they are named.
+NAMED_ONLY: Final = ("transformer",)
 #: The studies of this package, each a command.
 STUDIES: Final = ("explain", "theory", "dynamics", "online")
 

@@ -66,10 +66,10 @@ class Preset:
         seeds: of the repetitions.
         learning_rates: the greatest of the schedule; of several every norm has its own best, by the
             validation cases.
+        warmups: updates over which the learning rate first rises from 0; of several likewise.
         optimizer: Adam with PyTorch's other defaults, or without its correction of bias (see
             ``run.optimizers``); SGD with momentum 0.9, or RMSprop.
         schedule: of the learning rate: constant, or down to 0 as half a cosine or a line.
-        warmup: updates over which the learning rate first rises from 0.
         clip: the greatest norm of all gradients together; None for no limit.
         clip_each: whether it is that of each parameter's gradient by itself.
         evaluate_every: updates between evaluations; None for four evaluations an epoch.
@@ -81,9 +81,9 @@ class Preset:
     norms: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
     learning_rates: tuple[float, ...] = (1e-3,)
+    warmups: tuple[int, ...] = (0,)
     optimizer: Optimizer = "adam"
     schedule: Schedule = "constant"
-    warmup: int = 0
     clip: float | None = None
     clip_each: bool = False
     evaluate_every: int | None = None
@@ -185,7 +185,8 @@ class Task:
             a run is as good as another, so it is of validation cases where there are such.
         norms: what the network can be normalized with; the first is the baseline.
         presets: by name, "small" and "paper".
-        judge: the cards of the results (the columns of ``results.csv``).
+        judge: the cards of the results (the columns of ``results.csv``), each norm at its best learning rate.
+        judge_settings: further cards, of the results at all learning rates and warm-ups.
         tables: further tables of the results, such as the paper's own numbers.
     """
 
@@ -198,6 +199,7 @@ class Task:
     norms: tuple[str, ...]
     presets: Mapping[str, Preset]
     judge: Callable[[pd.DataFrame], Sequence[Card]]
+    judge_settings: Callable[[pd.DataFrame], Sequence[Card]] = lambda results: ()
     tables: Callable[[pd.DataFrame], Sequence[Table]] = lambda results: ()
 
     @property

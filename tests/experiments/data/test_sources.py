@@ -17,6 +17,7 @@ REAL = os.environ.get("LAYERNORM_DATA")
 
 CALLS = {
     "mnist": lambda: data.mnist("train"),
+    "cifar10": lambda: data.cifar10("test"),
     "binarized_mnist": lambda: data.binarized_mnist("valid"),
     "strokes": data.omniglot_strokes,
     "iam_ondb": data.iam_ondb,
@@ -47,6 +48,7 @@ def test_every_source_has_a_loader_that_says_what_is_missing(tmp_path):
     ("call", "message"),
     [
         (lambda: data.mnist("test"), "part: expected one of train, t10k, got 'test'"),
+        (lambda: data.cifar10("valid"), "part: expected one of train, test, got 'valid'"),
         (lambda: data.binarized_mnist("dev"), "part: expected one of train, valid, test"),
         (lambda: data.flickr8k("valid"), "part: expected one of train, dev, test"),
         (lambda: data.coco_features("val"), "part: expected one of train, dev, test"),
@@ -63,7 +65,7 @@ def test_an_unknown_part_is_named(call, message):
 
 def test_the_registry_is_whole():
     names = [file.name for source in data.SOURCES for file in source.files]
-    assert len(set(names)) == len(names) == 24
+    assert len(set(names)) == len(names) == 30
     for source in data.SOURCES:
         assert set(source.used_by) <= {*registry.TASKS, *registry.STUDIES}, source.title
         for file in source.files:
@@ -84,6 +86,7 @@ def test_the_page_has_what_the_registry_has():
     [
         (lambda: data.mnist("train")[1].bincount()[:3].tolist(), [5923, 6742, 5958]),
         (lambda: len(data.mnist("t10k")[0]), 10000),
+        (lambda: data.cifar10("test")[1].bincount().tolist(), [1000] * 10),
         (lambda: int(data.binarized_mnist("train").count_nonzero()), 5118041),
         (lambda: len(data.omniglot_strokes()), 2720),
         (lambda: len(data.tiny_shakespeare()), 1115394),

@@ -21,11 +21,11 @@ DIGITS = registry.find("digits")
 BY_RECALL = dataclasses.replace(DIGITS, metrics=(RECALL,))
 
 
-def rows(norm, seed, errors, losses=None, batch_size=4, rate=1e-3, test=None):
+def rows(norm, seed, errors, losses=None, batch_size=4, rate=1e-3, test=None, warmup=0):
     losses = losses or [None, *[1.0] * (len(errors) - 1)]
     return [
-        {"norm": norm, "batch_size": batch_size, "learning_rate": rate, "seed": seed}
-        | {"update": i, "epoch": i / 2, "seconds": i * 10.0, "train_loss": loss}
+        {"norm": norm, "batch_size": batch_size, "learning_rate": rate, "warmup": warmup}
+        | {"seed": seed, "update": i, "epoch": i / 2, "seconds": i * 10.0, "train_loss": loss}
         | {"validation_error": error, "validation_loss": 1.0}
         | {"test_error": error if test is None else test, "recall": 100 - error}
         for i, (error, loss) in enumerate(zip(errors, losses, strict=True))
@@ -96,6 +96,40 @@ def test_the_learning_rate_is_chosen_by_the_validation_cases_alone():
     assert shown.rows == [["4", "none", "30.00 *", "40.00"], ["4", "layer", "inf", "20.00 *"]]
     assert "a rate beyond it may be better: none at batch size 4, layer at batch size 4" in shown.note
     assert results_table.rates_table(TABLE, DIGITS) is None
+
+
+def test_a_warm_up_is_chosen_with_the_learning_rate():
+    table = pd.DataFrame(
+        rows("none", 0, [90, 30], rate=0.01)
+        + rows("none", 0, [90, 40], rate=0.1)
+        + rows("none", 0, [90, 35], rate=0.01, warmup=5)
+        + rows("none", 0, [90, 20], rate=0.1, warmup=5)
+    )
+    chosen = judging.at_best_rates(table, VALIDATION_ERROR)
+    assert set(chosen.learning_rate) == {0.1}
+    assert set(chosen.warmup) == {5}
+    shown = results_table.rates_table(table, DIGITS)
+    assert (shown.caption, shown.columns) == (
+        "Learning rates and warm-ups",
+        ["batch", "norm", "warm-up", "0.01", "0.1"],
+    )
+    assert shown.rows == [["4", "none", "0", "30.00", "40.00"], ["4", "none", "5", "35.00", "20.00 *"]]
+    cells = results_table.cells(results_table.summarize(table, ("none",), DIGITS), DIGITS)
+    assert cells[0]["learning_rate"] == "0.1, warm-up 5"
+
+
+def test_how_much_worse_a_norm_may_be_moves_the_boundary():
+    table = pd.DataFrame(
+        [row for seed, end in enumerate([5, 5, 5]) for row in rows("none", seed, [90, end, end])]
+        + [row for seed, end in enumerate([6.0, 6.1, 6.2]) for row in rows("layer", seed, [90, end, end])]
+    )
+
+    def verdict(within):
+        return judging.better(table, VALIDATION_ERROR, claim="c", section="s", within=within).verdict
+
+    assert [verdict(within) for within in (0.0, 1.1, 2.0)] == ["differs", "cannot tell", "agrees"]
+    recall = judging.better(table, RECALL, claim="c", section="s", within=2.0)
+    assert recall.verdict == "agrees"
 
 
 def test_a_rate_is_judged_by_the_seeds_that_all_rates_have():

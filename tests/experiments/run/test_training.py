@@ -189,7 +189,7 @@ def test_two_processes_make_the_updates_of_one(tmp_path, dtype, tolerance):
     # Sums in another order differ by some 16 eps of a gradient, and Adam divides a gradient by its own size:
     # in float64 18 updates are within 1e-10 unless something is counted twice. Of float32 only the
     # metrics and losses are compared.
-    preset = dataclasses.replace(PRESET, epochs=6, evaluate_every=1, clip=1.0, schedule="linear", warmup=3)
+    preset = dataclasses.replace(PRESET, epochs=6, evaluate_every=1, clip=1.0, schedule="linear")
     problem = Noisy(dtype, dropout=0.0)
     weights, records = _by_two(tmp_path, problem, preset)
     one_weights, one_records = state(trained(tmp_path / "one", preset, problem))
@@ -213,9 +213,9 @@ def test_what_is_drawn_for_a_case_does_not_depend_on_the_processes(tmp_path):
     assert whole.unique().numel() == whole.numel()  # successive draws differ
 
 
-def rates(tmp_path: Path, rate: float, **changes) -> list[float]:
+def rates(tmp_path: Path, rate: float, warmup: int = 0, **changes) -> list[float]:
     """The learning rate of each of 6 updates."""
-    run = Run("layer", 32, rate, 0)
+    run = Run("layer", 32, rate, 0, warmup)
     trainer = Trainer(Noisy(), run, dataclasses.replace(PRESET, **changes), tmp_path / "run")
     seen = []
     step = trainer._optimizer.step

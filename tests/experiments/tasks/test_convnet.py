@@ -7,25 +7,32 @@ import pytest
 import torch
 from torch import nn
 
-from layernorm.experiments.classification import Data
+from layernorm.experiments import data
 from layernorm.experiments.task import Batch, ExperimentError
 from layernorm.experiments.tasks import convnet, mnist
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def problem(monkeypatch) -> convnet.ConvolutionalMnist:
-    """Return a problem of random images in MNIST's place."""
+SHAPES = {"mnist": (28, 28), "cifar10": (3, 32, 32)}
 
-    def load(cases: int, held_out: int) -> Data:
-        def drawn(count: int):
-            return torch.rand(count, 784), torch.arange(count) % 10
 
-        return Data(*drawn(cases), *drawn(held_out), *drawn(9))
+@pytest.fixture(autouse=True)
+def images(monkeypatch):
+    """Put random images in the place of the data sets."""
+    generator = torch.Generator().manual_seed(0)
 
-    monkeypatch.setattr(mnist, "load", load)
-    return convnet.ConvolutionalMnist(width=4, cases=20, held_out=6)
+    def drawn(name: str, count: int):
+        pixels = torch.randint(0, 256, (count, *SHAPES[name]), dtype=torch.uint8, generator=generator)
+        return pixels, (torch.arange(count) % 10).to(torch.uint8)
+
+    monkeypatch.setattr(data, "mnist", lambda part: drawn("mnist", 5020 if part == "train" else 9))
+    monkeypatch.setattr(data, "cifar10", lambda part: drawn("cifar10", 5020 if part == "train" else 9))
+
+
+@pytest.fixture(params=SHAPES)
+def problem(request) -> convnet.ConvolutionalImages:
+    return convnet.ConvolutionalImages(request.param, width=8, cases=20, held_out=6)
 
 
 @pytest.mark.parametrize("norm", convnet.NORMS)
@@ -64,8 +71,8 @@ def test_the_norms_stand_after_the_convolutions(norm, invariant):
 
 def test_layer_norm_knows_one_image_and_batch_norm_all():
     images = torch.rand(5, 1, 28, 28)
-    for norm, alone in (("layer", True), ("batch", False)):
-        network = convnet.network((4,), norm)
+    for norm, alone in (("layer", True), ("group:8", True), ("instance", True), ("batch", False)):
+        network = convnet.network((8,), norm)
         # The kernels of one image and of five may add in another order.
         assert torch.allclose(network(images)[:2], network(images[:2]), rtol=0, atol=1e-5) is alone
 
@@ -73,15 +80,33 @@ def test_layer_norm_knows_one_image_and_batch_norm_all():
 def test_weight_norm_starts_from_training_cases(problem):
     network = problem.network("weight")
     features = network[0](problem._data.train_inputs)
-    torch.testing.assert_close(features.std((0, 2, 3), correction=0), torch.ones(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(features.std((0, 2, 3), correction=0), torch.ones(8), rtol=0, atol=1e-4)
     logits = network(problem._data.train_inputs)
     torch.testing.assert_close(logits.mean(0), torch.zeros(10), rtol=0, atol=1e-4)
 
 
-def test_sizes_that_are_not_possible_are_refused(problem):
-    for name, value in (("width", 0), ("held_out", 10_001)):
+def test_sizes_that_are_not_possible_are_refused():
+    for name, value in (("width", 0), ("held_out", 10_001), ("cases", 45_001)):
         with pytest.raises(ExperimentError, match=f"{name} must be 1 to .*, got {value}"):
-            convnet.ConvolutionalMnist(**{name: value})
+            convnet.ConvolutionalImages("cifar10", **{name: value})
+    with pytest.raises(ExperimentError, match="images must be one of mnist, cifar10, got 'cifar100'"):
+        convnet.ConvolutionalImages("cifar100")
+    narrow = convnet.ConvolutionalImages(width=4, cases=20, held_out=6)
+    with pytest.raises(
+        ExperimentError, match=r"group:8 cannot be of this width: .* must divide the width, got 4"
+    ):
+        narrow.network("group:8")
+
+
+def test_the_parts_are_apart_and_in_order(monkeypatch):
+    whole = data.cifar10("train")
+    monkeypatch.setattr(data, "cifar10", lambda part: whole)
+    found = convnet.load("cifar10", 20, 6)
+    assert found.train_inputs.shape == (20, 3, 32, 32)
+    assert found.train_inputs.max() <= 1
+    assert torch.equal(found.train_inputs, whole[0][5000:] / 255)
+    assert torch.equal(found.valid_inputs, whole[0][4997:5000] / 255)
+    assert found.valid_targets.tolist() == [7, 8, 9]
 
 
 def test_mnist_refuses_more_cases_than_there_are():

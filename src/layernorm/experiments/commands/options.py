@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from layernorm.arguments import at_least_0, names, number, positive, positives, printable, rates, say, seeds
+from layernorm.arguments import from_0, names, number, positive, positives, printable, rates, say
 from layernorm.experiments import registry
 
 _PRESETS: Final = ("small", "paper")
@@ -82,7 +82,12 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     studies = f"studies: {', '.join(registry.STUDIES)}, each a command too\n"
     parser.epilog = "\n".join([_list_of_tasks(), studies, _DATA])
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="tasks and studies (default: all of them)")
+    add(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"tasks and studies (default: all but {', '.join(registry.NAMED_ONLY)})",
+    )
     add("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="folder (default: runs/paper)")
     add("--device", default="cpu", metavar="DEVICE", help="where to train (default: cpu)")
     _add_preset(parser)
@@ -109,7 +114,7 @@ def _add_preset(parser: argparse.ArgumentParser) -> None:
 def _add_seeds(parser: argparse.ArgumentParser, default: str = "") -> None:
     add = parser.add_mutually_exclusive_group().add_argument
     add("--seeds", type=_first_seeds, metavar="K", help=f"repetitions, with the seeds 0 to K - 1{default}")
-    add("--seed-list", type=seeds, metavar="A,B,…", dest="seeds", help="these seeds instead")
+    add("--seed-list", type=from_0, metavar="A,B,…", dest="seeds", help="these seeds instead")
 
 
 def _add_rates(add: Callable[..., object]) -> None:
@@ -167,7 +172,12 @@ def _add_compare(parser: argparse.ArgumentParser, defaults: Mapping[str, str]) -
     _add_rates(add)
     add("--optimizer", choices=_OPTIMIZERS, help="adam-uncorrected: as the authors have it")
     add("--schedule", choices=("constant", "cosine", "linear"), help="of the learning rate")
-    add("--warmup", type=at_least_0, metavar="N", help="updates over which the learning rate rises from 0")
+    add(
+        "--warmups",
+        type=from_0,
+        metavar="N,M,…",
+        help="updates over which the learning rate rises from 0; each norm has its best, likewise",
+    )
     add("--clip", type=number(0.0, above=True), metavar="X", help="greatest norm of all gradients together")
     add("--clip-each", action="store_true", default=None, help="limit each parameter's gradient by itself")
     add("--evaluate-every", type=positive, metavar="N", help="updates between evaluations")
@@ -290,7 +300,7 @@ def _reproduce(options: argparse.Namespace) -> None:
             known = ", ".join(reproduce.EXPERIMENTS)
             raise ExperimentError(f"unknown experiment {name!r}; expected some of {known}")
     reproduce.reproduce(
-        options.names or reproduce.EXPERIMENTS,
+        options.names,
         options.out,
         _console(),
         options.preset,

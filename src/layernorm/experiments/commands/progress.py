@@ -139,4 +139,5 @@ def duration(seconds: float) -> str:
 
 
 def _name(run: Run) -> str:
-    return f"{run.norm}, batch {run.batch_size}, rate {run.learning_rate:g}, seed {run.seed}"
+    warmup = f", warm-up {run.warmup}" if run.warmup else ""
+    return f"{run.norm}, batch {run.batch_size}, rate {run.learning_rate:g}{warmup}, seed {run.seed}"

@@ -44,7 +44,7 @@ def reproduce(
     """Run experiments one after another and write the report over all that are in the folder.
 
     Args:
-        names: of tasks and studies.
+        names: of tasks and studies; none for all that are of the paper's report.
         out: the folder for everything.
         console: where progress and the cards go.
         preset: the size of all.
@@ -68,6 +68,7 @@ def reproduce(
         except DamagedFile as error:
             say(console, f"{str(error).partition('; ')[0]}; it is written anew")
             before = {}
+        names = names or [name for name in EXPERIMENTS if name not in registry.NAMED_ONLY]
         for index, name in enumerate(names, 1):
             console.rule(f"{index}/{len(names)} {name}", align="left")
             began = time.monotonic()

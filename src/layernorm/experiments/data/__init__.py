@@ -1,6 +1,7 @@
 """The data sets of the experiments: found in a folder that the user names, in a cache, or downloaded."""
 
 from layernorm.experiments.data.captions import coco_features, flickr8k
+from layernorm.experiments.data.cifar import cifar10
 from layernorm.experiments.data.finding import VARIABLE
 from layernorm.experiments.data.mnist import binarized_mnist, mnist
 from layernorm.experiments.data.pens import Drawing, WrittenLine, iam_ondb, omniglot_strokes
@@ -20,6 +21,7 @@ __all__ = [
     "Source",
     "WrittenLine",
     "binarized_mnist",
+    "cifar10",
     "cnn_questions",
     "coco_features",
     "flickr8k",

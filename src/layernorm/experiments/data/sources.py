@@ -103,6 +103,32 @@ MNIST: Final = Source(
 )
 
 
+def _cifar(name: str, sha256: str) -> File:
+    archive = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+    return File(name, sha256, (Origin((archive,), f"cifar-10-batches-bin/{name}"),))
+
+
+CIFAR10: Final = Source(
+    folder="cifar10",
+    title="CIFAR-10",
+    what="50,000 + 10,000 colour images of 10 classes, 32 by 32",
+    by="Krizhevsky 2009",
+    licence="none stated; research",
+    size="170 MB",
+    used_by=("convnet",),
+    page="https://www.cs.toronto.edu/~kriz/cifar.html",
+    layout="`cifar-10-binary.tar.gz`, or from it `{data_batch_1,…,data_batch_5,test_batch}.bin`",
+    files=(
+        _cifar("data_batch_1.bin", "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5"),
+        _cifar("data_batch_2.bin", "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed"),
+        _cifar("data_batch_3.bin", "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67"),
+        _cifar("data_batch_4.bin", "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48"),
+        _cifar("data_batch_5.bin", "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add"),
+        _cifar("test_batch.bin", "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b"),
+    ),
+)
+
+
 def _binarized(part: str, sha256: str) -> File:
     name = f"binarized_mnist_{part}.amat"
     address = f"https://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/{name}"
@@ -173,7 +199,7 @@ TINY_SHAKESPEARE: Final = Source(
     by="Karpathy 2015",
     licence="the text is in the public domain",
     size="1 MB",
-    used_by=("skip-thoughts", "attentive-reader"),
+    used_by=("skip-thoughts", "attentive-reader", "transformer"),
     page="https://github.com/karpathy/char-rnn",
     layout="`tinyshakespeare.txt`",
     files=(
@@ -354,6 +380,7 @@ BOOKS: Final = Source(
 #: All data sets.
 SOURCES: Final = (
     MNIST,
+    CIFAR10,
     BINARIZED_MNIST,
     OMNIGLOT,
     IAM_ONDB,

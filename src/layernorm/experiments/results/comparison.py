@@ -19,9 +19,9 @@ from layernorm.experiments.results import results_table
 from layernorm.experiments.run.training import Precision, Run
 from layernorm.experiments.task import Preset, Task
 
-#: What a folder holds one value of; norms, batch sizes, learning rates and seeds can be added to it.
+#: What a folder holds one value of; norms, batch sizes, learning rates, warm-ups and seeds can be added.
 FIXED: Final = (
-    "task", "epochs", "optimizer", "schedule", "warmup", "clip", "clip_each", "evaluate_every", "sizes",
+    "task", "epochs", "optimizer", "schedule", "clip", "clip_each", "evaluate_every", "sizes",
     "device", "precision",
 )  # fmt: skip
 
@@ -56,9 +56,10 @@ class Comparison:
     def runs(self) -> list[Run]:
         """All runs: seed by seed, so that an unfinished comparison is even."""
         return [
-            Run(norm, batch_size, learning_rate, seed)
+            Run(norm, batch_size, learning_rate, seed, warmup)
             for seed in self.preset.seeds
             for batch_size in self.preset.batch_sizes
+            for warmup in self.preset.warmups
             for learning_rate in self.preset.learning_rates
             for norm in self.preset.norms
         ]
@@ -132,12 +133,13 @@ def finished(
 
 
 def together(comparison: Comparison, there: Iterable[Run]) -> Comparison:
-    """Return the comparison with the other norms, batch sizes, learning rates and seeds of a folder."""
+    """Return the comparison with what else a folder has: norms, batch sizes, rates, warm-ups and seeds."""
     there = list(there)
     preset = comparison.preset
     norms = dict.fromkeys((*preset.norms, *(run.norm for run in there)))
     sizes = dict.fromkeys((*preset.batch_sizes, *(run.batch_size for run in there)))
     rates = sorted({*preset.learning_rates, *(run.learning_rate for run in there)})
+    warmups = sorted({*preset.warmups, *(run.warmup for run in there)})
     seeds = sorted({*preset.seeds, *(run.seed for run in there)})
     known = registry.find(comparison.task).norms
     if len(norms) > len(set(preset.norms)):
@@ -146,6 +148,8 @@ def together(comparison: Comparison, there: Iterable[Run]) -> Comparison:
         sizes = dict.fromkeys(sorted(sizes, reverse=True))
     if len(rates) == len(set(preset.learning_rates)):
         rates = list(preset.learning_rates)
+    if len(warmups) == len(set(preset.warmups)):
+        warmups = list(preset.warmups)
     if len(seeds) == len(set(preset.seeds)):
         seeds = list(preset.seeds)
     changed = dataclasses.replace(
@@ -153,6 +157,7 @@ def together(comparison: Comparison, there: Iterable[Run]) -> Comparison:
         norms=tuple(norms),
         batch_sizes=tuple(sizes),
         learning_rates=tuple(rates),
+        warmups=tuple(warmups),
         seeds=tuple(seeds),
     )
     return comparison if changed == preset else dataclasses.replace(comparison, preset=changed, command="")
@@ -184,9 +189,9 @@ def command(comparison: Comparison) -> str:
     return shlex.join(words)
 
 
-def _place(run: Run, settings: Mapping[str, Any]) -> tuple[int, int, int, float, int, str]:
-    """Return where a run stands: by seed, then as the settings have batch sizes, and by rate and norm."""
+def _place(run: Run, settings: Mapping[str, Any]) -> tuple[int, int, int, int, float, int, str]:
+    """Return where a run stands: by seed, as the settings have batch sizes, by warm-up, rate and norm."""
     sizes, norms = list(settings["batch_sizes"]), list(settings["norms"])
     size = sizes.index(run.batch_size) if run.batch_size in sizes else len(sizes)
     norm = norms.index(run.norm) if run.norm in norms else len(norms)
-    return run.seed, size, -run.batch_size, run.learning_rate, norm, run.norm
+    return run.seed, size, -run.batch_size, run.warmup, run.learning_rate, norm, run.norm

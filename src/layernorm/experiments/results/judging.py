@@ -4,7 +4,7 @@ A verdict rests on differences that are paired by seed: runs of one seed start f
 the cases in the same order. It is *agrees* or *differs* where the 95 % interval of the mean difference is on
 one side of the claim's boundary, *cannot tell* where it holds the boundary or there is but one seed, and *not
 converged* where the norm that would have to be caught was still improving when training ended. Where there
-are several learning rates each norm has its own best, by validation cases: ``at_best_rates``.
+are several learning rates or warm-ups each norm has its own best, by validation cases: ``at_best_rates``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from layernorm.experiments.task import Metric
 
 #: The largest batch size that is a small one.
 SMALL_BATCH: Final = 16
+# What each norm has its best of.
+_SETTINGS: Final = ["learning_rate", "warmup"]
 
 
 def best(run: pd.DataFrame, metric: Metric) -> float:
@@ -47,35 +49,36 @@ def small_batches(results: pd.DataFrame) -> tuple[int, ...]:
 
 
 def at_rates(results: pd.DataFrame, metric: Metric) -> pd.DataFrame:
-    """Return the mean of a metric at the end of training, by batch size, norm and learning rate.
+    """Return the mean of a metric at the end of training, by batch size, norm, learning rate and warm-up.
 
-    The seeds are those that all rates of a batch size and norm have; a run that ended in NaN is the worst.
+    The seeds are those that all rates and warm-ups of a batch size and norm have; a run that ended in NaN is
+    the worst.
     """
     worst = -math.inf if metric.higher else math.inf
-    keys = ["batch_size", "norm", "learning_rate", "seed"]
+    keys = ["batch_size", "norm", *_SETTINGS, "seed"]
     ends = results.groupby(keys, sort=False).tail(1).fillna({metric.name: worst})  # last() passes over NaN
-    rows = []
+    found = {}
     for (batch_size, norm), group in ends.groupby(["batch_size", "norm"], sort=False):
-        table = group.pivot(index="learning_rate", columns="seed", values=metric.name)
+        table = group.pivot(index=_SETTINGS, columns="seed", values=metric.name)
         shared = table.dropna(axis="columns")
-        means = (table if shared.empty else shared).mean(axis="columns")
-        rows += [(batch_size, norm, rate, mean) for rate, mean in means.items()]
-    return pd.DataFrame(rows, columns=["batch_size", "norm", "learning_rate", metric.name])
+        found[batch_size, norm] = (table if shared.empty else shared).mean(axis="columns")
+    means: pd.Series = pd.concat(found, names=["batch_size", "norm"])
+    return means.rename(metric.name).reset_index()
 
 
 def at_best_rates(results: pd.DataFrame, metric: Metric) -> pd.DataFrame:
-    """Return the records of each norm and batch size at the learning rate that is best for them.
+    """Return the records of each norm and batch size at the learning rate and warm-up best for them.
 
     Args:
         results: the records of a comparison.
         metric: of the validation cases, at the end of training.
     """
-    if results.learning_rate.nunique() < 2:
+    if len(results[_SETTINGS].drop_duplicates()) < 2:
         return results
     ranked = at_rates(results, metric)
     ends = -ranked[metric.name] if metric.higher else ranked[metric.name]
     chosen = ranked.loc[ends.groupby([ranked.batch_size, ranked.norm]).idxmin()]
-    keys = ["batch_size", "norm", "learning_rate"]
+    keys = ["batch_size", "norm", *_SETTINGS]
     kept = pd.MultiIndex.from_frame(results[keys]).isin(pd.MultiIndex.from_frame(chosen[keys]))
     return results[kept].reset_index(drop=True)
 
@@ -161,13 +164,14 @@ def better(
     section: str,
     norm: str = "layer",
     than: str = "none",
+    within: float = 0.0,
     batch_sizes: Sequence[int] | None = None,
     remark: str = "",
 ) -> Card:
     """Return the card that says whether a norm's value at the end is better than another one's.
 
     The arguments are those of ``fewer_updates``; ``curve`` is the metric by which training has converged, if
-    it is not ``metric``.
+    it is not ``metric``, and ``within`` how much worse the norm may be.
     """
     verdicts: dict[int, Verdict] = {}
     texts = []
@@ -177,7 +181,8 @@ def better(
             for name in (norm, than)
         }
         difference = interval([a - b for a, b in zip(values[norm], values[than], strict=True)])
-        verdict = verdict_of(difference, 0.0, lower_agrees=not metric.higher)
+        boundary = -within if metric.higher else within
+        verdict = verdict_of(difference, boundary, lower_agrees=not metric.higher)
         behind = {"agrees": than, "differs": norm}.get(verdict)
         if behind is not None and not is_converged(runs[runs.norm == behind], curve or metric):
             verdict = "not converged"

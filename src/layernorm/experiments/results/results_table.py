@@ -77,7 +77,7 @@ def write(table: pd.DataFrame, folder: Path) -> None:
 
 
 def summarize(table: pd.DataFrame, norms: Sequence[str], task: Task) -> pd.DataFrame:
-    """Return one row for each batch size and norm: means over the seeds, at the norm's best learning rate.
+    """Return one row for each batch size and norm: means over the seeds, at the norm's best rate and warm-up.
 
     The baseline is the norm "none", or else the first of ``norms``. ``final`` is the task's reported metric
     at the end of training, and ``difference`` what it is more than the baseline's with the same seed.
@@ -114,6 +114,7 @@ def summarize(table: pd.DataFrame, norms: Sequence[str], task: Task) -> pd.DataF
                 "batch_size": batch_size,
                 "norm": norm,
                 "learning_rate": last.learning_rate,
+                "warmup": last.warmup,
                 "goal": goal,
                 "final": value,
                 "difference": np.nan if against is None else value - judging.final(against, reported),
@@ -167,7 +168,8 @@ def cells(summary: pd.DataFrame, task: Task) -> list[dict[str, str]]:
         texts = {
             "batch_size": str(row["batch_size"]),
             "norm": str(row["norm"]),
-            "learning_rate": f"{row['learning_rate']:g}",
+            "learning_rate": f"{row['learning_rate']:g}"
+            + (f", warm-up {row['warmup']:.0f}" if row["warmup"] else ""),
             "difference": _difference(row, form),
         }
         for name, (form_of_mean, form_of_spread) in formats.items():
@@ -197,24 +199,31 @@ def _difference(row: Mapping[Any, Any], form: str) -> str:
 
 
 def rates_table(table: pd.DataFrame, task: Task) -> Table | None:
-    """Return what each norm reaches with each learning rate; None where there is but one."""
-    if table.learning_rate.nunique() < 2:
+    """Return what each norm reaches with each learning rate and warm-up; None where there is one of each."""
+    warmups = table.warmup.nunique() > 1
+    if table.learning_rate.nunique() < 2 and not warmups:
         return None
     metric = task.metrics[0]
     rates = sorted(table.learning_rate.unique())
     means = judging.at_rates(table, metric)
     rows, at_the_end = [], []
     for (batch_size, norm), group in means.groupby(["batch_size", "norm"], sort=False):
-        found = group.set_index("learning_rate")[metric.name]
-        chosen = found.idxmax() if metric.higher else found.idxmin()
-        at_the_end += [f"{norm} at batch size {batch_size}"] if chosen in (rates[0], rates[-1]) else []
-        texts = (metric.form.format(found[rate]) if rate in found else "–" for rate in rates)
-        marked = (f"{text} *" if rate == chosen else text for text, rate in zip(texts, rates, strict=True))
-        rows.append([str(batch_size), str(norm), *marked])
+        found = {(row.warmup, row.learning_rate): getattr(row, metric.name) for row in group.itertuples()}
+        chosen = (max if metric.higher else min)(found, key=found.__getitem__)
+        is_last = len(rates) > 1 and chosen[1] in (rates[0], rates[-1])
+        at_the_end += [f"{norm} at batch size {batch_size}"] if is_last else []
+        for warmup in sorted(group.warmup.unique()):
+            settings = [(warmup, rate) for rate in rates]
+            texts = (metric.form.format(found[one]) if one in found else "–" for one in settings)
+            marked = (
+                f"{text} *" if one == chosen else text for text, one in zip(texts, settings, strict=True)
+            )
+            rows.append([str(batch_size), str(norm), *([str(warmup)] if warmups else []), *marked])
     note = f"The {metric.label} at the end, mean over the seeds; * chosen, by it alone."
     if at_the_end:
         note += f" At an end of the list, so that a rate beyond it may be better: {', '.join(at_the_end)}."
-    return Table("Learning rates", ["batch", "norm", *(f"{rate:g}" for rate in rates)], rows, note)
+    title, column = ("Learning rates and warm-ups", ["warm-up"]) if warmups else ("Learning rates", [])
+    return Table(title, ["batch", "norm", *column, *(f"{rate:g}" for rate in rates)], rows, note)
 
 
 def show(console: Console, summary: pd.DataFrame, task: Task) -> None:
@@ -237,7 +246,7 @@ def section(folder: Path, task: Task, config: Mapping[str, Any], table: pd.DataF
     metric, *others = (one for one in task.metrics if not one.is_test or one == task.final)
     norms = config["norms"]
     summary = summarize(table, norms, task)
-    rates = rates_table(table, task)
+    rates, of_settings = rates_table(table, task), task.judge_settings(table)
     table = judging.at_best_rates(table, metric)
     columns = headings(task)
     baseline = "none" if "none" in norms else norms[0]
@@ -270,7 +279,7 @@ def section(folder: Path, task: Task, config: Mapping[str, Any], table: pd.DataF
         title=f"{task.title} ({task.section})",
         summary=f"{task.summary[0].upper()}{task.summary[1:]}. {_described(config)}",
         command=config["command"],
-        cards=task.judge(table),
+        cards=(*task.judge(table), *of_settings),
         tables=(
             Table("Summary", list(columns.values()), rows, note),
             *([] if rates is None else [rates]),
@@ -332,7 +341,8 @@ def _described(config: Mapping[str, Any]) -> str:
     each = " each" if config["clip_each"] else ""
     clip = f", gradients{each} clipped at {config['clip']:g}" if config["clip"] else ""
     schedule = "" if config["schedule"] == "constant" else f" ({config['schedule']})"
-    warmup = f", warm-up of {config['warmup']} updates" if config["warmup"] else ""
+    warmups = " or ".join(map(str, config["warmups"]))
+    warmup = f", warm-up of {warmups} updates" if any(config["warmups"]) else ""
     return (
         f"Preset {config['preset']}: {config['epochs']} epochs, {seeds}, {config['optimizer']} with learning "
         f"rate{several} {rates}{schedule}{warmup}{clip}{sizes}."

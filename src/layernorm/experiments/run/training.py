@@ -26,7 +26,7 @@ from layernorm.experiments.run import checkpoints, optimizers, processes
 from layernorm.experiments.task import Batch, Loss, Preset, Problem
 
 #: The layout of checkpoints and of a comparison's folder.
-FORMAT: Final = 4
+FORMAT: Final = 5
 EVALUATIONS_PER_EPOCH: Final = 4
 #: Seconds between checkpoints inside an epoch.
 CHECKPOINT_SECONDS: Final = 10.0
@@ -36,7 +36,7 @@ Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 Record: TypeAlias = Mapping[str, Any]
 #: The columns of every task; ``train_loss`` is the mean over the updates since the last record.
 COLUMNS: Final = (
-    "norm", "batch_size", "learning_rate", "seed", "update", "epoch", "seconds", "train_loss",
+    "norm", "batch_size", "learning_rate", "warmup", "seed", "update", "epoch", "seconds", "train_loss",
 )  # fmt: skip
 
 
@@ -52,12 +52,14 @@ class Run:
     batch_size: int
     learning_rate: float
     seed: int
+    warmup: int = 0
 
     @property
     def name(self) -> str:
         """The name of the run in file names."""
         norm = quote(self.norm, safe="")
-        return f"{norm}-batch{self.batch_size}-rate{self.learning_rate!r}-seed{self.seed}"
+        warmup = f"-warmup{self.warmup}" if self.warmup else ""
+        return f"{norm}-batch{self.batch_size}-rate{self.learning_rate!r}{warmup}-seed{self.seed}"
 
     @classmethod
     def named(cls, name: str) -> Self | None:
@@ -66,14 +68,19 @@ class Run:
         Examples:
             >>> from layernorm.experiments.run.training import Run
             >>> Run.named("none-batch4-rate0.001-seed0"), Run.named("notes")
-            (Run(norm='none', batch_size=4, learning_rate=0.001, seed=0), None)
+            (Run(norm='none', batch_size=4, learning_rate=0.001, seed=0, warmup=0), None)
         """
         found = _NAME.fullmatch(name)
-        return cls(unquote(found[1]), int(found[2]), float(found[3]), int(found[4])) if found else None
+        if found is None:
+            return None
+        norm, batch_size, rate, warmup, seed = found.groups()
+        return cls(unquote(norm), int(batch_size), float(rate), int(seed), int(warmup or 0))
 
 
 _NAME: Final = re.compile(
-    r"(.+)-batch([1-9]\d{0,17})-rate(\d+(?:\.\d+)?(?:e[-+]\d+)?)-seed(0|[1-9]\d{0,17})", re.ASCII
+    r"(.+)-batch([1-9]\d{0,17})-rate(\d+(?:\.\d+)?(?:e[-+]\d+)?)"
+    r"(?:-warmup([1-9]\d{0,17}))?-seed(0|[1-9]\d{0,17})",
+    re.ASCII,
 )
 
 
@@ -94,7 +101,7 @@ class Trainer:
 
     Args:
         problem: what is trained, its data on ``device``.
-        run: norm, batch size, learning rate and seed.
+        run: norm, batch size, learning rate, warm-up and seed.
         preset: epochs, optimizer, schedule, clipping, evaluations.
         checkpoint: the file that keeps an unfinished run; read if it exists.
         device: where to train.
@@ -286,12 +293,12 @@ class Trainer:
 
     def _rate(self) -> float:
         """Return the learning rate of the next update."""
-        preset = self.preset
-        rise = min(1.0, (self.update + 1) / preset.warmup) if preset.warmup else 1.0
+        schedule, warmup = self.preset.schedule, self.run.warmup
+        rise = min(1.0, (self.update + 1) / warmup) if warmup else 1.0
         done = self.update / self.updates
-        if preset.schedule == "cosine":
+        if schedule == "cosine":
             rise *= 0.5 * (1.0 + math.cos(math.pi * done))
-        elif preset.schedule == "linear":
+        elif schedule == "linear":
             rise *= 1.0 - done
         return self.run.learning_rate * rise
 
@@ -315,6 +322,7 @@ class Trainer:
             "norm": self.run.norm,
             "batch_size": self.run.batch_size,
             "learning_rate": self.run.learning_rate,
+            "warmup": self.run.warmup,
             "seed": self.run.seed,
             "update": self.update,
             "epoch": self.update / self.per_epoch,

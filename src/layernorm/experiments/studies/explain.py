@@ -232,7 +232,7 @@ def read(folder: Path) -> Section:
         ExperimentError: a file is missing or damaged.
     """
     training, statistics = (_load(folder / f"{name}.csv") for name in ("training", "statistics"))
-    chosen = judging.at_best_rates(training.assign(update=1), VALIDATION_ERROR)
+    chosen = judging.at_best_rates(training.assign(update=1, warmup=0), VALIDATION_ERROR)
     return Section(
         name=STUDY.name,
         title=STUDY.title,

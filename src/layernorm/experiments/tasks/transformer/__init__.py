@@ -1,0 +1,5 @@
+"""A transformer on characters."""
+
+from layernorm.experiments.tasks.transformer.task import TASK
+
+__all__ = ["TASK"]
