@@ -128,6 +128,11 @@ def test_how_much_worse_a_norm_may_be_moves_the_boundary():
         return judging.better(table, VALIDATION_ERROR, claim="c", section="s", within=within).verdict
 
     assert [verdict(within) for within in (0.0, 1.1, 2.0)] == ["differs", "cannot tell", "agrees"]
+    better = table.assign(validation_error=table.validation_error - table["update"])
+    worse = judging.better(better, VALIDATION_ERROR, claim="c", section="s")
+    assert worse.verdict == "not converged"
+    of_budget = judging.better(better, VALIDATION_ERROR, claim="c", section="s", is_of_budget=True)
+    assert of_budget.verdict == "differs"
     recall = judging.better(table, RECALL, claim="c", section="s", within=2.0)
     assert recall.verdict == "agrees"
 

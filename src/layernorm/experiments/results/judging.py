@@ -165,13 +165,15 @@ def better(
     norm: str = "layer",
     than: str = "none",
     within: float = 0.0,
+    is_of_budget: bool = False,
     batch_sizes: Sequence[int] | None = None,
     remark: str = "",
 ) -> Card:
     """Return the card that says whether a norm's value at the end is better than another one's.
 
     The arguments are those of ``fewer_updates``; ``curve`` is the metric by which training has converged, if
-    it is not ``metric``, and ``within`` how much worse the norm may be.
+    it is not ``metric``, and ``within`` how much worse the norm may be. Where the claim is of a number of
+    updates, at whose end the learning rate is 0 (``is_of_budget``), training need not have converged.
     """
     verdicts: dict[int, Verdict] = {}
     texts = []
@@ -184,7 +186,8 @@ def better(
         boundary = -within if metric.higher else within
         verdict = verdict_of(difference, boundary, lower_agrees=not metric.higher)
         behind = {"agrees": than, "differs": norm}.get(verdict)
-        if behind is not None and not is_converged(runs[runs.norm == behind], curve or metric):
+        is_open = behind is not None and not is_of_budget
+        if is_open and not is_converged(runs[runs.norm == behind], curve or metric):
             verdict = "not converged"
         verdicts[batch_size] = verdict
         means = " against ".join(
