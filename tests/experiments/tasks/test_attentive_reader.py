@@ -173,15 +173,43 @@ def test_every_parameter_takes_part(norm):
 
 def test_the_attention_is_that_of_the_equations():
     network = reader("none", bidirectional=False)
+    with torch.no_grad():
+        for start in (network.passage_start, network.query_start):
+            start.normal_()
     passages, _, queries, _ = questions()
     logits = network(passages[:1], torch.tensor([9]), queries[:1], torch.tensor([5]))
-    y, _ = network.passage(network.embedding(passages[:1]))
-    _, (u, _) = network.query(network.embedding(queries[:1]))
+    starts = (
+        (start[:, None], torch.zeros(1, 1, 8)) for start in (network.passage_start, network.query_start)
+    )
+    y, _ = network.passage(network.embedding(passages[:1]), next(starts))
+    _, (u, _) = network.query(network.embedding(queries[:1]), next(starts))
     u, y = u[0, 0], y[0]
-    m = torch.tanh(network.attend_passage(y) + network.attend_query(u))
+    likeness = (y @ network.likeness.weight.T) @ (network.likeness.weight @ u)
+    m = torch.tanh(network.attend_passage(y) + network.attend_query(u) + likeness[:, None])
     r = (m @ network.score.weight[0]).softmax(0) @ y
-    g = torch.tanh(network.join_passage(r) + network.join_query(u))
+    g = torch.tanh(network.join_passage(r) + network.join_query(u) + network.join_mean(y.mean(0)))
     torch.testing.assert_close(logits[0], network.logits(g))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_weights_start_as_in_the_authors_code(norm):
+    network = reader(norm, embedding=8)
+    assert {name for name, p in network.named_parameters() if "bias" in name and p.any()} == set()
+    assert not network.passage_start.any()
+    eye = 0.05**2 * torch.eye(8)
+    for lstm in (network.passage, network.query):
+        for name in ("weight_ih_l0", "weight_hh_l0", "weight_ih_l0_reverse", "weight_hh_l0_reverse"):
+            for gate in getattr(lstm, name).chunk(4):
+                # Rounding of eight products of numbers below 0.05.
+                torch.testing.assert_close(gate @ gate.T, eye, rtol=0, atol=1e-8)
+    wide = 0.05**2 * torch.eye(16)
+    for linear in (network.attend_passage[0], network.likeness):
+        torch.testing.assert_close(linear.weight @ linear.weight.T, wide, rtol=0, atol=1e-8)
+    for matrix in (network.join_mean[0].weight, network.logits.weight, network.embedding.weight):
+        bound = (6 / (sum(matrix.shape) + 1)) ** 0.5
+        assert 0.8 * bound < matrix.abs().max() <= bound
+    gate = reader(norm, embedding=6).passage.weight_ih_l0[:8]
+    assert 0.7 * (6 / 15) ** 0.5 < gate.abs().max() <= (6 / 15) ** 0.5
 
 
 def test_the_norms_of_the_paper_differ_where_they_should():
@@ -200,7 +228,7 @@ def test_reading_is_learned(plays):
     torch.manual_seed(0)
     network = problem.network("layer")
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
-    for update in range(60):
+    for update in range(120):
         cases = torch.arange(problem.cases)
         generator = torch.Generator().manual_seed(update)
         loss = problem.loss(network, Batch(cases, 0, problem.cases, generator))

@@ -33,14 +33,19 @@ _REMARK: Final = (
 )
 #: Of batch norm's gains, in the attention as in the LSTM.
 _BATCH_GAIN: Final = 0.1
+#: The singular values of square matrices at the start.
+_ORTHOGONAL: Final = 0.05
 
 
 class AttentiveReader(nn.Module):
     """Two LSTMs read passage and query; the query's last state attends to the passage's states.
 
-    With y the passage's states, u the query's last state: m_t = tanh(W_ym y_t + W_um u),
-    s = softmax_t(w·m_t), r = Σ s_t y_t, g = tanh(W_rg r + W_ug u), and the logits are linear in g (Hermann et
-    al. 2015, §3.2). Batch norm everywhere normalizes each of the four terms (Cooijmans et al. 2016, §5.4).
+    With y the passage's states, u the query's last state: m_t = tanh(W_ym y_t + W_um u + B y_t·B u),
+    s = softmax_t(w·m_t), r = Σ s_t y_t, g = tanh(W_rg r + W_ug u + W_mg mean_t y_t), and the logits are
+    linear in g. That is Hermann et al. 2015, §3.2, with the bilinear term of y_t and u, the same for all
+    units, and the passage's mean of the code that the paper's authors used; theirs are the initial states
+    too, which are learned from 0, and how the weights start. Batch norm everywhere normalizes each of the
+    five linear terms (Cooijmans et al. 2016, §5.4).
 
     Args:
         norm: one of ``NORMS``.
@@ -71,7 +76,8 @@ class AttentiveReader(nn.Module):
         longest: int = 512,
     ) -> None:
         super().__init__()
-        width = hidden * (2 if bidirectional else 1)
+        directions = 2 if bidirectional else 1
+        width = hidden * directions
         self.embedding = nn.Embedding(indices, embedding)
         kind = norm.partition("-")[0]
         self.passage, self.query = (
@@ -84,47 +90,95 @@ class AttentiveReader(nn.Module):
             for name, parameter in self.named_parameters():
                 if ".gain_" in name:
                     nn.init.constant_(parameter, 0.1)
-        self.attend_passage = _Term(width, norm)
+        self.passage_start, self.query_start = (
+            nn.Parameter(torch.zeros(directions, hidden)) for _ in range(2)
+        )
+        self.attend_passage = _Term(width, norm, bias=True)
         self.attend_query = _Term(width, norm)
+        self.likeness = nn.Linear(width, width, bias=False)
         self.score = nn.Linear(width, 1, bias=False)
         self.join_passage = _Term(width, norm)
-        self.join_query = _Term(width, norm)
+        self.join_mean = _Term(width, norm)
+        self.join_query = _Term(width, norm, bias=True)
         self.logits = nn.Linear(width, markers)
+        _start(self)
 
     def forward(
         self, passages: Tensor, passage_lengths: Tensor, queries: Tensor, query_lengths: Tensor
     ) -> Tensor:
         """Map indices (N, T) and (N, Q) with their lengths (N,) to logits (N, markers)."""
-        _, u = self._read(self.query, queries, query_lengths)
-        packed, _ = self._read(self.passage, passages, passage_lengths)
+        _, u = self._read(self.query, self.query_start, queries, query_lengths)
+        packed, _ = self._read(self.passage, self.passage_start, passages, passage_lengths)
         # Only where there are words, which is what batch norm's statistics are of.
         terms = PackedSequence(self.attend_passage(packed.data), *packed[1:])
         y, _ = pad_packed_sequence(packed, batch_first=True)
         projected, _ = pad_packed_sequence(terms, batch_first=True)
-        scores = self.score(torch.tanh(projected + self.attend_query(u)[:, None])).squeeze(-1)
+        likeness = self.likeness(y) @ self.likeness(u)[:, :, None]
+        scores = self.score(torch.tanh(projected + self.attend_query(u)[:, None] + likeness)).squeeze(-1)
         there = torch.arange(y.size(1), device=y.device) < passage_lengths[:, None]
         weights = scores.masked_fill(~there, -torch.inf).softmax(-1)
         r = (weights[:, None] @ y).squeeze(1)
-        logits: Tensor = self.logits(torch.tanh(self.join_passage(r) + self.join_query(u)))
+        mean = y.sum(1) / passage_lengths.to(y)[:, None]  # y is 0 behind a passage's end
+        logits: Tensor = self.logits(
+            torch.tanh(self.join_passage(r) + self.join_query(u) + self.join_mean(mean))
+        )
         return logits
 
-    def _read(self, lstm: nn.Module, indices: Tensor, lengths: Tensor) -> tuple[PackedSequence, Tensor]:
+    def _read(
+        self, lstm: nn.Module, start: Tensor, indices: Tensor, lengths: Tensor
+    ) -> tuple[PackedSequence, Tensor]:
         """Return the states of all words, and the last state of all directions (N, width)."""
         embedded = self.embedding(indices)
         packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        states, (h, _) = lstm(packed)
+        h0 = start[:, None].expand(-1, len(indices), -1).contiguous()
+        states, (h, _) = lstm(packed, (h0, torch.zeros_like(h0)))
         return states, h.transpose(0, 1).flatten(1)
 
 
 class _Term(nn.Sequential):
     """One of the terms in a tanh: linear, and batch-normalized where batch norm is everywhere."""
 
-    def __init__(self, width: int, norm: str) -> None:
-        super().__init__(nn.Linear(width, width))
+    def __init__(self, width: int, norm: str, bias: bool = False) -> None:
+        super().__init__(nn.Linear(width, width, bias=bias))
         if norm == "batch-everywhere":
             batch_norm = BatchNorm(width)
             nn.init.constant_(batch_norm.weight, _BATCH_GAIN)
             self.append(batch_norm)
+
+
+@torch.no_grad()
+def _start(reader: AttentiveReader) -> None:
+    """Give the weights the values that they start from in the authors' code.
+
+    The matrices of the LSTMs' gates, of the attention's passage term and of the bilinear term are 0.05 times
+    orthogonal where they are square; the others are uniform with the bound sqrt(6 / (inputs + outputs + 1)),
+    the vector of the scores with 1 / sqrt(width). Biases are 0.
+    """
+    for name, parameter in reader.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if kind.startswith("bias"):
+            nn.init.zeros_(parameter)
+        elif module == "score":
+            bound = parameter.size(1) ** -0.5
+            nn.init.uniform_(parameter, -bound, bound)
+        elif kind == "weight" and parameter.dim() == 2:
+            is_orthogonal = module in ("attend_passage.0", "likeness")
+            parameter.copy_(_matrix(parameter.size(0), parameter.size(1), is_orthogonal))
+    directions, hidden = reader.passage_start.shape
+    for lstm in (reader.passage, reader.query):
+        values = {}
+        for end in ("", "_reverse")[:directions]:
+            for name, inputs in (("weight_ih", reader.embedding.embedding_dim), ("weight_hh", hidden)):
+                values[f"{name}_l0{end}"] = torch.cat([_matrix(hidden, inputs) for _ in range(4)])
+        recurrent.start(lstm, values)
+
+
+def _matrix(outputs: int, inputs: int, is_orthogonal: bool = True) -> Tensor:
+    matrix = torch.empty(outputs, inputs)
+    if is_orthogonal and outputs == inputs:
+        return nn.init.orthogonal_(matrix, _ORTHOGONAL)
+    bound = (6.0 / (outputs + inputs + 1)) ** 0.5
+    return nn.init.uniform_(matrix, -bound, bound)
 
 
 class Reading(Problem):
