@@ -81,6 +81,7 @@ def test_a_comparison_in_a_few_lines(tmp_path, capsys):
     page = result.report().read_text("utf-8")
     assert "At batch size 10" in page
     assert "group:4" in page
+    assert "What the norms do" in page
     # The report can be made again where the task is not.
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "again.html")]) == 0
     assert "Learning rates" in (tmp_path / "again.html").read_text("utf-8")

@@ -104,10 +104,25 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file and what is on it."""
+    """A PNG file, or its content, and what is on it."""
 
-    path: Path
+    png: Path | bytes
     caption: str
+
+
+@dataclass(frozen=True)
+class Background:
+    """What a reader may want to look up, folded at the end of a page.
+
+    Attributes:
+        title: a heading.
+        tables: in their order.
+        pictures: above them.
+    """
+
+    title: str
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = ()
 
 
 @dataclass(frozen=True)

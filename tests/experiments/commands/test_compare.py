@@ -47,6 +47,7 @@ def test_it_writes_the_table_the_curves_and_the_report(tmp_path):
     path = compare(small(tmp_path), console)
     assert path == tmp_path / "report.html"
     assert {p.name for p in tmp_path.iterdir()} == FILES
+    assert "What the norms do" in path.read_text("utf-8")
     table = records(tmp_path)
     # 2 norms, 2 batch sizes, 2 seeds; before training and four times in each of 2 epochs.
     assert len(table) == 2 * 2 * 2 * 9

@@ -70,7 +70,10 @@ def test_everything_into_one_report(tmp_path, experiments, capsys):
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "elsewhere.html")]) == 0
     assert "no MNIST here" in (tmp_path / "elsewhere.html").read_text()
     assert main(["report", str(tmp_path / "digits"), "--out", str(tmp_path / "one.html")]) == 0
-    assert "no MNIST here" not in (tmp_path / "one.html").read_text()
+    one = (tmp_path / "one.html").read_text()
+    assert "no MNIST here" not in one
+    # The page of all experiments has that from the study.
+    assert ("What the norms do" in one, "What the norms do" in page) == (True, False)
 
 
 def test_nothing_run_is_a_failure(tmp_path, experiments, capsys):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from layernorm.experiments.report import norms
 from layernorm.experiments.report.page import write
 from layernorm.experiments.section import Chart, Picture, Section, Table
 from layernorm.experiments.task import ExperimentError
@@ -24,7 +25,8 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("report")
     write_png(path / "samples.png")
     write(path / "report.html", "The evidence", sections(path))
-    write(path / "single.html", "Digits", [dataclasses.replace(sections(path)[0], charts=())])
+    digits = dataclasses.replace(sections(path)[0], charts=())
+    write(path / "single.html", "Digits", [digits], norms.background())
     return path
 
 
@@ -120,6 +122,18 @@ def test_headings_tables_and_pictures_can_be_followed_without_seeing_them(folder
     assert page.having("html") == [{"lang": "en"}]
     identifiers = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(identifiers) == len(set(identifiers))
+
+
+def test_what_the_norms_do_is_folded_at_the_end(folder, page):
+    single = Page(folder / "single.html")
+    assert "What the norms do" in single.text
+    assert "the same for all: 1  2  4  5" in single.text
+    assert single.having("details") == [{}]  # closed
+    assert len([image for image in single.having("img") if image["alt"] == norms.AXES_CAPTION]) == 1
+    assert not page.having("details")
+    grown = (folder / "single.html").stat().st_size
+    write(folder / "without.html", "Digits", [dataclasses.replace(sections(folder)[0], charts=())])
+    assert grown - (folder / "without.html").stat().st_size < 100_000
 
 
 def test_columns_of_numbers_stand_to_the_right(page):

@@ -8,8 +8,8 @@ import torch
 
 from layernorm.baselines import BatchNormLSTM
 from layernorm.cli import main
-from layernorm.experiments.report import drawing
-from layernorm.experiments.studies.explain import batches, lengths, norms, study
+from layernorm.experiments.report import drawing, norms
+from layernorm.experiments.studies.explain import batches, lengths, study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {

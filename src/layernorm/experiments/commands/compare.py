@@ -27,7 +27,7 @@ from layernorm.experiments import registry
 from layernorm.experiments.commands.progress import Display
 from layernorm.experiments.errors import ExperimentError
 from layernorm.experiments.own_task import OwnTask, task_of
-from layernorm.experiments.report import drawing, page
+from layernorm.experiments.report import drawing, norms, page
 from layernorm.experiments.results import folder, results_table
 from layernorm.experiments.results.comparison import FIXED, Comparison, command, finished, together
 from layernorm.experiments.run import checkpoints, processes
@@ -127,7 +127,7 @@ def _report(comparison: Comparison, task: Task, table: pd.DataFrame, console: Co
     path = comparison.out / "report.html"
     shown = results_table.section(comparison.out, task, folder.read(comparison.out), table)
     drawing.save(shown.charts[0], comparison.out)
-    page.write(path, f"layernorm compare {task.name}", [shown])
+    page.write(path, f"layernorm compare {task.name}", [shown], norms.background())
     results_table.show(console, results_table.summarize(table, comparison.preset.norms, task), task)
     say(console, f"Report: {path}")
     return path

@@ -22,7 +22,7 @@ from layernorm.experiments.commands import compare, study
 from layernorm.experiments.commands.compare import Comparison, Sweep
 from layernorm.experiments.commands.progress import duration
 from layernorm.experiments.errors import DamagedFile, ExperimentError, MissingData, NothingRun, reason
-from layernorm.experiments.report import page
+from layernorm.experiments.report import norms, page
 from layernorm.experiments.results import folder, results_table, terminal
 from layernorm.experiments.section import Card, Section
 from layernorm.experiments.storage import files
@@ -112,7 +112,9 @@ def write(out: Path, path: Path | None = None) -> Path:
             found = [_records(place) if several else compare.records(place) for place in places]
             results_table.write(pd.concat(found, ignore_index=True), out)
     title = "Layer normalization, reproduced" if several else sections[0].title
-    return page.write(path or out / "report.html", title, sections)
+    # The page of many experiments has the study that explains the norms.
+    background = None if several or "study" in folder.read(out) else norms.background()
+    return page.write(path or out / "report.html", title, sections, background)
 
 
 def read(out: Path) -> list[Section]:

@@ -24,7 +24,7 @@ from plotly.offline import get_plotlyjs
 
 from layernorm.experiments.errors import ExperimentError, reason
 from layernorm.experiments.report import drawing
-from layernorm.experiments.section import Chart, Panel, Picture, Section, Table, Verdict
+from layernorm.experiments.section import Background, Chart, Panel, Picture, Section, Table, Verdict
 from layernorm.experiments.storage import files
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
@@ -32,7 +32,7 @@ _PNG: Final = b"\x89PNG\r\n\x1a\n"
 _NUMBER: Final = re.compile(r"[-–−+±<>≤≥≈~]?\s*\d.*|[-–—]|not .*|", re.DOTALL)
 
 
-def write(path: Path, title: str, sections: Sequence[Section]) -> Path:
+def write(path: Path, title: str, sections: Sequence[Section], background: Background | None = None) -> Path:
     """Write the page, whole or not at all; the folder of ``path`` must be there.
 
     With several sections an overview of all their cards comes first.
@@ -41,6 +41,7 @@ def write(path: Path, title: str, sections: Sequence[Section]) -> Path:
         path: the HTML file.
         title: of the page.
         sections: one for each experiment, in their order, each with a name of its own.
+        background: folded at the end.
 
     Returns:
         ``path``.
@@ -65,6 +66,7 @@ def write(path: Path, title: str, sections: Sequence[Section]) -> Path:
     page = _template().render(
         title=title,
         sections=sections,
+        background=background,
         verdicts=Counter(card.verdict for section in sections for card in section.cards),
         known_verdicts=get_args(Verdict),
         css=Markup(_text("report.css")),  # noqa: S704 - the package's own
@@ -155,12 +157,14 @@ def _still(chart: Chart) -> str:
 
 
 def _picture(picture: Picture) -> str:
+    if isinstance(picture.png, bytes):
+        return _address("image/png", picture.png)
     try:
-        content = picture.path.read_bytes()
+        content = picture.png.read_bytes()
     except OSError as error:
-        raise ExperimentError(f"cannot read the picture {picture.path}: {reason(error)}") from error
+        raise ExperimentError(f"cannot read the picture {picture.png}: {reason(error)}") from error
     if not _is_whole(content):
-        raise ExperimentError(f"the picture {picture.path} is damaged: expected a whole PNG file; delete it")
+        raise ExperimentError(f"the picture {picture.png} is damaged: expected a whole PNG file; delete it")
     return _address("image/png", content)
 
 

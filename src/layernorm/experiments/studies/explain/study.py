@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from layernorm.experiments.report import drawing
+from layernorm.experiments.report import drawing, norms
 from layernorm.experiments.section import Picture, Section
 from layernorm.experiments.storage import files
-from layernorm.experiments.studies.explain import batches, lengths, norms
+from layernorm.experiments.studies.explain import batches, lengths
 from layernorm.experiments.task import Study
 
 
@@ -62,9 +62,9 @@ def read(folder: Path) -> Section:
         summary=STUDY.summary,
         command="layernorm explain",
         cards=[card for part in parts for card in part.cards],
-        tables=[norms.numbers("batch"), norms.numbers("layer"), *(t for part in parts for t in part.tables)],
+        tables=[*norms.steps_tables(), *(table for part in parts for table in part.tables)],
         charts=[chart for part in parts for chart in part.charts],
-        pictures=[Picture(folder / "axes.png", "What shares one mean and one variance, in blue")],
+        pictures=[Picture(folder / "axes.png", norms.AXES_CAPTION)],
     )
 
 

@@ -10,11 +10,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from layernorm.experiments.section import Table
+from layernorm.experiments.report import drawing
+from layernorm.experiments.section import Background, Picture, Table
 
 #: The numbers that the steps of the norms are shown on: a row for each case.
 MATRIX: Final = ((1.0, 2.0, 3.0, 6.0), (2.0, 4.0, 6.0, 8.0), (0.0, 0.0, 3.0, 1.0))
 GAIN, BIAS = 2.0, 1.0
+AXES_CAPTION: Final = "What shares one mean and one variance, in blue"
 
 
 class Step(NamedTuple):
@@ -31,7 +33,7 @@ def steps(over: str, matrix: Sequence[Sequence[float]] = MATRIX) -> list[Step]:
     The mean, the variance, the normalized numbers, and those with gain 2 and bias 1; without eps.
 
     Examples:
-        >>> from layernorm.experiments.studies.explain.norms import steps
+        >>> from layernorm.experiments.report.norms import steps
         >>> steps("layer")[0].numbers.flatten().tolist()
         [3.0, 5.0, 1.0]
     """
@@ -77,7 +79,18 @@ def axes_picture() -> Figure:
     return figure
 
 
-def numbers(over: str) -> Table:
+def background() -> Background:
+    """Return what the report of a comparison says about the norms themselves."""
+    picture = Picture(drawing.png(axes_picture(), dpi=80), AXES_CAPTION)
+    return Background("What the norms do", steps_tables(), (picture,))
+
+
+def steps_tables() -> tuple[Table, Table]:
+    """Return the steps of batch norm and of layer norm as tables."""
+    return _numbers("batch"), _numbers("layer")
+
+
+def _numbers(over: str) -> Table:
     """Return the steps of a norm, named as in ``steps``, as a table with a column for each case."""
     rows = [["a", "the summed inputs", *(_row(row) for row in MATRIX)]]
     for step in steps(over):
