@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+import plotly.graph_objects as go
 import pytest
 
 from layernorm.experiments.report import norms
@@ -78,16 +79,20 @@ def test_everything_of_the_sections_is_on_the_page(folder, page):
 
 def test_what_looks_like_markup_stays_text(page):
     assert not page.having("b")
-    # One for each chart, plotly.js, and the page's own.
-    assert len(page.having("script")) == 2 + 2
+    # One for each panel, plotly.js, and the page's own.
+    assert len(page.having("script")) == 3 + 2
 
 
 def test_charts_come_as_data_and_as_pictures(page):
-    curves, drawn = (json.loads(script) for script in page.scripts if script.startswith("{"))
-    assert [look["name"] for look in drawn["looks"]] == NAMES
-    assert drawn["rows"][0]["panels"][0]["lines"][1]["y"] == [1.0, None, 0.3333333]
-    assert [row["shared"] for row in curves["rows"]] == [True]
-    assert curves["columns"] == 2
+    left, right, drawn = (json.loads(script) for script in page.scripts if script.startswith("{"))
+    assert [trace["meta"] for trace in drawn["data"]] == NAMES
+    assert drawn["data"][1]["y"] == [1.0, None, 0.3333333]
+    for panel in (left, right, drawn):
+        # Raises ValueError at a property that plotly does not know.
+        go.Figure({"data": panel["data"], "layout": panel["layout"]})
+    reach = [[trace["y"] for trace in panel["data"] if trace["mode"] == "markers"] for panel in (left, right)]
+    assert reach[0] == reach[1]  # one range of y
+    assert max(reach[0][0]) == pytest.approx(1.3 * (2 * 40 + 0.5))
     stills = [image for image in page.having("img") if image["src"].startswith("data:image/svg+xml;base64,")]
     assert "lines: none, batch, layer" in stills[0]["alt"]
     assert len(stills) == 2

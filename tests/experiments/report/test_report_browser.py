@@ -107,9 +107,13 @@ def until(visited, condition: str, before: list[float]) -> None:
 
 def drawn_lines(visited) -> list[int]:
     """Return the number of lines, edges of bands included, in each plot."""
-    return visited.evaluate(
-        "[...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('.scatterlayer .trace').length)"
-    )
+    count = "plot => plot.querySelectorAll('.trace:has(.js-line)').length"
+    return visited.evaluate(f"[...document.querySelectorAll('.plot')].map({count})")
+
+
+def colours(visited, selector: str, kind: str) -> set[str]:
+    found = "(all, kind) => all.map(one => getComputedStyle(one)[kind])"
+    return set(visited.locator(selector).evaluate_all(found, kind))
 
 
 def test_the_legend_hides_and_shows_a_line_in_all_panels(desk):
@@ -148,7 +152,7 @@ def test_a_drag_zooms_and_a_double_click_restores(desk):
     desk.mouse.dblclick(box["x"] + 100, box["y"] + 100)
     until(desk, "String(now) == String(before)", before)
     for _ in range(2):  # where there is nothing to restore
-        desk.locator(".modebar-btn[data-title=Everything]").first.click()
+        desk.locator(".modebar-btn[data-title='Reset axes']").first.click()
         assert ranges(desk) == before
 
 
@@ -259,10 +263,12 @@ _CONTRASTS = r"""() => {
 }"""
 
 
-@pytest.mark.parametrize(("scheme", "ink"), [("light", "#1d2129"), ("dark", "#e4e7eb")])
+@pytest.mark.parametrize(("scheme", "ink"), [("light", "rgb(29, 33, 41)"), ("dark", "rgb(228, 231, 235)")])
 def test_every_text_can_be_told_from_its_ground(desk, scheme, ink):
     desk.emulate_media(color_scheme=scheme)
-    desk.wait_for_function("ink => document.querySelector('.plot')._fullLayout.font.color == ink", arg=ink)
+    assert colours(desk, ".plot text", "fill") == {ink}
+    assert ink in colours(desk, ".plot .js-line", "stroke")  # of the line that is black on white
+    assert not {"rgb(0, 0, 0)", "rgb(255, 255, 255)"} & colours(desk, ".plot .gridlayer path", "stroke")
     button = desk.locator(".legend button").first
     button.click()
     contrasts = desk.evaluate(_CONTRASTS)

@@ -1,30 +1,29 @@
 """The results of experiments as one HTML page that needs nothing else: no network, no other file.
 
-The page is ``report.html.j2`` with ``report.css`` and ``report.js`` in it. Its charts are drawn from their
-data by plotly.js, which is in the page too; without JavaScript and on paper the pictures of ``drawing`` stand
-in their place.
+The page is ``report.html.j2`` with ``report.css`` and ``report.js`` in it. Its charts are the figures of
+``plots``, drawn by plotly.js, which is in the page too; without JavaScript and on paper the pictures of
+``drawing`` stand in their place.
 """
 
 from __future__ import annotations
 
 import base64
 import itertools
-import math
 import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Final, get_args
 
 import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from layernorm.experiments.errors import ExperimentError, reason
-from layernorm.experiments.report import drawing
-from layernorm.experiments.section import Background, Chart, Panel, Picture, Section, Table, Verdict
+from layernorm.experiments.report import drawing, plots
+from layernorm.experiments.section import Background, Chart, Picture, Section, Table, Verdict
 from layernorm.experiments.storage import files
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
@@ -100,7 +99,14 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(data=_data, still=_still, picture=_picture, numeric=_numeric)
+    environment.filters.update(
+        looks=drawing.looks,
+        dashes=plots.dashes,
+        figures=plots.figures,
+        still=_still,
+        picture=_picture,
+        numeric=_numeric,
+    )
     return environment.from_string(_text("report.html.j2"))
 
 
@@ -111,45 +117,6 @@ def _text(name: str) -> str:
 def _script(text: str) -> Markup:
     """Return a script as it can stand in a page: no text in it ends the element."""
     return Markup(text.replace("</script", r"<\/script"))  # noqa: S704 - the package's own, and plotly's
-
-
-def _data(chart: Chart) -> dict[str, Any]:
-    """Return a chart as ``report.js`` takes it."""
-    return {
-        "columns": max(map(len, chart.rows)),
-        "looks": [{"name": name, **look._asdict()} for name, look in drawing.looks(chart).items()],
-        "rows": [
-            {"shared": len(row) > 1 and drawing.shares_y(row), "panels": [_panel(panel) for panel in row]}
-            for row in chart.rows
-        ],
-    }
-
-
-def _panel(panel: Panel) -> dict[str, Any]:
-    lines = [
-        {
-            "name": line.name,
-            "x": _numbers(line.x),
-            "y": _numbers(line.y),
-            "low": _numbers(line.low),
-            "high": _numbers(line.high),
-            "points": len(line.x) <= drawing.FEW,
-        }
-        for line in panel.lines
-    ]
-    return {
-        "title": panel.title,
-        "x": {"label": panel.x_label, "log": panel.x_log},
-        "y": {"label": panel.y_label, "log": panel.y_log},
-        "lines": lines,
-        # Values at one x are shown together if all lines have it.
-        "together": all(line["x"] == lines[0]["x"] for line in lines),
-    }
-
-
-def _numbers(values: Sequence[float]) -> list[float | None]:
-    """Prepare numbers for JSON, which has no NaN and no infinity: those are gaps. Seven digits suffice."""
-    return [float(f"{value:.7g}") if math.isfinite(value) else None for value in values]
 
 
 def _still(chart: Chart) -> str:
