@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 import pandas as pd
 import torch
@@ -65,19 +65,34 @@ class RowReader(digits_rows.RowReader):
     def online(self, images: Tensor) -> Tensor:
         """Compute the same, one row at a time: by a stream, or by calls with the state where there is none.
 
-        Raises:
-            TypeError: batch norm, whose statistics are those of a step, has no way to take one.
+        To batch norm each row is then the first of a sequence, whose statistics it takes.
         """
-        if isinstance(self.lstm, nn.LSTM):
-            rows = images.split(1, dim=1)
-            _, state = self.lstm(rows[0])
-            for row in rows[1:]:
-                _, state = self.lstm(row, state)
-            last: Tensor = state[0][0]
+        if isinstance(self.lstm, LayerNormLSTM):
+            stream = self.lstm.stream(batch_size=len(images))
+            for row in images.unbind(1):
+                last = stream.step(row)
             return last
-        stream = cast(LayerNormLSTM, self.lstm).stream(batch_size=len(images))
-        for row in images.unbind(1):
-            last = stream.step(row)
+        rows = images.split(1, dim=1)
+        _, state = self.lstm(rows[0])
+        for row in rows[1:]:
+            _, state = self.lstm(row, state)
+        end: Tensor = state[0][0]
+        return end
+
+    def told(self, images: Tensor) -> Tensor:
+        """Compute batch norm's as ``online`` does, each row with the statistics of its own step."""
+        state, readers = None, copy.deepcopy(self)
+        statistics = {
+            name: buffer.clone()
+            for name, buffer in self.lstm.named_buffers()
+            if name.startswith(("running", "num_batches"))
+        }
+        for step, row in enumerate(images.split(1, dim=1)):
+            for name, buffer in statistics.items():
+                readers.lstm.get_buffer(name).copy_(buffer.roll(-step, 0))
+            _, state = readers.lstm(row, state)
+        assert state is not None  # noqa: S101 - there is a row
+        last: Tensor = state[0][0]
         return last
 
 
@@ -89,6 +104,7 @@ class Subject(NamedTuple):
         cases: its inputs, one a row.
         whole: the outputs of some cases.
         online: the same, step by step; None where there are no steps.
+        told: the same, where each step must be told which one it is; None where that makes no difference.
         logits: made of the outputs of all cases at once, so that no product's bits depend on the batch; None
             where the outputs are no answer.
     """
@@ -97,11 +113,12 @@ class Subject(NamedTuple):
     cases: Tensor
     whole: Callable[[Any, Tensor], Tensor]
     online: Callable[[Any, Tensor], Tensor] | None
+    told: Callable[[Any, Tensor], Tensor] | None
     logits: Callable[[Any, Tensor], Tensor] | None
 
 
 class Way(NamedTuple):
-    """The way outputs are computed: in training or evaluation mode, whole or online, the batch size."""
+    """The way outputs are computed: training or evaluation mode, whole, online or told, the batch size."""
 
     mode: str
     steps: str
@@ -128,12 +145,12 @@ def measure(subject: Subject, targets: Tensor, batch_sizes: Sequence[int]) -> li
     base = _outputs(subject, Way("evaluation", "whole", everything))
     answers = _answers(subject, base)
     rows = []
-    for way in _ways(sizes, subject.online is not None):
+    for way in _ways(sizes, subject):
         row: dict[str, Any] = {**way._asdict(), "problem": ""}
         rows.append(row)
         try:
             outputs = _outputs(subject, way)
-        except (TypeError, ValueError) as error:  # batch norm's, of one case or one step
+        except ValueError as error:  # batch norm's, of one case
             row["problem"] = str(error)
             continue
         found = _answers(subject, outputs)
@@ -150,20 +167,20 @@ def measure(subject: Subject, targets: Tensor, batch_sizes: Sequence[int]) -> li
     return rows
 
 
-def _ways(batch_sizes: Sequence[int], steps: bool) -> Iterator[Way]:
+def _ways(batch_sizes: Sequence[int], subject: Subject) -> Iterator[Way]:
     for mode in ("evaluation", "training"):
         for size in batch_sizes:
             yield Way(mode, "whole", size)
-    if steps:
-        for size in batch_sizes:
-            yield Way("evaluation", "online", size)
+    for steps in ("online", "told"):
+        if getattr(subject, steps) is not None:
+            for size in batch_sizes:
+                yield Way("evaluation", steps, size)
 
 
 def _outputs(subject: Subject, way: Way) -> Tensor:
     """Compute the outputs of all cases by a copy, as training mode moves running statistics."""
     network = copy.deepcopy(subject.network).train(way.mode == "training")
-    compute = subject.whole if way.steps == "whole" else subject.online
-    assert compute is not None  # noqa: S101 - as _ways has it
+    compute = getattr(subject, way.steps)
     # Training keeps what a derivative needs, which must not change the numbers.
     with torch.set_grad_enabled(way.mode == "training"):
         parts = [compute(network, cases).detach() for cases in subject.cases.split(way.batch_size)]
@@ -275,19 +292,21 @@ def _subjects(
 ) -> Iterator[tuple[str, str, Subject, str | None]]:
     if network == "LSTM":
         cases = digits_rows.load().test_inputs
-        reader = Subject(trained, cases, RowReader.states, RowReader.online, lambda net, h: net.logits(h))
+        told = RowReader.told if norm == "batch" else None
+        ways = (RowReader.states, RowReader.online, told)
+        reader = Subject(trained, cases, *ways, lambda net, h: net.logits(h))
         yield "LSTM", norm, reader, None
         if norm == "layer":
             yield "LSTM", "layer (reference)", reader, "reference"
         return
-    classifier = Subject(trained, data.test_inputs, _called, None, lambda net, outputs: outputs)
+    classifier = Subject(trained, data.test_inputs, _called, None, None, lambda net, outputs: outputs)
     yield "feed-forward", norm, classifier, None
     if norm != "none":
         # The norm by itself, on the summed inputs of the first hidden layer as one product made them.
         linear, layer = trained.get_submodule("0"), trained.get_submodule("1")
         with torch.no_grad():
             summed = linear(data.test_inputs)
-        yield "norm alone", norm, Subject(layer, summed, _called, None, None), None
+        yield "norm alone", norm, Subject(layer, summed, _called, None, None, None), None
 
 
 def _called(network: nn.Module, cases: Tensor) -> Tensor:
