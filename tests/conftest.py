@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 # Triton asks when it is imported. Without a GPU its kernels run in its interpreter here.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# So does cuBLAS, whose products are deterministic only so.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
 import pytest
@@ -78,8 +80,22 @@ def round_to_bfloat16(bits: np.ndarray) -> np.ndarray:
     return np.where(is_nan, bits >> 16 | 0x40, rounded).astype(np.uint16)
 
 
+def round_to_tf32(a: np.ndarray) -> np.ndarray:
+    """Return float32 with ten bits of its fraction, as TF32 has."""
+    return ((a.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def ieee(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let GPUs multiply float32 as it is, which by default they do as TF32."""
+    if hasattr(torch.backends.cudnn.rnn, "fp32_precision"):
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    else:  # before PyTorch 2.9
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def interpreted(ieee: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compute the operators of CPU tensors by the Triton kernels, in Triton's interpreter."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed: pip install 'layernorm[triton]'")
@@ -98,11 +114,14 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             return data.astype(np.uint32) << 16
         return convert(data, source, target, rounding)
 
-    def dot(self, a, b, sums, *rest):
-        # It multiplies the bits of bfloat16 as integers. And a library's product of matrices may sum in an
-        # order that depends on their shape and on the machine; that of a GPU's instructions does not.
+    def dot(self, a, b, sums, precision, *rest):
+        # It multiplies bits of bfloat16 as integers, and knows no TF32. And a library's product may sum in
+        # an order that depends on the shape and on the machine; that of a GPU's instructions does not.
         wide = [self.create_fp_ext(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)]
-        product = np.einsum("ik,kj->ij", *(t.data.astype(sums.data.dtype) for t in wide))
+        factors = [t.data.astype(sums.data.dtype) for t in wide]
+        if a.dtype.scalar == tl.float32 and "TF32" in str(precision):
+            factors = [round_to_tf32(f) for f in factors]
+        product = np.einsum("ik,kj->ij", *factors)
         return interpreter.TensorHandle(product + sums.data, sums.dtype.scalar)
 
     def splat(self, shape, value):
@@ -120,10 +139,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         warnings.filterwarnings("ignore", "Warning only once for all operators")
         for room, names in TRITON_OPERATORS.items():
             for name in names:
-                try:
-                    library.impl(name, ops.gpu_kernel(room, name), "CPU")
-                except RuntimeError:
-                    pytest.skip("an operator of this PyTorch can have one kernel in Python, and has one")
+                # PyTorch 2.11 refuses to replace a kernel that is in Python too.
+                torch.library._impls.discard(f"layernorm/{name}/CPU")
+                library.impl(name, ops.gpu_kernel(room, name), "CPU")
     with np.errstate(all="ignore"):  # as on a GPU
         yield
     library._destroy()
@@ -150,7 +168,7 @@ def looped(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def gpu(native: None) -> None:
+def gpu(ieee: None) -> None:
     """Skip where no GPU can run the Triton kernels."""
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")

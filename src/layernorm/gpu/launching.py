@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
@@ -31,9 +31,10 @@ def triton_type(dtype: torch.dtype) -> Any:
 
 
 class Launch(NamedTuple):
-    """A kernel with its arguments."""
+    """A kernel with its grid and arguments."""
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
@@ -57,7 +58,7 @@ def launch(
 ) -> None:
     """Run the kernel on the device of ``on``, whichever is the current one."""
     if (launches := _recorded.get()) is not None:
-        launches.append(Launch(kernel, arguments, options))
+        launches.append(Launch(kernel, grid, arguments, options))
         return
     if wrap is not None:
         wrap(kernel)[grid](*arguments, **options)
@@ -67,6 +68,36 @@ def launch(
         device = torch.cuda.device(on.device)
     with device:
         kernel[grid](*arguments, **options)
+
+
+_ran: Final[set[Hashable]] = set()
+
+
+@contextmanager
+def compiled_by(key: Hashable, on: Tensor) -> Iterator[None]:
+    """Launch kernels within the ``with`` block, which compiles them the first time.
+
+    Args:
+        key: what they are compiled for.
+        on: a tensor on their device.
+
+    Raises:
+        RuntimeError: that first time is inside the capture of a CUDA graph.
+    """
+    key = (key, on.device)
+    if on.is_cuda and key not in _ran:
+        refuse_capture()
+    yield
+    _ran.add(key)
+
+
+def refuse_capture() -> None:
+    """Raise where the current stream is captured: a kernel is to be compiled and loaded."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "layernorm: kernels are compiled and loaded by the first call of a layer, which is not possible "
+            "while a CUDA graph is captured; call the layer once, with these shapes, before capturing"
+        )
 
 
 @functools.cache

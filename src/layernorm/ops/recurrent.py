@@ -48,13 +48,15 @@ _FOUND: Final = (
     "(Tensor grad_input, Tensor grad_h, Tensor grad_c, Tensor grad_reset_h, Tensor grad_reset_c,"
     " Tensor[] grad_weights)"
 )
+# On GPUs they keep tables and CUDA graphs of their own, which Inductor's must not contain (from PyTorch 2.8).
+_TAGS: Final = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
 for _name, _schema in {
     "recurrent": f"({_LAYER}, bool recompute) -> ({_OUTPUTS})",
     "recurrent_forward": f"({_LAYER}, bool recompute) -> ({_OUTPUTS}, {_SAVED})",
     "recurrent_backward": f"({_LAYER}, {_GRADS}, Tensor output, {_SAVED}, {_WANTED}) -> {_FOUND}",
     "recurrent_composite_backward": f"({_LAYER}, {_GRADS}, {_WANTED}) -> {_FOUND}",
 }.items():
-    torch.library.define(f"layernorm::{_name}", _schema)
+    torch.library.define(f"layernorm::{_name}", _schema, tags=_TAGS)
 _RECURRENT: Final = torch.ops.layernorm.recurrent.default
 _FORWARD: Final = torch.ops.layernorm.recurrent_forward.default
 _BACKWARD: Final = torch.ops.layernorm.recurrent_backward.default

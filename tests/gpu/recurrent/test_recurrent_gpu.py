@@ -9,12 +9,14 @@ import torch
 
 from layernorm import Variant, backends
 from layernorm.gpu import settings, tiers
+from layernorm.spec import layer_spec
 from layernorm.variants import GATES
 from tests.recurrent.cases import (
     GPU_FUNCTIONS,
     Layer,
     backward_arguments,
     detached,
+    largest,
     of_functions,
     operator_arguments,
     same,
@@ -87,6 +89,26 @@ def test_alone_and_in_any_batch(dtype, proj, place, monkeypatch):
             assert same(rest[1], [t[..., some, :] for t in grads])
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn.rnn, "fp32_precision"), reason="before PyTorch 2.9")
+def test_float32_products_are_tf32_where_those_of_torch_are(place, monkeypatch):
+    layer = Layer("lstm", Variant(), 17, 33)
+    x, state = torch.randn(3, 5, 17), layer.state(5)
+
+    def error(precision):
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+        found = layer.forward(x, state)
+        return max(largest(a - e) for a, e in zip(found, exact, strict=True))
+
+    with torch.no_grad():
+        with backends.use("reference"):
+            exact = layer.in_float64().forward(x.double(), [s.double() for s in state])
+        # Both factors are rounded to 11 bits: 2⁻¹⁰ of a term at most. Norms bring a sum of them to order 1,
+        # gains of up to 2 and the cell's norm pass it on, over three steps: eight times is room enough. In
+        # float32 it would be 2⁻²³.
+        assert 2**-15 < error("tf32") < 8 * 2**-10
+        assert error("ieee") < 2**-15
+
+
 @every_function
 def test_for_any_split_of_the_sequence_at_its_state(cell, variant, place):
     layer = Layer(cell, variant, 5, 33, torch.bfloat16)
@@ -98,6 +120,7 @@ def test_for_any_split_of_the_sequence_at_its_state(cell, variant, place):
     assert same([torch.cat([first, second]), *final], whole)
 
 
+@pytest.mark.sanitized
 @some_functions
 @pytest.mark.usefixtures("small_chunks")
 def test_with_what_forward_kept_and_recomputed(cell, variant, place):
@@ -109,6 +132,7 @@ def test_with_what_forward_kept_and_recomputed(cell, variant, place):
         assert same(a, b)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("reverse", [False, True])
 @some_functions
 @pytest.mark.usefixtures("small_chunks")
@@ -186,6 +210,26 @@ def test_operators_pass_opcheck(place):
         torch.library.opcheck(forward, (), inputs)
         backward = backward_arguments(inputs, forward(**inputs))
         torch.library.opcheck(torch.ops.layernorm.recurrent_backward.default, (), backward)
+
+
+def test_no_grid_is_larger_than_a_device_allows(monkeypatch):
+    from layernorm.gpu.launching import recording
+    from layernorm.gpu.recurrent import operators
+
+    assert operators.MOST_STEPS == 2**16 - 1  # of the second dimension; the first goes to 2³¹
+    monkeypatch.setattr(operators, "MOST_STEPS", 4)
+
+    def meta(*shape):
+        return torch.empty(shape, device="meta")
+
+    spec = layer_spec("gru", "paper")
+    weights = spec.listed({name: meta(*shape) for name, shape in spec.parameter_shapes(2, 3).items()})
+    layer = (meta(11, 900, 2), meta(900, 3), None, weights, *[None] * 4, spec.codes, spec.eps, False)
+    with recording() as launches:
+        output, hn, _, *kept = operators.recurrent_forward(*layer, False)
+        operators.recurrent_backward(*layer, output, hn, None, output, *kept, [True] * 16)
+    assert {launch.kernel.__name__ for launch in launches} >= {"gather_before", "column_sums", "product"}
+    assert max(launch.grid[1] for launch in launches if len(launch.grid) > 1) == 4
 
 
 @pytest.mark.parametrize("cell", list(GATES))

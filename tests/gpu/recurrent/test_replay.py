@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
+import time
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from layernorm.variants import GATES
 from tests.recurrent.cases import Layer, same, seeds_like
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'layernorm[triton]'")
+
+from layernorm.gpu.recurrent import table_kernels
 
 
 class Graph:
@@ -33,25 +37,153 @@ def test_a_loop_is_put_together_from_graphs(monkeypatch):
     assert list(replay.sizes(0)) == []
     for count in (1, 3, 4, 63, 64, 150, 1000):
         assert sum(replay.sizes(count)) == count
-    captured = replay.Captured(torch.zeros(64, dtype=torch.int64), None)
-    graphs = []
+    captured, numbers = replay.Captured(torch.zeros(1), 5, None), {"done": 0, "steps": 21, "base": 3}
+    graphs, written = [], []
 
     def capture(launches):
         graphs.append(Graph(launches))
         return graphs[-1]
 
+    def launch(kernel, grid, on, to, *arguments, **options):
+        if kernel is table_kernels.write:
+            written.append(arguments[0])
+        else:
+            launched.append(("advance", arguments[0]))
+
+    def step(to, number, bits):
+        assert (to is captured.table, bits) == (True, 5)
+        launched.append(number)
+
     launched = []
     monkeypatch.setattr(captured, "_capture", capture)
-    monkeypatch.setattr(replay, "launch", lambda *a, **k: launched.append(("advance", a[4])))
-    captured.run(20, launched.append)
+    monkeypatch.setattr(replay, "launch", launch)
+    captured.fill({"h": torch.zeros(2)}, numbers)
+    assert written == [*range(0, len(table_kernels.SLOTS), table_kernels.WRITTEN)]
+    captured.run(20, step)
     assert graphs == []  # the first time compiles the kernels
     assert launched == [*range(16), ("advance", 16), *range(4), ("advance", 4)]
     launched.clear()
-    captured.run(21, launched.append)
+    captured.run(21, step)
     assert [g.replays for g in graphs] == [1, 1]
     assert launched == [*range(16), ("advance", 16), *range(4), ("advance", 4), 0, ("advance", 1)]
-    captured.run(36, launched.append)
+    captured.run(36, step)
     assert [g.replays for g in graphs] == [3, 2]
+
+
+def test_only_what_has_changed_is_written_to_the_table(monkeypatch):
+    from layernorm.gpu.recurrent import replay
+
+    tensors, numbers = {"h": torch.zeros(2), "cell": torch.zeros(2)}, {"done": 4, "steps": 21}
+    captured = replay.Captured(torch.zeros(1), replay.present(tensors), None)
+    written, held = [], [0] * len(table_kernels.SLOTS)
+
+    def launch(kernel, grid, on, to, *arguments, **options):
+        if kernel is table_kernels.advance:
+            held[0] += arguments[0]
+            return
+        start, *values = arguments
+        assert len(values) == table_kernels.WRITTEN
+        written.append(start)
+        held[start : start + len(values)] = values
+
+    def fails(to, number, bits):
+        raise ZeroDivisionError
+
+    def fill():
+        written.clear()
+        captured.fill(tensors, numbers)
+        addresses = {name: t.data_ptr() for name, t in tensors.items()}
+        assert held == [(addresses | numbers).get(name, 0) for name in table_kernels.SLOTS]
+        return list(written)
+
+    monkeypatch.setattr(replay, "launch", launch)
+    every = [*range(0, len(held), table_kernels.WRITTEN)]
+    assert fill() == every
+    assert fill() == []
+    captured.run(3, lambda to, number, bits: None)
+    assert fill() == [0]  # done
+    tensors["cell"] = torch.zeros(3)
+    assert fill() == every[-1:]
+    with pytest.raises(ZeroDivisionError):
+        captured.run(3, fails)
+    assert fill() == every  # nobody knows what was done
+
+
+def test_captures_share_a_stream_one_after_another(monkeypatch):
+    from layernorm.gpu.recurrent import replay
+
+    streams, used, capturing = [], [], threading.Lock()
+
+    class Graph:
+        def capture_begin(self, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+            assert capturing.acquire(blocking=False)
+
+        def capture_end(self):
+            capturing.release()
+
+    def stream(device, priority):
+        streams.append(device)
+        return len(streams)
+
+    def on_stream(of):
+        used.append(of)
+        return contextlib.nullcontext()
+
+    replay._capture_stream.cache_clear()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    captured = [replay.Captured(torch.zeros(1), 0, None) for _ in range(4)]
+    threads = [threading.Thread(target=c._capture, args=(lambda: time.sleep(0.02),)) for c in captured]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    replay._capture_stream.cache_clear()
+    assert (streams, used) == ([torch.device("cpu")], [1] * 4)
+    assert not capturing.locked()
+
+
+class OnGpu:
+    """Stands in for a tensor on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+
+def test_a_capture_comes_after_the_first_call(monkeypatch):
+    from layernorm.gpu import launching
+    from layernorm.gpu.recurrent import layer
+
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(launching, "_ran", set())
+    ran = []
+
+    def call(key):
+        with launching.compiled_by(key, OnGpu):
+            ran.append(key)
+
+    with pytest.raises(RuntimeError, match="call the layer once, with these shapes, before capturing"):
+        call("a")
+    capturing = False
+    call("a")
+    with pytest.raises(ZeroDivisionError), launching.compiled_by("b", OnGpu):
+        1 / 0  # noqa: B018
+    capturing = True
+    call("a")
+    for key in ("b", "c"):
+        with pytest.raises(RuntimeError, match="before capturing"):
+            call(key)
+    assert ran == ["a", "a"]
+    with pytest.raises(RuntimeError, match="the lengths of a packed sequence come from the CPU"):
+        layer._on_device((2, 1), OnGpu)
+
+
+def test_inductor_does_not_capture_the_operators():
+    for name in ("recurrent", "recurrent_forward", "recurrent_backward"):
+        tags = getattr(torch.ops.layernorm, name).default.tags
+        assert not hasattr(torch.Tag, "cudagraph_unsafe") or torch.Tag.cudagraph_unsafe in tags
 
 
 def test_the_cache_of_loops_is_bounded(monkeypatch):
@@ -141,6 +273,7 @@ def test_autocast_is_in_the_lower_precision():
     assert output.dtype == torch.bfloat16
 
 
+@pytest.mark.sanitized
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("cell", list(GATES))
 def test_the_persistent_kernel_agrees(cell):

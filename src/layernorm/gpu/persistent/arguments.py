@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import os
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
@@ -13,9 +15,10 @@ from layernorm.spec import PARAMETERS, LayerSpec
 #: The parameters besides weight_hh, in the order of the kernel. Where inputs are summed ``gain_ih`` is the
 #: one ``gain``.
 VECTORS: Final = PARAMETERS[4:]
-#: Seconds that a block waits for its cluster before it stops the kernel, which CUDA then reports as a failed
-#: launch. A step takes microseconds.
-TIME_LIMIT: Final = 5.0
+#: Names the seconds that a block waits for its cluster before it stops the kernel, which CUDA then reports as
+#: a failed launch. A step takes microseconds, but much longer under a checker of races.
+TIME_LIMIT_VARIABLE: Final = "LAYERNORM_TIME_LIMIT"
+_TIME_LIMIT: Final = 5.0
 #: What is read or written 16 bytes at a time; backward reads ``cell_stats`` by 8.
 _ALIGNED: Final = frozenset({"h0", "c0", "weight_hh", "output", "hn", "cn", "saved_c", "cell_stats"})
 _SCOPES: Final = ("matrix", "all", "gate")
@@ -27,7 +30,7 @@ class _Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "c0", "weight_hh", *VECTORS, "resets")),
-        *((name, ctypes.c_void_p) for name in ("batch_sizes", "step_offsets", "saved_c", "stats", "error")),
+        *((name, ctypes.c_void_p) for name in ("batch_sizes", "step_offsets", "saved_c", "stats")),
         ("time_limit", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("batch", "steps", "stats_width", "stats_first")),
         ("eps", ctypes.c_float),
@@ -108,11 +111,24 @@ def make_backward_arguments(
     return arguments
 
 
+@functools.cache
+def _time_limit() -> int:
+    """Return the time limit in nanoseconds."""
+    given = os.environ.get(TIME_LIMIT_VARIABLE) or _TIME_LIMIT
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e9:
+        raise ValueError(f"{TIME_LIMIT_VARIABLE} must be a positive number of seconds; got {given!r}")
+    return int(seconds * 1e9)
+
+
 def _set_layer(arguments: _Layer, spec: LayerSpec, state: Tensor | None, steps: int, reverse: bool) -> None:
     summed, groups = spec.products == "summed", len(spec.groups)
     arguments.batch = 0 if state is None else state.size(0)
     arguments.steps, arguments.reverse = steps, reverse
-    arguments.time_limit = int(TIME_LIMIT * 1e9)
+    arguments.time_limit = _time_limit()
     arguments.stats_width, arguments.stats_first = spec.statistics, 0 if summed else groups
     arguments.rms, arguments.summed = spec.variant.kind == "rms", summed
     arguments.relu = spec.nonlinearity == "relu"

@@ -15,9 +15,7 @@ inline void exchange(const Layer& layer, unsigned& phase) {
   if (!barrier_try_wait(barrier, parity)) {
     const unsigned long long begin = nanoseconds();
     while (!barrier_try_wait(barrier, parity)) {
-      if (nanoseconds() - begin < static_cast<unsigned long long>(layer.time_limit)) continue;
-      if (layer.error != nullptr) *layer.error = phase;
-      trap();
+      if (nanoseconds() - begin >= static_cast<unsigned long long>(layer.time_limit)) trap();
     }
   }
   sync_warp();  // whose lanes may have waited for different times, and mma wants them together

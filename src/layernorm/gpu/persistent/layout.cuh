@@ -47,7 +47,6 @@ struct Layer {
   const long long *batch_sizes, *step_offsets;  // [steps], or null
   Half* saved_c;         // [rows of all steps, H], of an LSTM; forward, or null
   float* stats;          // rstd of a data row begins at stats_width·row + stats_first; or null
-  unsigned* error;       // set where the watchdog stops the kernel; or null
   long long time_limit;  // of a wait, in nanoseconds
   int batch, steps, stats_width, stats_first;
   float eps;

@@ -347,14 +347,14 @@ def column_sums(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum grad, grad·first and grad·second of each column over a part of the rows (program_id(1)).
+    """Sum grad, grad·first and grad·second of each column over a part of the rows (program_id(0)).
 
     grad, first and second are (rows, WIDTH), rows of the first FIRST_STRIDE apart; sums (parts, WIDTH) in
     float32, or None.
     """
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_width = column < WIDTH
-    part = tl.program_id(1)
+    part = tl.program_id(0)
     begin = part.to(tl.int64) * rows_per_part
     end = tl.minimum(begin + rows_per_part, rows)
     total = tl.zeros([BLOCK], tl.float32)

@@ -259,7 +259,7 @@ def _column_sums(
     sums = grad.new_empty((3, parts, width), dtype=torch.float32)
     launch(
         backward_kernels.column_sums,
-        (-(-width // _SUM_COLUMNS), parts),
+        (parts, -(-width // _SUM_COLUMNS)),
         grad,
         grad,
         first,

@@ -125,7 +125,7 @@ class Layer:
             raise RuntimeError("layernorm: an LSTM needs the state c")
         if resets is not None:
             resets = _held("resets", resets, tuple(input.shape[:-1]), torch.bool, input).view(torch.uint8)
-        offsets = [0, *accumulate(counts)][:-1] if counts else None
+        on_device = (None, None) if counts is None else _on_device(counts, input)
         return cls(
             spec=spec,
             reverse=reverse,
@@ -140,8 +140,8 @@ class Layer:
             weight_hr=held("weight_hr", weight_hr, output, hidden),
             vectors=vectors,
             resets=resets,
-            batch_sizes=_on_device(counts, input),
-            offsets=_on_device(offsets, input),
+            batch_sizes=on_device[0],
+            offsets=on_device[1],
             counts=counts,
             steps=steps,
             batch=batch,
@@ -287,8 +287,19 @@ def _steps(input: Tensor, batch_sizes: Sequence[int] | None) -> tuple[tuple[int,
     return counts, steps, batch, sum(counts) if counts else steps * batch
 
 
-def _on_device(numbers: Sequence[int] | None, input: Tensor) -> Tensor | None:
-    return None if numbers is None else torch.tensor(numbers, device=input.device)
+def _on_device(counts: Sequence[int], input: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy the rows of each step and its first row to the input's device, without waiting for it."""
+    if input.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "layernorm: the lengths of a packed sequence come from the CPU, from where nothing can be copied "
+            "while a CUDA graph is captured; give it a padded sequence"
+        )
+    padding = (0,) * (len(counts) % 2)  # both begin where vectors can be read
+    numbers = torch.tensor(
+        [(*counts, *padding), (*accumulate(counts[:-1], initial=0), *padding)], pin_memory=input.is_cuda
+    )
+    batch_sizes, offsets = numbers.to(input.device, non_blocking=True)[:, : len(counts)].unbind(0)
+    return batch_sizes, offsets
 
 
 def _held(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, input: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from layernorm.gpu import settings, tiers
-from layernorm.gpu.launching import launch, triton_type
+from layernorm.gpu.launching import compiled_by, launch, triton_type
 from layernorm.gpu.persistent import launches as persistent
 from layernorm.gpu.recurrent import backward_kernels, forward_kernels, product_kernels, replay
 from layernorm.gpu.recurrent import table_kernels as tables
@@ -31,6 +31,8 @@ from layernorm.gpu.recurrent.products import precision, product
 #: About the memory for the gradients of a chunk of steps in backward: as much as keeps what is launched for a
 #: chunk small compared with its steps.
 CHUNK_BYTES: Final = 2**28
+#: Of a chunk: what a grid's second dimension can be.
+MOST_STEPS: Final = 2**16 - 1
 
 
 def recurrent(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,8 +65,19 @@ def recurrent_backward(*arguments: Any) -> tuple[Tensor | list[Tensor], ...]:
     layer.check_saved(output, saved)
     gradients = Gradients(layer, grad_output, grad_h, grad_c, wanted)
     if layer.rows > 0:
-        _backward(layer, output, saved, gradients)
+        recompute, is_persistent = saved.x.numel() == 0, _is_persistent(layer, backward=True)
+        key = (layer.key, replay.present(layer.tensors(saved)), recompute, tuple(wanted), grad_output is None)
+        with compiled_by(("backward", *key, precision()), layer.input):
+            chunk = Chunk.of(layer, _rows_of_chunk(layer), recompute=recompute, cell_stats=is_persistent)
+            _backward(layer, output, saved, gradients, chunk, is_persistent=is_persistent)
     return gradients.results()
+
+
+def _rows_of_chunk(layer: Layer) -> int:
+    """Return the rows of as many steps as backward takes at a time."""
+    row_bytes = (2 * layer.gate_width + 3 * layer.hidden_size + layer.output_size) * layer.dtype.itemsize
+    most = max(1, CHUNK_BYTES // (row_bytes * layer.batch))
+    return min(layer.steps, most, MOST_STEPS) * layer.batch
 
 
 def _or_empty(tensor: Tensor | None, layer: Layer) -> Tensor:
@@ -79,6 +92,13 @@ def _forward(layer: Layer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor | None
     saved = layer.new_saved(layer.rows, with_c=True, keep=keep)
     if layer.rows == 0:
         return output, h, c, saved
+    with compiled_by(("forward", layer.key, replay.present(layer.tensors(saved)), precision()), layer.input):
+        _run_forward(layer, saved, output, h, c)
+    return output, h, c, saved
+
+
+def _run_forward(layer: Layer, saved: Saved, output: Tensor, h: Tensor, c: Tensor | None) -> None:
+    """Write output, the final state in place of the initial one, and what is kept."""
     product(layer.input_rows, layer.weight_ih, saved.x, bias=layer.vectors["bias_ih"])
     normalize_rows(layer, saved)
     if _is_persistent(layer, backward=False):
@@ -89,9 +109,8 @@ def _forward(layer: Layer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor | None
         tensors["wh"] = h.new_empty((layer.batch, layer.gate_width), dtype=torch.float32)
         if layer.is_projected:
             tensors["hidden"] = h.new_empty((layer.batch, layer.hidden_size))
-        numbers = {"steps": layer.steps}
-        replay.run(layer, "forward", tensors, numbers, layer.steps, partial(_step_forward, layer))
-    return output, h, c, saved
+        with replay.loop(layer, "forward", tensors, {"steps": layer.steps}) as loop:
+            loop.run(layer.steps, partial(_step_forward, layer))
 
 
 def _is_persistent(layer: Layer, *, backward: bool) -> bool:
@@ -147,42 +166,46 @@ def _persistent_backward(
     persistent.backward(spec, tensors, steps=layer.steps, reverse=layer.reverse, chunk=place)
 
 
-def _backward(layer: Layer, output: Tensor, saved: Saved, gradients: Gradients) -> None:
+def _backward(
+    layer: Layer, output: Tensor, saved: Saved, gradients: Gradients, chunk: Chunk, *, is_persistent: bool
+) -> None:
     """Go through chunks of steps from the end of the loop."""
-    row_bytes = (2 * layer.gate_width + 3 * layer.hidden_size + layer.output_size) * layer.dtype.itemsize
-    most = min(layer.steps, max(1, CHUNK_BYTES // (row_bytes * layer.batch)))
-    recomputes = saved.x.numel() == 0
-    is_persistent = _is_persistent(layer, backward=True)
-    chunk = Chunk.of(layer, most * layer.batch, recompute=recomputes, cell_stats=is_persistent)
     read = saved if chunk.recomputed is None else chunk.recomputed
     tensors = layer.tensors(read) | gradients.tensors() | chunk.tensors()
     tensors |= {"output": output, "saved_c": saved.c, "h0": layer.h0, "c0": layer.c0}
+    most = chunk.h_before.size(0) // layer.batch
     for done in range(0, layer.steps, most):
         count = min(most, layer.steps - done)
         begin, rows = layer.chunk(done, count)
-        first = begin if recomputes else 0
+        first = 0 if chunk.recomputed is None else begin
         numbers = {"steps": layer.steps, "done": done, "base": begin, "kept": first}
-        bits = replay.present(tensors)
-        table = replay.fill(replay.new_table(layer.input), tensors, numbers)
-        _launch(layer, backward_kernels.gather_before, table, bits, steps=count)
-        if chunk.recomputed is None:
+        with replay.loop(layer, "backward", tensors, numbers) as loop:
+            run = partial(_launch, layer, table=loop.table, bits=loop.bits, steps=count)
+            run(backward_kernels.gather_before)
             kept = saved.rows(begin, rows)
-        else:
-            kept = chunk.recomputed.rows(0, rows)
-            input = layer.input_rows[begin : begin + rows]
-            product(input, layer.weight_ih, kept.x, bias=layer.vectors["bias_ih"])
-            normalize_rows(layer, kept)
-            before = chunk.rows("h_before", rows)
-            product(before, layer.weight_hh, chunk.rows("wh", rows), bias=layer.vectors["bias_hh"])
-            _launch(layer, forward_kernels.recompute_gates, table, bits, steps=count)
-        if is_persistent:
-            if chunk.cell_stats is not None:
-                _launch(layer, backward_kernels.cell_statistics, table, bits, steps=count)
-            place = persistent.ChunkPlace(done, count, begin, first)
-            _persistent_backward(layer, saved, gradients, chunk, place)
-        else:
-            replay.run(layer, "backward", tensors, numbers, count, partial(_step_backward, layer))
+            if chunk.recomputed is not None:
+                kept = _recomputed_products(layer, chunk, begin, rows)
+                run(forward_kernels.recompute_gates)
+            if is_persistent:
+                if chunk.cell_stats is not None:
+                    run(backward_kernels.cell_statistics)
+                place = persistent.ChunkPlace(done, count, begin, first)
+                _persistent_backward(layer, saved, gradients, chunk, place)
+            else:
+                loop.run(count, partial(_step_backward, layer))
         gradients.close(chunk, kept, begin, rows)
+
+
+def _recomputed_products(layer: Layer, chunk: Chunk, begin: int, rows: int) -> Saved:
+    """Compute again W_ih x, normalized where it is by itself, and W_hh h of a chunk's rows."""
+    assert chunk.recomputed is not None  # noqa: S101 - it is asked for
+    kept = chunk.recomputed.rows(0, rows)
+    input = layer.input_rows[begin : begin + rows]
+    product(input, layer.weight_ih, kept.x, bias=layer.vectors["bias_ih"])
+    normalize_rows(layer, kept)
+    before = chunk.rows("h_before", rows)
+    product(before, layer.weight_hh, chunk.rows("wh", rows), bias=layer.vectors["bias_hh"])
+    return kept
 
 
 def _step_forward(layer: Layer, table: Tensor, step: int, bits: int) -> None:

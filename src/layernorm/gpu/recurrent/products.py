@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from layernorm.gpu import settings
 from layernorm.gpu.launching import launch
 from layernorm.gpu.recurrent import product_kernels
+
+# Before PyTorch 2.8 a product of half precision has no float32 result.
+_HAS_WIDE_SUMS: Final = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def product(
@@ -41,15 +46,16 @@ def product(
 
 def precision() -> str:
     """Return the precision of float32 products, as ``torch.nn.LSTM`` has it on GPUs: "tf32" or "ieee"."""
-    of_rnn: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if of_rnn == "tf32" else "ieee"
+    of_rnn: str | None = getattr(torch.backends.cudnn.rnn, "fp32_precision", None)
+    is_tf32 = torch.backends.cudnn.allow_tf32 if of_rnn is None else of_rnn == "tf32"  # before PyTorch 2.9
+    return "tf32" if is_tf32 else "ieee"
 
 
 def sum_of_outer(a: Tensor, b: Tensor, total: Tensor) -> None:
     """Add aᵀ b over all rows of a (rows, m) and b (rows, n) to total (m, n), in float32, its type."""
     if a.dtype == torch.float32:
         total.addmm_(a.t(), b)
-    elif a.is_cuda:
+    elif a.is_cuda and _HAS_WIDE_SUMS:
         total += torch.mm(a.t(), b, out_dtype=torch.float32)
     else:
         total.addmm_(a.t().float(), b.float())

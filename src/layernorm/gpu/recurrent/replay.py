@@ -8,9 +8,11 @@ kernels; graphs are captured after that.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
@@ -36,52 +38,30 @@ def present(tensors: Mapping[str, Tensor | None]) -> int:
     return sum(1 << table.SLOTS.index(name) for name, t in tensors.items() if t is not None)
 
 
-def new_table(like: Tensor) -> Tensor:
-    """Make a table on a tensor's device."""
-    return torch.empty(len(table.SLOTS), dtype=torch.int64, device=like.device)
-
-
-def fill(to: Tensor, tensors: Mapping[str, Tensor | None], numbers: Mapping[str, int]) -> Tensor:
-    """Write addresses and numbers into a table; a slot that neither names holds 0."""
-    addresses = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
-    values = [{**addresses, **numbers}.get(name, 0) for name in table.SLOTS]
-    values += [0] * (-len(values) % table.WRITTEN)
-    for start in range(0, len(table.SLOTS), table.WRITTEN):
-        part = values[start : start + table.WRITTEN]
-        launch(table.write, (1,), to, to, start, *part, SIZE=len(table.SLOTS), num_warps=1)
-    return to
-
-
-def run(
-    layer: Layer,
-    name: str,
-    tensors: Mapping[str, Tensor | None],
-    numbers: Mapping[str, int],
-    count: int,
-    step: Step,
-) -> None:
-    """Launch ``count`` steps of a loop.
+@contextmanager
+def loop(
+    layer: Layer, name: str, tensors: Mapping[str, Tensor | None], numbers: Mapping[str, int]
+) -> Iterator[Loop]:
+    """Return a loop over steps whose table holds the addresses of these tensors within the ``with`` block.
 
     Args:
-        layer: what they are of.
+        layer: what its steps are of.
         name: of the loop.
-        tensors: whose addresses go into the table.
+        tensors: by the table's slots.
         numbers: those of the table; ``done`` is among them.
-        count: of steps.
-        step: launches one.
     """
     bits = present(tensors)
     if not layer.input.is_cuda or torch.cuda.is_current_stream_capturing():
-        to = fill(new_table(layer.input), tensors, numbers)
-        for i in range(count):
-            step(to, i, bits)
+        launched = Loop(layer.input, bits)
+        launched.fill(tensors, numbers)
+        yield launched
         return
     stream = torch.cuda.current_stream(layer.input.device)
     key = (name, *layer.key, layer.batch, bits, precision(), stream.device_index, stream.cuda_stream)
-    captured = _CACHE.get(key, lambda: Captured(new_table(layer.input), stream))
+    captured = _CACHE.get(key, lambda: Captured(layer.input, bits, stream))
     with captured.lock:
-        fill(captured.table, tensors, numbers)
-        captured.run(count, lambda i: step(captured.table, i, bits))
+        captured.fill(tensors, numbers)
+        yield captured
 
 
 def sizes(count: int) -> Iterator[int]:
@@ -97,21 +77,48 @@ def sizes(count: int) -> Iterator[int]:
         count %= size
 
 
-class Captured:
-    """The graphs of one loop of one layer and batch size, on one stream, and the table they read.
+class Loop:
+    """The steps of a loop, launched one by one, and the table on a tensor's device that they read."""
+
+    def __init__(self, like: Tensor, bits: int) -> None:
+        self.table = torch.empty(len(table.SLOTS), dtype=torch.int64, device=like.device)
+        self.bits = bits
+        self._held: list[int] = []  # what the table holds, as far as that is known
+
+    def fill(self, tensors: Mapping[str, Tensor | None], numbers: Mapping[str, int]) -> None:
+        """Write addresses and numbers into the table where it holds others; 0 where there is neither."""
+        addresses = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
+        values = [{**addresses, **numbers}.get(name, 0) for name in table.SLOTS]
+        values += [0] * (-len(values) % table.WRITTEN)
+        for start in range(0, len(table.SLOTS), table.WRITTEN):
+            part = values[start : start + table.WRITTEN]
+            if part != self._held[start : start + table.WRITTEN]:
+                size = len(table.SLOTS)
+                launch(table.write, (1,), self.table, self.table, start, *part, SIZE=size, num_warps=1)
+        self._held = values
+
+    def run(self, count: int, step: Step) -> None:
+        """Launch ``count`` steps, beginning with the one that the table names."""
+        for i in range(count):
+            step(self.table, i, self.bits)
+
+
+class Captured(Loop):
+    """The graphs of one loop of one layer and batch size, on one stream.
 
     The lock keeps the table from being written while another thread still queues replays.
     """
 
-    def __init__(self, of_table: Tensor, stream: Any) -> None:
-        self.table = of_table
+    def __init__(self, like: Tensor, bits: int, stream: Any) -> None:
+        super().__init__(like, bits)
         self.lock = threading.Lock()
         self._stream = stream
         self._graphs: dict[int, Any] = {}
         self._compiled = False
 
-    def run(self, count: int, step: Callable[[int], None]) -> None:
-        """Launch ``count`` steps, beginning with the one that the table names."""
+    def run(self, count: int, step: Step) -> None:
+        """Do so with graphs; the table counts the steps as done."""
+        held, self._held = self._held, []
         for size in sizes(count):
             graph = self._graphs.get(size)
             if graph is None and self._compiled and size > 1:
@@ -121,15 +128,16 @@ class Captured:
             else:
                 graph.replay()
         self._compiled = True
+        held[table.SLOTS.index("done")] += count
+        self._held = held
 
-    def _launch(self, size: int, step: Callable[[int], None]) -> None:
-        for i in range(size):
-            step(i)
+    def _launch(self, size: int, step: Step) -> None:
+        super().run(size, step)
         launch(table.advance, (1,), self.table, self.table, size, num_warps=1)
 
     def _capture(self, launches: Callable[[], None]) -> Any:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.Stream(self.table.device)):
+        with _CAPTURING, torch.cuda.stream(_capture_stream(self.table.device)):
             # Other threads may allocate meanwhile; nothing is allocated here.
             graph.capture_begin(capture_error_mode="thread_local")
             try:
@@ -141,6 +149,19 @@ class Captured:
     def close(self) -> None:
         """Wait until nothing runs that this holds."""
         self._stream.synchronize()
+
+
+_CAPTURING: Final = threading.Lock()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> Any:
+    """Return the stream of a device that all graphs are captured on.
+
+    PyTorch hands out the same 32 streams again and again: a fresh one for each capture would at last be one
+    that another thread launches to. Of those of high priority a program uses few.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class Cache:
