@@ -76,11 +76,13 @@ def _tier(
     )
     if problem is not None:
         return Choice("triton", problem)
-    if override == "persistent":
-        return Choice("persistent", "the override asks for it")
-    faster = settings.PERSISTENT.get(architecture)
-    if faster is None:
-        return Choice("triton", f"the persistent kernel has not been measured on {name_of(device)} yet")
-    if hidden_size > faster.get(spec.operation, (0, 0))[backward]:
-        return Choice("triton", f"measured as faster on {name_of(device)}")
-    return Choice("persistent", f"measured as faster on {name_of(device)}")
+    reason = "the override asks for it"
+    if override != "persistent":
+        faster = settings.PERSISTENT.get(architecture)
+        if faster is None:
+            return Choice("triton", f"the persistent kernel has not been measured on {name_of(device)} yet")
+        reason = f"measured as faster on {name_of(device)}"
+        if hidden_size > faster.get(spec.operation, (0, 0))[backward]:
+            return Choice("triton", reason)
+    problem = persistent.device_problem(spec, hidden_size, dtype, device, backward=backward)
+    return Choice("persistent", reason) if problem is None else Choice("triton", problem)

@@ -314,42 +314,99 @@ def test_forward_launches_its_plan(emulated):
     assert len(emulated) == 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the driver library has another name")
-def test_the_driver_is_called_as_it_wants(compiler, tmp_path):
+@pytest.fixture
+def with_driver(compiler, tmp_path):
+    """Return what runs a script with a driver in which so many clusters fit, and returns what it prints."""
     pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    if sys.platform != "linux":
+        pytest.skip("the driver library has another name")
     stub = [compiler, "-shared", "-fPIC", str(EMULATOR / "driver.cpp"), "-o", str(tmp_path / "libcuda.so.1")]
     subprocess.run([*stub, "-ldl"], check=True)
-    script = """
+    before = """
 import contextlib, types, torch
+from layernorm import backends
 from layernorm.gpu.persistent import launches as persistent
 from layernorm.gpu.persistent import compiling as persistent_compile
 from layernorm.gpu.persistent import plan as persistent_plan
+from layernorm.variants import Variant
 torch.cuda.get_device_capability = lambda device: (9, 0)
 torch.cuda.device = contextlib.nullcontext
 torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=17)
+torch.cuda.is_current_stream_capturing = lambda: False
+persistent_compile.problem = lambda architecture: None
 persistent_compile.compile = lambda plan, architecture: b"a cubin for %d" % architecture
+persistent_compile._compile = lambda text, options: f"{text} {options}".encode()
+"""
+
+    def run(script, clusters):
+        done = subprocess.run(
+            [sys.executable, "-c", before + script],
+            env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "CLUSTERS": str(clusters)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
+
+
+def test_the_driver_is_called_as_it_wants(with_driver):
+    found = with_driver(
+        """
 plan = persistent_plan.plan("lstm", 512, "bfloat16", 90)
 arguments = persistent.Arguments()
 arguments.x = 42
 persistent_compile.launch(persistent_compile.load(plan, 3, 1), plan, 5, arguments, 3)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
+""",
+        clusters=7,
     )
-    assert done.returncode == 0, done.stderr
     plan = persistent_plan.plan("lstm", 512, "bfloat16", 90)
     shared = plan.shared_bytes(1)
     # By cuda.h 8 is the most shared memory of a block, and 14 whether a cluster may be of more than 8.
-    assert done.stdout.splitlines() == [
-        "context 7300",
+    assert found == [
+        "enter context 7300",
         "load a cubin for 90",
         "function layernorm_persistent",
         f"attribute 8 {shared}",
         "attribute 14 1",
-        "context 7300",
+        f"clusters of 16 1 1, {plan.threads} 1 1, {shared} bytes",
+        "leave context",
+        "enter context 7300",
         f"launch {5 * 16} 1 1, {plan.threads} 1 1, {shared} bytes, stream 17, first argument 42, extra 0",
+        "leave context",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("clusters", "kernel", "reason"),
+    [
+        (1, "persistent", "the override asks for it"),
+        (0, "triton", "the device has no room for a cluster of 16 blocks"),
+        (-1, "triton", "the CUDA driver failed: CUDA_ERROR_INVALID_CLUSTER_SIZE"),
+    ],
+)
+def test_a_device_without_room_for_the_cluster_is_left_to_triton(with_driver, clusters, kernel, reason):
+    found = with_driver(
+        """
+with backends.use("persistent"):
+    for backward in (False, False, True):
+        device = torch.device("cuda", 2)
+        choice = backends.tier("lstm", Variant(), 512, torch.bfloat16, device, backward=backward)
+        print(*choice, sep=": ")
+""",
+        clusters,
+    )
+    shared, threads = persistent_plan.SHARED_BYTES, persistent_plan.THREADS
+    assert found == [
+        "enter context 7200",
+        'load extern "C" __global__ void __cluster_dims__(16, 1, 1) layernorm_persistent() {} '
+        "['--gpu-architecture=sm_90']",
+        "function layernorm_persistent",
+        f"attribute 8 {shared}",
+        "attribute 14 1",
+        f"clusters of 16 1 1, {threads} 1 1, {shared} bytes",
+        "leave context",
+        *3 * [f"{kernel}: {reason}"],
     ]

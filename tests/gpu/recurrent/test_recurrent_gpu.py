@@ -281,6 +281,7 @@ def test_the_tiers_and_what_info_says_of_them(monkeypatch, pretend_architecture)
 
     pretend_architecture(9, 0)
     monkeypatch.setattr(persistent_compile, "problem", lambda architecture: None)
+    monkeypatch.setattr(persistent_compile, "device_problem", lambda device, blocks: None)
     assert tier() == ("triton", "the persistent kernel has not been measured on compute capability 9.0 yet")
     monkeypatch.setitem(settings.PERSISTENT, (9, 0), {"lstm": (256, 128)})
     assert tier() == ("persistent", "measured as faster on compute capability 9.0")

@@ -13,15 +13,17 @@ import importlib
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 import torch
 
+from layernorm.gpu.launching import refuse_capture
 from layernorm.gpu.persistent.backward_plan import BackwardPlan
-from layernorm.gpu.persistent.plan import Layout, Plan
+from layernorm.gpu.persistent.plan import SHARED_BYTES, THREADS, Layout, Plan
 
 CACHE_VARIABLE: Final = "LAYERNORM_CACHE"
 KERNEL: Final = b"layernorm_persistent"
@@ -175,7 +177,7 @@ def _write(folder: Path, name: str, cubin: bytes) -> None:
 def _checked(result: tuple[Any, ...]) -> Any:
     error, *values = result
     if int(error) != 0:
-        raise RuntimeError(f"the CUDA driver failed: {error}")
+        raise RuntimeError(f"the CUDA driver failed: {error.name}")
     return values[0] if values else None
 
 
@@ -184,13 +186,49 @@ class Loaded(NamedTuple):
 
     Attributes:
         function: the driver's handle.
-        context: that it was loaded in, PyTorch's.
         shared_bytes: of a block.
     """
 
     function: Any
-    context: Any
     shared_bytes: int
+
+
+@functools.cache
+def _context(device: int) -> Any:
+    """Return PyTorch's context of a device, which is the device's own."""
+    driver = _binding("driver")
+    return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
+
+
+@contextmanager
+def _current(device: int) -> Iterator[ModuleType]:
+    """Return the driver, for calls in a device's context; the thread's own is current again after them."""
+    driver = _binding("driver")
+    with torch.cuda.device(device):
+        _checked(driver.cuCtxPushCurrent(_context(device)))
+        try:
+            yield driver
+        finally:
+            _checked(driver.cuCtxPopCurrent())
+
+
+@functools.cache
+def device_problem(device: int, blocks: int) -> str | None:
+    """Return why the device of that index cannot run clusters of so many blocks, or None.
+
+    A kernel that does nothing is loaded there, with as much shared memory as any plan has. It may be that the
+    driver is too old for NVRTC's code, or that a part of a device (MIG), or one with multiprocessors switched
+    off, has no such cluster.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    text = f'extern "C" __global__ void __cluster_dims__({blocks}, 1, 1) {KERNEL.decode()}() {{}}'
+    refuse_capture()
+    try:
+        cubin = _compile(text, [f"--gpu-architecture=sm_{10 * major + minor}"])
+        _loaded(cubin, device, blocks, THREADS, SHARED_BYTES)
+    except RuntimeError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 @functools.cache
@@ -198,36 +236,38 @@ def load(plan: Layout, device: int, groups: int) -> Loaded:
     """Return the plan's kernel on the device of that index, with shared memory for its groups of features.
 
     Raises:
-        RuntimeError: it cannot be compiled, or the device has no room for the cluster.
+        RuntimeError: it cannot be compiled, the device has no room for the cluster, or a CUDA graph is
+            captured.
     """
-    driver = _binding("driver")
-    attribute = driver.CUfunction_attribute
-    context = _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
-    _checked(driver.cuCtxSetCurrent(context))
+    refuse_capture()
     major, minor = torch.cuda.get_device_capability(device)
-    # A module for each number of groups, for the bytes below are a function's.
-    module = _checked(driver.cuModuleLoadData(compile(plan, 10 * major + minor)))
-    function = _checked(driver.cuModuleGetFunction(module, KERNEL))
+    # A module for each number of groups, for the bytes are a function's.
     shared = plan.shared_bytes(groups)
-    _checked(
-        driver.cuFuncSetAttribute(function, attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
-    )
-    if plan.blocks > _PORTABLE_BLOCKS:
-        _checked(
-            driver.cuFuncSetAttribute(
-                function, attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1
-            )
-        )
-    return Loaded(function, context, shared)
+    return _loaded(compile(plan, 10 * major + minor), device, plan.blocks, plan.threads, shared)
+
+
+def _loaded(cubin: bytes, device: int, blocks: int, threads: int, shared: int) -> Loaded:
+    """Return a kernel whose clusters of so many blocks the device has room for; raise if it has none."""
+    with _current(device) as driver:
+        attribute = driver.CUfunction_attribute
+        function = _checked(driver.cuModuleGetFunction(_checked(driver.cuModuleLoadData(cubin)), KERNEL))
+        size = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(function, size, shared))
+        if blocks > _PORTABLE_BLOCKS:
+            larger = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            _checked(driver.cuFuncSetAttribute(function, larger, 1))
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.blockDimX, config.sharedMemBytes = blocks, threads, shared
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        if _checked(driver.cuOccupancyMaxActiveClusters(function, config)) == 0:
+            raise RuntimeError(f"the device has no room for a cluster of {blocks} blocks")
+    return Loaded(function, shared)
 
 
 def launch(loaded: Loaded, plan: Layout, clusters: int, arguments: ctypes.Structure, device: int) -> None:
     """Launch a kernel on the device's current stream; the arguments are copied."""
-    driver = _binding("driver")
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    with torch.cuda.device(device):
-        # A thread that has not used the device has no context; PyTorch's is the device's own.
-        _checked(driver.cuCtxSetCurrent(loaded.context))
+    with _current(device) as driver:
         stream = torch.cuda.current_stream(device).cuda_stream
         _checked(
             driver.cuLaunchKernel(

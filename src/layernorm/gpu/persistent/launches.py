@@ -72,9 +72,28 @@ def problem(
         return "h is projected"
     if spec.products == "late":
         return "the GRU's candidate is summed after the reset, which is one exchange more"
-    plan = backward_plan if backward else forward_plan
-    found = plan(spec.cell, hidden, _name(dtype), architecture, groups=len(spec.groups))
+    found = _plan(spec, hidden, dtype, architecture, backward)
     return found if isinstance(found, str) else compiling.problem(architecture)
+
+
+def device_problem(
+    spec: LayerSpec, hidden: int, dtype: torch.dtype, device: torch.device, *, backward: bool = False
+) -> str | None:
+    """Return why a device cannot run the kernel of a layer for which there is no ``problem``; None if it can.
+
+    The first call for a device and size of clusters loads a kernel there.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    found = _plan(spec, hidden, dtype, _architecture(index), backward)
+    return found if isinstance(found, str) else compiling.device_problem(index, found.blocks)
+
+
+def _plan(
+    spec: LayerSpec, hidden: int, dtype: torch.dtype, architecture: int, backward: bool
+) -> Layout | str:
+    """Return the plan for one row, whose number of blocks is that for more rows too; or why there is none."""
+    plan = backward_plan if backward else forward_plan
+    return plan(spec.cell, hidden, _name(dtype), architecture, groups=len(spec.groups))
 
 
 def forward(spec: LayerSpec, tensors: Tensors, *, steps: int, reverse: bool) -> None:

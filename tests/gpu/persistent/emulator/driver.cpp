@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 
 extern "C" {
 
@@ -15,8 +16,13 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
   *context = reinterpret_cast<void*>(static_cast<intptr_t>(100 * device));
   return 0;
 }
-int cuCtxSetCurrent(void* context) {
-  std::printf("context %d\n", static_cast<int>(reinterpret_cast<intptr_t>(context)));
+int cuCtxPushCurrent(void* context) {
+  std::printf("enter context %d\n", static_cast<int>(reinterpret_cast<intptr_t>(context)));
+  return 0;
+}
+int cuCtxPopCurrent(void** context) {
+  std::printf("leave context\n");
+  *context = nullptr;
   return 0;
 }
 int cuModuleLoadData(void** module, const void* image) {
@@ -32,6 +38,13 @@ int cuModuleGetFunction(void** function, void*, const char* name) {
 int cuFuncSetAttribute(void*, int attribute, int value) {
   std::printf("attribute %d %d\n", attribute, value);
   return 0;
+}
+// As many clusters fit as the environment says; 912 is CUDA_ERROR_INVALID_CLUSTER_SIZE.
+int cuOccupancyMaxActiveClusters(int* clusters, void*, const unsigned* config) {
+  std::printf("clusters of %u %u %u, %u %u %u, %u bytes\n", config[0], config[1], config[2],
+              config[3], config[4], config[5], config[6]);
+  *clusters = std::atoi(std::getenv("CLUSTERS"));
+  return *clusters < 0 ? 912 : 0;
 }
 int cuLaunchKernel(void*, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                    unsigned block_y, unsigned block_z, unsigned shared, void* stream,
