@@ -46,9 +46,7 @@ def native() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "filterwarnings", "ignore:layernorm. the Triton kernels of recurrent:RuntimeWarning"
-    )
+    config.addinivalue_line("filterwarnings", "ignore:layernorm. the Triton kernels compute:RuntimeWarning")
     if ops.NATIVE_PROBLEM is not None:
         # Said once in a process, in whichever test comes first; test_backends.py tests it.
         config.addinivalue_line("filterwarnings", "ignore:layernorm. no compiled kernels:RuntimeWarning")

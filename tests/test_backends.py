@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import layernorm
-from layernorm import backends, ops
+from layernorm import backends, info, ops
 from layernorm import functional as LF
+from layernorm.gpu import settings, tiers
 from layernorm.ops import loading
 
 CPU = torch.device("cpu")
@@ -256,29 +257,75 @@ def test_without_compiled_kernels_torch_computes_and_it_is_said_once(monkeypatch
         LF.layer_norm(x, (3,))
 
 
-@pytest.mark.parametrize(
-    ("problem", "message"),
-    [
-        ("Triton is not installed", "on a GPU go step by step in Python, because Triton is not installed"),
-        (None, "Triton kernels of recurrent layers serve, which have not been measured on a GPU yet"),
-    ],
-)
-def test_what_serves_on_a_gpu_unmeasured_is_said_once(monkeypatch, problem, message):
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    """There is a GPU of compute capability 9.0, as far as the choice of kernels and ``info`` can see."""
     monkeypatch.setattr(backends, "_said", set())
-    monkeypatch.setattr(backends.tiers, "name_of", lambda device: "a GPU")
-    monkeypatch.setattr(backends, "triton_problem", lambda dtype: problem)
+    for name, answer in (
+        ("is_available", True),
+        ("current_device", 0),
+        ("get_device_name", "a GPU"),
+        ("get_device_capability", (9, 0)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    for function in (tiers._architecture, tiers._tier, tiers.measured):
+        monkeypatch.setattr(tiers, function.__name__, function.__wrapped__)
 
-    class Input:
-        device, dtype = torch.device("cuda"), torch.float32
 
-    kernel = "reference" if problem else "triton"
-    with pytest.warns(RuntimeWarning, match=message):
-        assert backends.kernel_for("lstm", Input) == kernel
+class OnGpu:
+    """Stands in for a tensor on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+
+UNMEASURED = (
+    "the Triton kernels compute the recurrent layers, and no measurement has covered them on compute c"
+)
+REFERENCE = "the reference computes the recurrent layers on compute capability 9.0, step by step"
+
+
+@pytest.mark.parametrize(
+    ("triton", "dtype", "kernel", "message", "because"),
+    [
+        (True, torch.bfloat16, "triton", UNMEASURED, "capability 9.0 yet"),
+        (False, torch.float32, "reference", REFERENCE, "because Triton is not installed"),
+        (True, torch.float64, "reference", REFERENCE, "because the Triton kernels are for float32"),
+    ],
+    ids=["unmeasured", "no Triton", "no kernel"],
+)
+def test_what_computes_on_a_gpu_unmeasured_is_said_once(
+    monkeypatch, pretend_gpu, triton, dtype, kernel, message, because
+):
+    monkeypatch.setattr(backends, "_HAS_TRITON", triton)
+    with pytest.warns(RuntimeWarning, match=message) as seen:
+        assert backends.kernel_for("lstm", OnGpu(dtype)) == kernel
+    how = 'LAYERNORM_BACKEND=reference or layernorm.backends.use("reference")'
+    assert all(part in str(seen[0].message) for part in (because, how))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.kernel_for("lstm", Input) == kernel
+        assert backends.kernel_for("gru", OnGpu(dtype)) == kernel
+        monkeypatch.setattr(backends, "_said", set())
+        backends.kernel_for("layer_norm", OnGpu(dtype))
         with backends.use("reference"):
-            backends.kernel_for("gru", Input)
+            backends.kernel_for("gru", OnGpu(dtype))
+        monkeypatch.setattr(settings, "VERIFIED", {(9, 0)})
+        if kernel == "triton":
+            assert backends.kernel_for("lstm", OnGpu(dtype)) == kernel
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_info_says_it_too(monkeypatch, pretend_gpu, triton):
+    monkeypatch.setattr(backends, "_HAS_TRITON", triton)
+    last = info.text().splitlines()[-1]
+    assert (UNMEASURED if triton else REFERENCE) in last
+    monkeypatch.setattr(settings, "VERIFIED", {(9, 0)})
+    if triton:
+        assert UNMEASURED not in info.text()
+    with backends.use("reference"):
+        assert REFERENCE not in info.text()
 
 
 def test_all_kernels_agree():

@@ -282,19 +282,22 @@ def kernel_for(operator: str, input: Tensor) -> str:
     kernel = _choose(call).kernel
     if asked_for() is None:
         if ops.NATIVE_PROBLEM is not None and _is_native(call.device, call.dtype):
-            _warn_once(_WITHOUT_KERNELS.format(ops.NATIVE_PROBLEM))
-        elif call.device.type == "cuda" and not call.is_norm:
-            _notice_on_gpu(call, kernel)
+            _warn_once("native", _WITHOUT_KERNELS.format(ops.NATIVE_PROBLEM))
+        elif call.device.type == "cuda" and not call.is_norm and kernel not in _said:
+            _warn_once(kernel, notice_on_gpu(kernel, call.device, call.dtype))
     return kernel
 
 
-def _notice_on_gpu(call: Call, kernel: str) -> None:
-    """Say what computes a recurrent layer where that is not known to be fast."""
-    problem = triton_problem(call.dtype)
-    if kernel == "triton":
-        _warn_once(_UNMEASURED.format(tiers.name_of(call.device)))
-    elif problem is not None:
-        _warn_once(_REFERENCE.format(tiers.name_of(call.device), problem))
+def notice_on_gpu(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return what is said of a recurrent kernel on a GPU where it is not known to be fast, or None."""
+    problem = triton_problem(dtype)
+    if not torch.cuda.is_available():  # a program is traced for a GPU elsewhere
+        return None
+    if kernel == "triton" and not tiers.is_verified(device):
+        return _UNMEASURED.format(tiers.name_of(device))
+    if kernel == "reference" and problem is not None:
+        return _REFERENCE.format(tiers.name_of(device), problem)
+    return None
 
 
 def recurrent_kernel_for(operator: str, input: Tensor, others: Sequence[Tensor]) -> str:
@@ -321,9 +324,8 @@ def _is_native(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in NATIVE_DTYPES
 
 
+# Of which kernels it has been said.
 _said: set[str] = set()
-
-
 # What is said where kernels are missing, and where it is not known what they are worth.
 _WITHOUT_KERNELS: Final = (
     "no compiled kernels: {}. PyTorch's operators serve instead, and recurrent layers go step by step in "
@@ -331,19 +333,20 @@ _WITHOUT_KERNELS: Final = (
     "LAYERNORM_NATIVE=1 pip install --force-reinstall --no-cache-dir --no-deps layernorm. "
     f"{VARIABLE}=torch silences this"
 )
+_CHOOSE: Final = f'{VARIABLE}=reference or layernorm.backends.use("reference")'
 _UNMEASURED: Final = (
-    "the Triton kernels of recurrent layers serve, which have not been measured on {} yet; compare them with "
-    f'layernorm.backends.use("reference"). {VARIABLE}=triton silences this'
+    "the Triton kernels compute the recurrent layers, and no measurement has covered them on {} yet; "
+    f"{_CHOOSE} chooses PyTorch's operators, step by step, and {VARIABLE}=triton silences this"
 )
 _REFERENCE: Final = (
-    "recurrent layers on {} go step by step in Python, because {}. `layernorm info` tells more, and "
-    f"{VARIABLE}=reference silences this"
+    "the reference computes the recurrent layers on {}, step by step by PyTorch's operators, because {}; "
+    f"{_CHOOSE} silences this"
 )
 
 
-def _warn_once(text: str) -> None:
-    if text not in _said:
-        _said.add(text)
+def _warn_once(what: str, text: str | None) -> None:
+    if text is not None and what not in _said:
+        _said.add(what)
         warnings.warn(f"layernorm: {text}.", RuntimeWarning, stacklevel=4)
 
 

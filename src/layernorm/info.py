@@ -11,7 +11,7 @@ from typing import Final
 import torch
 
 import layernorm
-from layernorm import backends, ops
+from layernorm import backends, ops, override
 from layernorm.variants import resolve
 
 _DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -55,7 +55,12 @@ def text() -> str:
                 names = "every" if len(served) == 1 else ", ".join(dtypes)
                 lines.append(f"{operator:<16}{device:<8}{names:<28}{kernel:<11}{reason}")
     if torch.cuda.is_available():
-        lines += ["", *tiers(torch.device("cuda", torch.cuda.current_device()))]
+        device = torch.device("cuda", torch.cuda.current_device())
+        lines += ["", *tiers(device)]
+        kernel = backends.choose("lstm", device, torch.float32).kernel
+        notice = backends.notice_on_gpu(kernel, device, torch.float32)
+        if notice is not None and override.asked_for() is None:
+            lines += ["", f"{notice}."]
     return "\n".join(lines)
 
 

@@ -115,6 +115,10 @@ _WARPS_OF_COLUMNS: Final = 32
 #: and the operators and dtypes it found that for. Elsewhere PyTorch's are used.
 FASTER: Final[dict[tuple[int, int], frozenset[tuple[str, str]]]] = {}
 
+#: The compute capabilities on which the recurrent layers' Triton kernels have passed their tests and been
+#: measured by ``python -m benchmarks gpu``. Elsewhere their first call says so.
+VERIFIED: Final[frozenset[tuple[int, int]]] = frozenset()
+
 #: By compute capability, for each cell the hidden sizes up to which ``python -m benchmarks gpu`` found the
 #: persistent kernel faster than the steps' own launches, forward and backward. Elsewhere those are used.
 PERSISTENT: Final[dict[tuple[int, int], dict[str, tuple[int, int]]]] = {}

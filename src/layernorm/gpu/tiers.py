@@ -22,6 +22,11 @@ def name_of(device: torch.device) -> str:
     return f"compute capability {major}.{minor}"
 
 
+def is_verified(device: torch.device) -> bool:
+    """Return whether the Triton kernels of recurrent layers have been measured on such a device."""
+    return _architecture(device) in settings.VERIFIED
+
+
 @functools.cache
 def measured(operator: str, device: torch.device, dtype: torch.dtype) -> bool | None:
     """Return whether a Triton norm is at least as fast as PyTorch's; None where nobody measured it."""
