@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from layernorm.gpu.launching import ALIGNED, Launch, recording
-from layernorm.spec import layer_spec
+from layernorm.spec import Nonlinearity, layer_spec
+from layernorm.variants import Variant
 
 ARCHITECTURES: Final = (80, 90, 100)
 DTYPES: Final = (torch.bfloat16, torch.float32)
@@ -79,14 +80,20 @@ def norms(architecture: int, widths: tuple[int, ...] = WIDTHS) -> Iterator[Resou
 
 
 def recurrent(
-    architecture: int, sizes: tuple[int, ...] = SIZES, cells: tuple[str, ...] = CELLS
+    architecture: int,
+    sizes: tuple[int, ...] = SIZES,
+    cells: tuple[str, ...] = CELLS,
+    variant: str | Variant = "paper",
+    nonlinearity: Nonlinearity = "tanh",
 ) -> Iterator[Resources]:
-    """Yield the resources of the paper's layers with all gradients.
+    """Yield the resources of layers with all gradients.
 
     Args:
         architecture: as in ``sm_90``.
         sizes: hidden, and of the input.
         cells: of ``CELLS``.
+        variant: of every cell.
+        nonlinearity: likewise.
 
     Raises:
         RuntimeError: Triton interprets its kernels in this process.
@@ -95,7 +102,7 @@ def recurrent(
 
     for dtype in DTYPES:
         for cell in cells:
-            spec = layer_spec(cell, "paper")  # type: ignore[arg-type]
+            spec = layer_spec(cell, variant, nonlinearity)  # type: ignore[arg-type]
             for size in sizes:
                 shapes = spec.parameter_shapes(size, size)
                 weights = spec.listed({name: _meta(shape, dtype) for name, shape in shapes.items()})

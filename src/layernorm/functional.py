@@ -494,7 +494,7 @@ def _gates_step(
         weights = dict(zip(weights, rest, strict=True))
     operator = f"{spec.cell}_gates"
     kernel = backends.recurrent_kernel_for(operator, state, (input_gates, hidden_gates, *weights.values()))
-    if kernel in backends.OPERATORS and spec.is_computed_by(kernel) and state.size(-1):  # none has no kernel
+    if kernel in backends.OPERATORS and spec.codes and state.size(-1):  # none has no kernel
         return ops.gates_step(spec, input_gates, hidden_gates, state, weights)
     named = {recurrent_checks.gates_state(spec): state}
     named |= {"input_gates": input_gates, "hidden_gates": hidden_gates, **weights}
@@ -562,7 +562,7 @@ def recurrent_layer(
             return found  # type: ignore[no-any-return]
     others = (*state, *weights.values()) if reset_state is None else (*state, *reset_state, *weights.values())
     kernel = backends.recurrent_kernel_for(spec.cell, input, others)
-    by_kernel = masks is None and spec.is_computed_by(kernel) and (kernel == "native" or reset_state is None)
+    by_kernel = masks is None and spec.codes and (kernel == "native" or reset_state is None)
     if kernel in backends.OPERATORS and by_kernel and state[0].size(-1):  # none has no kernel
         return ops.recurrent_layer(
             spec, input, state, weights, reverse, batch_sizes, resets, recompute, reset_state

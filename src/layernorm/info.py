@@ -55,10 +55,10 @@ def text() -> str:
                 names = "every" if len(served) == 1 else ", ".join(dtypes)
                 lines.append(f"{operator:<16}{device:<8}{names:<28}{kernel:<11}{reason}")
     if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-        lines += ["", *tiers(device)]
-        kernel = backends.choose("lstm", device, torch.float32).kernel
-        notice = backends.notice_on_gpu(kernel, device, torch.float32)
+        gpu = torch.device("cuda", torch.cuda.current_device())
+        lines += ["", *tiers(gpu)]
+        kernel = backends.choose("lstm", gpu, torch.float32).kernel
+        notice = backends.notice_on_gpu(kernel, gpu, torch.float32)
         if notice is not None and override.asked_for() is None:
             lines += ["", f"{notice}."]
     return "\n".join(lines)

@@ -197,18 +197,6 @@ class LayerSpec:
         return self.eps if self.variant.cell_eps is None else self.variant.cell_eps
 
     @property
-    def is_for_gpus(self) -> bool:
-        """Tell whether the kernels for GPUs compute it: the reference serves there otherwise."""
-        variant = self.variant
-        if not self.codes or self.operation in ("lstm_relu", "gru_relu"):
-            return False
-        return variant.inputs != "plain" and variant.cell_eps is None and variant.cell_clip is None
-
-    def is_computed_by(self, kernel: str) -> bool:
-        """Tell whether a kernel, "native" or one for GPUs, computes it; the reference does otherwise."""
-        return bool(self.codes) and (kernel == "native" or self.is_for_gpus)
-
-    @property
     def saved_h_gates(self) -> int:
         """How many gates of W_hh h are kept for backward: (rows, saved_h_gates·H)."""
         return {"separate": self.gates, "summed": 0, "late": 1}[self.products]

@@ -136,7 +136,7 @@ class Stream:
             weights = [w for layer in layers for w in layer.values()]
             spec = self._module.spec
             kernel = backends.recurrent_kernel_for(spec.cell, h, weights)
-            self.kernel = kernel if spec.is_computed_by(kernel) else "reference"
+            self.kernel = kernel if spec.codes else "reference"
             if self.kernel == "native":
                 self._take_step = self._compiled(layers)
             else:

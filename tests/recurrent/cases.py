@@ -92,8 +92,6 @@ FUNCTIONS = [
     ("rnn", Variant(kind="none")),
     ("lstm", Variant(inputs="plain", cell="carried")),
 ]
-#: Those that kernels for GPUs compute.
-GPU_FUNCTIONS = [function for function in FUNCTIONS if layer_spec(*function).is_for_gpus]
 
 
 def of_functions(functions: Iterable[tuple[Any, ...]], *more: str) -> pytest.MarkDecorator:

@@ -11,7 +11,7 @@ from torch import nn
 import layernorm
 from layernorm import backends
 from layernorm import functional as LF
-from tests.recurrent.cases import CELLS, FUNCTIONS, GATES_CELLS, GPU_FUNCTIONS, HALVES, SEQUENCES, flat
+from tests.recurrent.cases import CELLS, FUNCTIONS, GATES_CELLS, HALVES, SEQUENCES, flat
 
 KERNELS = ("native", "reference")
 every_function = pytest.mark.parametrize(("cell", "variant"), FUNCTIONS)
@@ -161,7 +161,7 @@ def test_autocast_leaves_float64_alone():
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("cell", "variant"), GPU_FUNCTIONS)
+@pytest.mark.parametrize(("cell", "variant"), FUNCTIONS)
 def test_the_kernels_for_gpus_refuse_what_they_would_misread(cell, variant):
     wide = widened(drawn(SEQUENCES, cell, variant, torch.bfloat16))
     with pytest.raises(RuntimeError, match=r"must be of shape .* of torch\.bfloat16"):

@@ -25,8 +25,10 @@ both_directions = pytest.mark.parametrize("backward", [False, True], ids=["forwa
 def test_what_is_not_served(monkeypatch, backward):
     monkeypatch.setattr(persistent_compile, "problem", lambda architecture: None)
 
-    def problem(cell="lstm", variant=None, hidden=512, dtype=torch.bfloat16, architecture=90, **options):
-        spec = LayerSpec(cell, variant or Variant())
+    def problem(
+        cell="lstm", variant=None, hidden=512, dtype=torch.bfloat16, architecture=90, relu=False, **options
+    ):
+        spec = LayerSpec(cell, variant or Variant(), "relu" if relu else "tanh")
         return persistent.problem(spec, hidden, dtype, architecture, backward=backward, **options)
 
     assert problem() is None
@@ -39,8 +41,13 @@ def test_what_is_not_served(monkeypatch, backward):
         ({"architecture": 80}, "8.0 has no thread block clusters"),
         ({"architecture": 120}, "12.0 has too little shared memory"),
         ({"cell": "gru", "variant": Variant(inputs="summed", scope="gate")}, "after the reset"),
+        ({"cell": "gru", "relu": True}, "a relu in place of the tanh"),
+        ({"relu": True}, "a relu in place of the tanh"),
+        ({"variant": Variant(cell_clip=1.0)}, "clipped"),
+        ({"variant": Variant(cell_eps=0.1)}, "an eps of its own"),
     ):
         assert reason in problem(**changed)
+    assert problem("rnn", relu=True) is None
     assert problem("gru", Variant(inputs="summed", scope="all"), dtype=torch.float16) is None
 
 

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from layernorm import Variant, backends
 from layernorm.gpu import settings, tiers
+from layernorm.parametrizations import block_diagonal
 from layernorm.spec import layer_spec
 from layernorm.variants import GATES
 from tests.recurrent.cases import (
-    GPU_FUNCTIONS,
+    ALL_FUNCTIONS,
+    CELL_FUNCTIONS,
+    FUNCTIONS,
     Layer,
     backward_arguments,
     detached,
+    every_function,
     largest,
     of_functions,
     operator_arguments,
     same,
     seeds_like,
 )
-from tests.recurrent.drawn_networks import CHOICES, LARGE, alike, drawn_cases, of_cases
+from tests.recurrent.drawn_networks import CHOICES, LARGE, Case, alike, drawn_cases, network, of_cases
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'layernorm[triton]'")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The interpreter takes milliseconds for a row of a step.
 SMALL = CHOICES | {"hidden": (1, 3, 7, 33), "features": (1, 5, 33), "steps": (1, 3), "rows": (1, 3)}
-every_function = of_functions(GPU_FUNCTIONS)
-some_functions = of_functions(GPU_FUNCTIONS[::2])
+some_functions = of_functions(FUNCTIONS[::2])
 
 
 @pytest.fixture(params=["interpreted", "on_gpu"])
@@ -55,14 +61,31 @@ def small_chunks(monkeypatch) -> None:
     monkeypatch.setattr(recurrent, "CHUNK_BYTES", 4000)
 
 
-@of_cases(drawn_cases(1, 5000, SMALL))
+@of_cases(drawn_cases(1, 5000, SMALL, ALL_FUNCTIONS))
 @pytest.mark.usefixtures("poisoned", "small_chunks")
 def test_values_and_gradients(case, kernel):
     if kernel == "native" and case.seed % 3:
         pytest.skip("the interpreter is slow, and takes every third case")
-    if case.cell != "rnn":  # whose relu alone these have
-        case = dataclasses.replace(case, relu=False)
     alike(case, DTYPES[case.seed % 5 % 3], draws=1, kernel=kernel)
+
+
+# Every function of a cell apart from its gates, and relus where a candidate meets its reset in every way.
+@of_cases(
+    [
+        Case(cell, variant, 5900 + i, hidden=7, features=3, steps=3, relu=i % 2 == 1, recompute=i % 3 == 1)
+        for i, (cell, variant) in enumerate(CELL_FUNCTIONS)
+    ]
+    + [
+        Case("gru", variant, 5950 + i, hidden=7, features=3, steps=3, relu=True, recompute=i == 1)
+        for i, variant in enumerate(
+            (Variant(), Variant(inputs="summed"), Variant(inputs="summed", scope="all"), Variant(kind="none"))
+        )
+    ]
+    + [Case("lstm", Variant(), 5960, hidden=7, features=3, steps=3, relu=True)]
+)
+@pytest.mark.usefixtures("poisoned", "small_chunks")
+def test_other_cells(case, kernel):
+    alike(case, torch.float32, draws=1, kernel=kernel)
 
 
 @of_cases([case for case in LARGE if case.hidden > 100][::2][:2])
@@ -78,7 +101,7 @@ def test_alone_and_in_any_batch(dtype, proj, place, monkeypatch):
     if place == "interpreted":
         rows, every = 19, 13
         monkeypatch.setattr(settings, "product_tile", lambda *_: settings.ProductTile(16, 32, 32, 4, 3))
-    for cell, variant in GPU_FUNCTIONS[:1] if proj else GPU_FUNCTIONS[DTYPES.index(dtype) :: every]:
+    for cell, variant in FUNCTIONS[:1] if proj else FUNCTIONS[DTYPES.index(dtype) :: every]:
         layer = Layer(cell, variant, 5, 7, dtype, proj)
         x, state = torch.randn(2, rows, 5).to(dtype), layer.state(rows, dtype)
         seeds = seeds_like(layer, 2, rows, dtype)
@@ -186,7 +209,7 @@ def test_a_bad_row_harms_no_other_and_a_reset_forgets_it(cell, variant, place):
 
 
 @pytest.mark.parametrize("size", [1e20, 1e30, 1e-20, 1e-30])
-@pytest.mark.parametrize(("cell", "variant"), [(c, v) for c, v in GPU_FUNCTIONS if v.kind != "none"])
+@pytest.mark.parametrize(("cell", "variant"), [(c, v) for c, v in FUNCTIONS if v.normalizes_gates])
 def test_numbers_whose_squares_float32_cannot_hold(cell, variant, size, place):
     # A norm without eps does not see the size of what it normalizes; here it is the size of x and of W_hh h.
     variant = Variant(kind=variant.kind, inputs=variant.inputs, scope=variant.scope, cell=variant.cell, eps=0)
@@ -202,7 +225,7 @@ def test_numbers_whose_squares_float32_cannot_hold(cell, variant, size, place):
 
 
 def test_operators_pass_opcheck(place):
-    for (cell, variant), packed in zip((GPU_FUNCTIONS[0], GPU_FUNCTIONS[7]), (True, False), strict=True):
+    for (cell, variant), packed in zip((FUNCTIONS[0], FUNCTIONS[7]), (True, False), strict=True):
         given = operator_arguments(cell, variant, packed=packed)
         torch.library.opcheck(torch.ops.layernorm.recurrent.default, (), given)
         inputs = detached(given)
@@ -210,6 +233,43 @@ def test_operators_pass_opcheck(place):
         torch.library.opcheck(forward, (), inputs)
         backward = backward_arguments(inputs, forward(**inputs))
         torch.library.opcheck(torch.ops.layernorm.recurrent_backward.default, (), backward)
+
+
+def test_a_block_diagonal_matrix_is_a_whole_one_to_the_kernels(kernel):
+    module, leaves = network(Case("gru", Variant(), 5970, hidden=6), torch.float32)
+    results = []
+    for name in (kernel, "reference"):
+        gru = block_diagonal(copy.deepcopy(module), blocks=2)
+        device = "cuda" if name == "triton" else "cpu"
+        with backends.use(name):
+            output, _ = gru.to(device)(leaves["x"].to(device))
+            output.square().sum().backward()
+        blocks = gru.parametrizations.weight_hh_l0.original
+        results.append([output.detach().cpu(), blocks.grad.cpu()])
+    assert results[0][1].shape == (3, 2, 3, 3)
+    for found, expected in zip(*results, strict=True):
+        # Sums of at most 18 products of order 1, over four steps.
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_other_cells_compile(architecture):
+    code = f"""
+from itertools import chain
+from layernorm import Variant
+from tools.resources import recurrent
+clipped = Variant(kind="rms", inputs="plain", cell="carried", cell_clip=0.4)
+rows = chain(
+    recurrent({architecture}, (64,), ("lstm",), clipped, "relu"),
+    recurrent({architecture}, (64,), ("gru",), "icefall", "relu"),
+    recurrent({architecture}, (64,), ("lstm",), Variant(cell_eps=0.3, cell_clip=2)),
+)
+print(*sorted({{row.kernel for row in rows}}))
+"""
+    command, environment = [sys.executable, "-c", code], os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {"cell_forward", "cell_backward"} < set(done.stdout.split())
 
 
 def test_no_grid_is_larger_than_a_device_allows(monkeypatch):

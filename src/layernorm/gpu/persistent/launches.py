@@ -70,6 +70,10 @@ def problem(
         return "the variant has no norm"
     if projected:
         return "h is projected"
+    if spec.cell != "rnn" and spec.nonlinearity == "relu":
+        return "it has a relu in place of the tanh"
+    if spec.variant.cell_clip is not None or spec.variant.cell_eps is not None:
+        return "its cell is clipped, or has an eps of its own"
     if spec.products == "late":
         return "the GRU's candidate is summed after the reset, which is one exchange more"
     found = _plan(spec, hidden, dtype, architecture, backward)

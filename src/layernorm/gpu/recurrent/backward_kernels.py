@@ -6,10 +6,12 @@ import triton
 import triton.language as tl
 
 from layernorm.gpu.recurrent.gate_kernels import (
+    nonlinear,
     normalized,
     read_gates,
     sigmoid,
     tanh,
+    through_nonlinear,
     through_norm,
     through_norms,
     write_gates,
@@ -18,6 +20,7 @@ from layernorm.gpu.recurrent.row_kernels import (
     candidate_value,
     gate_value,
     kept_gates,
+    next_cell,
     normalized_cell,
     passes_on,
     row_of_step,
@@ -148,9 +151,10 @@ def _through_lstm_cell(
     of_c,
     at,
     column,
-    eps,
+    cell_eps,
     KIND: tl.constexpr,
     CELL_NORM: tl.constexpr,
+    RELU: tl.constexpr,
     H: tl.constexpr,
     TYPE: tl.constexpr,
     PROJECTED: tl.constexpr,
@@ -163,13 +167,13 @@ def _through_lstm_cell(
     mask = column < H
     seen, cell, rstd = c, c, grad
     if CELL_NORM != "none":
-        cell, seen, rstd = normalized_cell(table, c, column, mask, eps, KIND, H, TYPE, PRESENT)
+        cell, seen, rstd = normalized_cell(table, c, column, mask, cell_eps, KIND, H, TYPE, PRESENT)
         if CELL_NORM == "carried":
             seen = seen.to(TYPE).to(tl.float32)
-    shown = tanh(seen)
+    shown = nonlinear(seen, RELU)
     if PROJECTED:
         tl.store(address(table, HIDDEN, TYPE) + at, (o * shown).to(TYPE), mask)
-    d = grad * o * (1.0 - shown * shown)
+    d = through_nonlinear(grad * o, shown, RELU)
     if CELL_NORM != "output":
         d += of_c
     if CELL_NORM != "none":
@@ -187,12 +191,14 @@ def cell_backward(
     table,
     step,
     batch,
-    eps,
+    cell_eps,
     CELL: tl.constexpr,
     KIND: tl.constexpr,
     INPUTS: tl.constexpr,
     SCOPE: tl.constexpr,
     CELL_NORM: tl.constexpr,
+    RELU: tl.constexpr,
+    CLIP: tl.constexpr,
     GATES: tl.constexpr,
     H: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -229,38 +235,38 @@ def cell_backward(
     if CELL == "lstm":
         i = sigmoid(first_gate)
         f = sigmoid(gate_value(table, 1, x1, h1, column, mask, INPUTS, H, TYPE, PRESENT))
-        g = tanh(gate_value(table, 2, x2, h2, column, mask, INPUTS, H, TYPE, PRESENT))
+        g = nonlinear(gate_value(table, 2, x2, h2, column, mask, INPUTS, H, TYPE, PRESENT), RELU)
         o = sigmoid(gate_value(table, 3, x3, h3, column, mask, INPUTS, H, TYPE, PRESENT))
         before = started_from(
             table, t, n, row, batch, column, mask, SAVED_C, C0, H, TYPE, REVERSE, PACKED, PRESENT
         ).to(tl.float32)
-        c = tl.where(mask, (f * before + i * g).to(TYPE).to(tl.float32), 0.0)
+        c, free = next_cell(f, before, i * g, CLIP)
+        c = tl.where(mask, c.to(TYPE).to(tl.float32), 0.0)
         state = address(table, GRAD_C, tl.float32) + at_state
         of_c = tl.load(state, passed, other=0.0)
         at = local * H + column
         d, d3 = _through_lstm_cell(
-            table, o, c, grad, of_c, at, column, eps, KIND, CELL_NORM, H, TYPE, PROJECTED, PRESENT
+            table, o, c, grad, of_c, at, column, cell_eps, KIND, CELL_NORM, RELU, H, TYPE, PROJECTED, PRESENT
         )
+        if CLIP > 0.0:
+            d = tl.where((free > CLIP) | (free < -CLIP), 0.0, d)
         tl.store(state, d * f, mask)
         d0 = d * g * i * (1.0 - i)
         d1 = d * before * f * (1.0 - f)
-        d2 = d * i * (1.0 - g * g)
+        d2 = through_nonlinear(d * i, g, RELU)
     elif CELL == "gru":
         r = sigmoid(first_gate)
         z = sigmoid(gate_value(table, 1, x1, h1, column, mask, INPUTS, H, TYPE, PRESENT))
-        candidate, of_reset = candidate_value(table, r, x2, h2, column, mask, INPUTS, H, TYPE, PRESENT)
+        candidate, of_reset = candidate_value(table, r, x2, h2, column, mask, INPUTS, RELU, H, TYPE, PRESENT)
         before = tl.load(address(table, H_BEFORE, TYPE) + local * H + column, mask, other=0.0).to(tl.float32)
         tl.store(address(table, GRAD_H, tl.float32) + at_state, grad * z, mask)
         d1 = grad * (before - candidate) * z * (1.0 - z)
-        d2 = grad * (1.0 - z) * (1.0 - candidate * candidate)
+        d2 = through_nonlinear(grad * (1.0 - z), candidate, RELU)
         d0 = d2 * of_reset * r * (1.0 - r)  # late: found below instead, inside of the candidate's norm
         if INPUTS == "summed":
             d2 *= r
-    elif CELL == "rnn_tanh":
-        a = tanh(first_gate)
-        d0 = grad * (1.0 - a * a)
     else:
-        d0 = tl.where(first_gate <= 0.0, 0.0, grad)
+        d0 = through_nonlinear(grad, nonlinear(first_gate, RELU), RELU)
 
     d0 = tl.where(mask, d0, 0.0)
     d1 = tl.where(mask, d1, 0.0)
@@ -281,7 +287,7 @@ def cell_backward(
     if CELL == "gru" and INPUTS == "separate":
         d2 *= r  # the candidate's part of h has a gradient of its own
         tl.store(own, d2.to(TYPE), mask)
-    if KIND != "none":
+    if GROUPS > 0:
         GAIN: tl.constexpr = GAIN_HH if INPUTS == "separate" else GAIN_IH
         d0 *= vector(table, GAIN, PRESENT, TYPE, column, mask, 1.0)
         if GATES > 1:

@@ -6,16 +6,17 @@ import triton
 import triton.language as tl
 
 from layernorm.gpu.recurrent.gate_kernels import (
+    nonlinear,
     normalized_gates,
     read_gates,
     sigmoid,
-    tanh,
     write_gates,
 )
 from layernorm.gpu.recurrent.row_kernels import (
     candidate_value,
     gate_inputs,
     gate_value,
+    next_cell,
     normalized_cell,
     passes_on,
     row_of_step,
@@ -35,11 +36,14 @@ def cell_forward(
     step,
     batch,
     eps,
+    cell_eps,
     CELL: tl.constexpr,
     KIND: tl.constexpr,
     INPUTS: tl.constexpr,
     SCOPE: tl.constexpr,
     CELL_NORM: tl.constexpr,
+    RELU: tl.constexpr,
+    CLIP: tl.constexpr,
     GATES: tl.constexpr,
     H: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -65,31 +69,29 @@ def cell_forward(
     at_state = n.to(tl.int64) * H + column
     if CELL == "lstm":
         forget = sigmoid(gate_value(table, 1, x1, h1, column, mask, INPUTS, H, TYPE, PRESENT))
-        candidate = tanh(gate_value(table, 2, x2, h2, column, mask, INPUTS, H, TYPE, PRESENT))
+        candidate = nonlinear(gate_value(table, 2, x2, h2, column, mask, INPUTS, H, TYPE, PRESENT), RELU)
         output_gate = sigmoid(gate_value(table, 3, x3, h3, column, mask, INPUTS, H, TYPE, PRESENT))
         state = address(table, STATE_C, TYPE) + at_state
-        c = forget * tl.load(state, mask, other=0.0).to(tl.float32) + sigmoid(first_gate) * candidate
+        before = tl.load(state, mask, other=0.0).to(tl.float32)
+        c, _ = next_cell(forget, before, sigmoid(first_gate) * candidate, CLIP)
         c = tl.where(mask, c.to(TYPE).to(tl.float32), 0.0)
         seen = c
         if CELL_NORM != "none":
-            _, seen, _ = normalized_cell(table, c, column, mask, eps, KIND, H, TYPE, PRESENT)
+            _, seen, _ = normalized_cell(table, c, column, mask, cell_eps, KIND, H, TYPE, PRESENT)
             if CELL_NORM == "carried":
                 seen = seen.to(TYPE).to(tl.float32)
                 c = seen
         tl.store(address(table, SAVED_C, TYPE) + row * H + column, c.to(TYPE), mask)
         tl.store(state, tl.where(passes, c, 0.0).to(TYPE), mask)
-        h = output_gate * tanh(seen)
+        h = output_gate * nonlinear(seen, RELU)
     elif CELL == "gru":
         reset = sigmoid(first_gate)
         update = sigmoid(gate_value(table, 1, x1, h1, column, mask, INPUTS, H, TYPE, PRESENT))
-        candidate, _ = candidate_value(table, reset, x2, h2, column, mask, INPUTS, H, TYPE, PRESENT)
+        candidate, _ = candidate_value(table, reset, x2, h2, column, mask, INPUTS, RELU, H, TYPE, PRESENT)
         before = tl.load(address(table, STATE_H, TYPE) + at_state, mask, other=0.0).to(tl.float32)
         h = (1.0 - update) * candidate + update * before
-    elif CELL == "rnn_tanh":
-        h = tanh(first_gate)
     else:
-        # maximum() would turn NaN into zero.
-        h = tl.where(first_gate < 0.0, 0.0, first_gate)
+        h = nonlinear(first_gate, RELU)
     if PROJECTED:
         tl.store(address(table, HIDDEN, TYPE) + at_state, h.to(TYPE), mask)
     else:

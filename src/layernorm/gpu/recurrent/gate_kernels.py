@@ -33,6 +33,26 @@ def tanh(a):
 
 
 @triton.jit
+def nonlinear(a, RELU: tl.constexpr):
+    """Return tanh(a), or a where it is positive and else 0; NaN either way."""
+    if RELU:
+        value = tl.where(a < 0.0, 0.0, a)
+    else:
+        value = tanh(a)
+    return value
+
+
+@triton.jit
+def through_nonlinear(grad, value, RELU: tl.constexpr):
+    """Return the gradient of a from that of ``nonlinear(a)``, which is ``value``."""
+    if RELU:
+        found = tl.where(value <= 0.0, 0.0, grad)
+    else:
+        found = grad * (1.0 - value * value)
+    return found
+
+
+@triton.jit
 def _over(a, count):
     return tl.div_rn(a, count * tl.full([], 1.0, tl.float32))
 

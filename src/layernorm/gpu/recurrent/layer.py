@@ -95,7 +95,7 @@ class Layer:
 
         Raises:
             RuntimeError: a tensor has another shape, dtype or device than the layer's, there is no step, or a
-                state to reset to, or no kernel for the layer.
+                state to reset to.
         """
         if reset_h is not None or reset_c is not None:
             raise RuntimeError(
@@ -103,11 +103,6 @@ class Layer:
                 'layernorm.backends.use("reference")'
             )
         spec = LayerSpec.decode(codes, eps)
-        if not spec.is_for_gpus:
-            raise RuntimeError(
-                f"layernorm: the kernels for GPUs have no {spec}; for it use "
-                'layernorm.backends.use("reference")'
-            )
         weight_ih, weight_hh, weight_hr = _matrices(spec, weights)
         hidden, output, features = weight_hh.size(0) // spec.gates, weight_hh.size(1), input.size(-1)
         counts, steps, batch, rows = _steps(input, batch_sizes)
@@ -180,7 +175,11 @@ class Layer:
         """What every kernel that takes a row of gates is compiled with, by the kernels' names."""
         variant = self.spec.variant
         return {
-            "CELL": self.spec.operation,
+            "CELL": self.spec.cell,
+            "RELU": self.spec.nonlinearity == "relu",
+            "CLIP": variant.cell_clip or 0.0,
+            "eps": self.spec.eps,
+            "cell_eps": self.spec.cell_eps,
             "KIND": variant.kind,
             "INPUTS": self.spec.products,
             "SCOPE": variant.scope,

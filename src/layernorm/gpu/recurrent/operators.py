@@ -236,14 +236,13 @@ def _launch(layer: Layer, kernel: Any, table: Tensor, bits: int, step: int = 0, 
     names = _parameters(kernel)
     options = {name: value for name, value in layer.options.items() if name in names}
     block = settings.block_for(layer.hidden_size if "H" in names else layer.output_size)
-    numbers = (layer.batch, layer.spec.eps) if "eps" in names else (layer.batch,)
     launch(
         kernel,
         (layer.batch, steps),
         table,
         table,
         step,
-        *numbers,
+        layer.batch,
         **options,
         PRESENT=bits,
         BLOCK=block,

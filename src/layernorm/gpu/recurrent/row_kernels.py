@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 
 from layernorm.gpu.recurrent.gate_kernels import (
+    nonlinear,
     normalized,
     normalized_gates,
     read_gates,
     sigmoid,
-    tanh,
     write_gates,
 )
 from layernorm.gpu.recurrent.table_kernels import KEPT, STEPS, address, has, rows_of_step, slot, step_of_loop
@@ -158,7 +158,7 @@ def gate_inputs(
     if KEPT_STATS:
         stats = address(table, SAVED_STATS, tl.float32) + kept * STATS
     if INPUTS == "separate":
-        if KIND != "none":
+        if GROUPS > 0:
             if KEPT_STATS:
                 stats += GROUPS
             h0, h1, h2, h3 = normalized_gates(h0, h1, h2, h3, mask, eps, stats, CELL, KIND, SCOPE, GATES, H)
@@ -171,7 +171,7 @@ def gate_inputs(
             x1 += h1
             x2 += h2
             x3 += h3
-            if KIND != "none":
+            if GROUPS > 0:
                 x0, x1, x2, x3 = normalized_gates(
                     x0, x1, x2, x3, mask, eps, stats, CELL, KIND, SCOPE, GATES, H
                 )
@@ -246,6 +246,7 @@ def candidate_value(
     column,
     mask,
     INPUTS: tl.constexpr,
+    RELU: tl.constexpr,
     H: tl.constexpr,
     TYPE: tl.constexpr,
     PRESENT: tl.constexpr,
@@ -261,7 +262,17 @@ def candidate_value(
         a += reset * of_reset
     elif INPUTS == "summed":
         a *= reset
-    return tanh(a), of_reset
+    return nonlinear(a, RELU), of_reset
+
+
+@triton.jit
+def next_cell(forget, before, entering, CLIP: tl.constexpr):
+    """Return an LSTM's c, and what it is before it is held in [-CLIP, CLIP], unless that is 0."""
+    free = forget * before + entering
+    c = free
+    if CLIP > 0.0:
+        c = tl.where(c > CLIP, CLIP, tl.where(c < -CLIP, -CLIP, c))
+    return c, free
 
 
 @triton.jit
@@ -270,13 +281,13 @@ def normalized_cell(
     c,
     column,
     mask,
-    eps,
+    cell_eps,
     KIND: tl.constexpr,
     H: tl.constexpr,
     TYPE: tl.constexpr,
     PRESENT: tl.constexpr,
 ):
     """Return N(c), N(c) with gain and bias, and rstd."""
-    n, _, _, _, rstd = normalized(c, c, c, c, mask, eps, H, 1, KIND == "layer")
+    n, _, _, _, rstd = normalized(c, c, c, c, mask, cell_eps, H, 1, KIND == "layer")
     gain = vector(table, GAIN_CELL, PRESENT, TYPE, column, mask, 1.0)
     return n, n * gain + vector(table, BIAS_CELL, PRESENT, TYPE, column, mask, 0.0), rstd
