@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -299,7 +301,7 @@ REFERENCE = "the reference computes the recurrent layers on compute capability 9
 def test_what_computes_on_a_gpu_unmeasured_is_said_once(
     monkeypatch, pretend_gpu, triton, dtype, kernel, message, because
 ):
-    monkeypatch.setattr(backends, "_HAS_TRITON", triton)
+    monkeypatch.setattr(backends, "TRITON_PROBLEM", None if triton else "Triton is not installed")
     with pytest.warns(RuntimeWarning, match=message) as seen:
         assert backends.kernel_for("lstm", OnGpu(dtype)) == kernel
     how = 'LAYERNORM_BACKEND=reference or layernorm.backends.use("reference")'
@@ -316,9 +318,24 @@ def test_what_computes_on_a_gpu_unmeasured_is_said_once(
             assert backends.kernel_for("lstm", OnGpu(dtype)) == kernel
 
 
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [
+        ("3.1.0", "Triton 3.1.0 is too old; PyTorch 2.6 comes with the oldest, 3.2"),
+        ("2.3.1", "Triton 2.3.1 is too old; PyTorch 2.6 comes with the oldest, 3.2"),
+        ("3.2.0", None),
+        ("3.10.0+git1234", None),
+    ],
+)
+def test_a_triton_that_is_too_old_is_not_used(monkeypatch, version, problem):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    assert backends._triton_problem() == problem
+
+
 @pytest.mark.parametrize("triton", [True, False])
 def test_info_says_it_too(monkeypatch, pretend_gpu, triton):
-    monkeypatch.setattr(backends, "_HAS_TRITON", triton)
+    monkeypatch.setattr(backends, "TRITON_PROBLEM", None if triton else "Triton is not installed")
     last = info.text().splitlines()[-1]
     assert (UNMEASURED if triton else REFERENCE) in last
     monkeypatch.setattr(settings, "VERIFIED", {(9, 0)})

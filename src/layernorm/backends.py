@@ -14,6 +14,7 @@ one thread or asyncio task. ``LAYERNORM_CPU_CAPABILITY`` chooses the instruction
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 import warnings
@@ -46,10 +47,24 @@ RECURRENT: Final = ("lstm", "gru", "rnn")
 GATES: Final = ("lstm_gates", "gru_gates")
 NATIVE_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-_HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
 _PLAIN: Final = (Tensor, torch.nn.Parameter)
 # What stands for them while a program is traced.
 _TRACED: Final = (*_PLAIN, FakeTensor, FunctionalTensor)
+
+
+def _triton_problem() -> str | None:
+    """Return why Triton, which is not imported, cannot compile the kernels here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None  # some builds have another name
+    is_known = tuple(int(part) for part in version.split(".")[:2]) >= (3, 2)
+    return None if is_known else f"Triton {version} is too old; PyTorch 2.6 comes with the oldest, 3.2"
+
+
+TRITON_PROBLEM: Final = _triton_problem()
 
 
 class Call(NamedTuple):
@@ -234,9 +249,7 @@ def triton_problem(dtype: torch.dtype) -> str | None:
     """Return why the Triton kernels cannot take tensors of this dtype on a GPU, or None."""
     if dtype not in TRITON_DTYPES:
         return "the Triton kernels are for float32, bfloat16 and float16"
-    if not _HAS_TRITON:
-        return "Triton is not installed"
-    return None
+    return TRITON_PROBLEM
 
 
 def capability() -> str | None:
@@ -283,7 +296,7 @@ def kernel_for(operator: str, input: Tensor) -> str:
     if asked_for() is None:
         if ops.NATIVE_PROBLEM is not None and _is_native(call.device, call.dtype):
             _warn_once("native", _WITHOUT_KERNELS.format(ops.NATIVE_PROBLEM))
-        elif call.device.type == "cuda" and not call.is_norm and kernel not in _said:
+        elif call.device.type == "cuda" and not (call.is_norm or kernel in _said or is_compiling()):
             _warn_once(kernel, notice_on_gpu(kernel, call.device, call.dtype))
     return kernel
 

@@ -48,8 +48,8 @@ _FOUND: Final = (
     "(Tensor grad_input, Tensor grad_h, Tensor grad_c, Tensor grad_reset_h, Tensor grad_reset_c,"
     " Tensor[] grad_weights)"
 )
-# On GPUs they keep tables and CUDA graphs of their own, which Inductor's must not contain (from PyTorch 2.8).
-_TAGS: Final = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+# On GPUs they keep tables and CUDA graphs of their own, which Inductor's must not contain.
+_TAGS: Final = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 for _name, _schema in {
     "recurrent": f"({_LAYER}, bool recompute) -> ({_OUTPUTS})",
     "recurrent_forward": f"({_LAYER}, bool recompute) -> ({_OUTPUTS}, {_SAVED})",

@@ -71,12 +71,6 @@ BATCH_SIZES = slot("batch_sizes")
 OFFSETS = slot("offsets")
 
 
-@triton.constexpr_function
-def has(present: int, of_slot: int) -> bool:
-    """Return whether a tensor is in this slot; ``present`` has a bit for each."""
-    return bool(present >> of_slot & 1)
-
-
 @triton.jit
 def address(table, SLOT: tl.constexpr, TYPE: tl.constexpr):
     """Return the tensor in this slot."""
