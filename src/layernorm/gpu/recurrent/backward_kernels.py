@@ -136,7 +136,7 @@ def projected_backward(
     mask = column < P
     passed = mask & passes_on(table, t, n, row, batch, REVERSE, PACKED, PRESENT)
     grad = tl.load(address(table, GRAD_H, tl.float32) + n.to(tl.int64) * P + column, passed, other=0.0)
-    if PRESENT >> GRAD_OUTPUT & 1:
+    if PRESENT >> int(GRAD_OUTPUT) & 1:
         grad += tl.load(address(table, GRAD_OUTPUT, TYPE) + row * P + column, mask, other=0.0).to(tl.float32)
     to = address(table, GRAD_STATE, TYPE) + (row - tl.load(table + BASE)) * P + column
     tl.store(to, grad.to(TYPE), mask)
@@ -225,7 +225,7 @@ def cell_backward(
         grad = tl.load(address(table, GRAD_HIDDEN, tl.float32) + at_state, mask, other=0.0)
     else:
         grad = tl.load(address(table, GRAD_H, tl.float32) + at_state, passed, other=0.0)
-        if PRESENT >> GRAD_OUTPUT & 1:
+        if PRESENT >> int(GRAD_OUTPUT) & 1:
             grad += tl.load(address(table, GRAD_OUTPUT, TYPE) + row * H + column, mask, other=0.0).to(
                 tl.float32
             )

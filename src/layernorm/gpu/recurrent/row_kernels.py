@@ -45,7 +45,7 @@ SAVED_STATS = slot("saved_stats")
 @triton.jit
 def vector(table, SLOT: tl.constexpr, PRESENT: tl.constexpr, TYPE: tl.constexpr, at, mask, absent):
     """Load a part of a gain or a bias in float32; ``absent`` where there is none."""
-    if PRESENT >> SLOT & 1:
+    if PRESENT >> int(SLOT) & 1:
         found = tl.load(address(table, SLOT, TYPE) + at, mask, other=0.0).to(tl.float32)
     else:
         found = tl.zeros(at.shape, tl.float32) + absent
@@ -76,7 +76,7 @@ def _neighbour(table, t, batch, PACKED: tl.constexpr):
 def _no_reset(table, row, where, PRESENT: tl.constexpr):
     """Return whether this row is not reset; true where ``where`` is not."""
     found = row == row  # true
-    if PRESENT >> RESETS & 1:
+    if PRESENT >> int(RESETS) & 1:
         found = tl.load(address(table, RESETS, tl.uint8) + row, where, other=0) == 0
     return found
 
@@ -147,8 +147,8 @@ def gate_inputs(
 
     Where inputs are summed the second four are not looked at; late, only the candidate of x and of h.
     """
-    KEPT_ROWS: tl.constexpr = PRESENT >> SAVED_H & 1
-    KEPT_STATS: tl.constexpr = PRESENT >> SAVED_STATS & 1
+    KEPT_ROWS: tl.constexpr = PRESENT >> int(SAVED_H) & 1
+    KEPT_STATS: tl.constexpr = PRESENT >> int(SAVED_STATS) & 1
     kept = row - tl.load(table + KEPT)
     at_x = address(table, X, TYPE) + kept * (GATES * H)
     x0, x1, x2, x3 = read_gates(at_x, column, mask, GATES, H)
