@@ -127,12 +127,22 @@ def interpreted(ieee: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         data = np.full(shape.shape, value.data.item(), dtype=value.data.dtype)
         return interpreter.TensorHandle(data, value.dtype.scalar)
 
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, scope):
+        # Triton 3.6 takes an array of one element for a number, which NumPy 2.4 refuses.
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
     monkeypatch.setattr(interpreter, "_convert_float", converted)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", splat)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
     for module in (ops, ops.recurrent, ops.registration):  # whose calls would not be seen by the dispatcher
         monkeypatch.setattr(module, "native", None)
-    monkeypatch.setattr(ops, "NATIVE_PROBLEM", None)  # the operators have kernels, if there is a module or not
+    monkeypatch.setattr(
+        ops, "NATIVE_PROBLEM", None
+    )  # the operators have kernels, if there is a module or not
     library = torch.library.Library("layernorm", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")

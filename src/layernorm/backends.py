@@ -293,10 +293,10 @@ def kernel_for(operator: str, input: Tensor) -> str:
     """
     call = Call(operator, input.device, input.dtype)
     kernel = _choose(call).kernel
-    if asked_for() is None:
+    if asked_for() is None and not is_compiling():  # a traced program cannot warn
         if ops.NATIVE_PROBLEM is not None and _is_native(call.device, call.dtype):
             _warn_once("native", _WITHOUT_KERNELS.format(ops.NATIVE_PROBLEM))
-        elif call.device.type == "cuda" and not (call.is_norm or kernel in _said or is_compiling()):
+        elif call.device.type == "cuda" and not call.is_norm and kernel not in _said:
             _warn_once(kernel, notice_on_gpu(kernel, call.device, call.dtype))
     return kernel
 

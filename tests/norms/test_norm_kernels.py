@@ -20,8 +20,6 @@ from tests.norms.exact import (
 )
 from tests.settings import CAPABILITIES, instruction_set, thread_count
 
-pytestmark = pytest.mark.usefixtures("native")
-
 INTERPRETED = ("interpreted", "looped")
 TRITON = (*INTERPRETED, "on_gpu")
 DTYPES = (
@@ -48,6 +46,7 @@ def capability(request):
         request.getfixturevalue(request.param)
         yield request.param
         return
+    request.getfixturevalue("native")
     with instruction_set(request.param):
         yield request.param
 
@@ -250,6 +249,7 @@ def test_tensors_written_past_the_caches_have_the_same_bits(capability, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("native")
 def test_the_same_bits_for_any_number_of_threads(dtype):
     rows, width = 1003, 257
     x, grad = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype)
@@ -375,6 +375,7 @@ def test_large_offsets_lose_what_the_inputs_rounding_lost_and_no_more(capability
 
 
 @pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.usefixtures("native")
 def test_any_strides_without_a_copy(dims):
     base = torch.randn(3, 4, 5, 6, 2, 14)
     views = [

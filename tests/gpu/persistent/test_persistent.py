@@ -410,3 +410,17 @@ with backends.use("persistent"):
         "leave context",
         *3 * [f"{kernel}: {reason}"],
     ]
+
+
+def test_the_time_limit_is_the_environments(monkeypatch):
+    from layernorm.gpu.persistent import arguments
+
+    def limit(value):
+        monkeypatch.setenv(arguments.TIME_LIMIT_VARIABLE, value)
+        return arguments._time_limit.__wrapped__()
+
+    assert limit("") == 5_000_000_000
+    assert limit("0.25") == 250_000_000
+    for bad in ("0", "-1", "nan", "inf", "soon"):
+        with pytest.raises(ValueError, match=f"LAYERNORM_TIME_LIMIT must be a positive number .*'{bad}'"):
+            limit(bad)
