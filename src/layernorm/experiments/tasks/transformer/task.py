@@ -18,8 +18,8 @@ from layernorm.experiments.section import Card
 from layernorm.experiments.task import Batch, ExperimentError, Loss, Metric, Preset, Problem, Task
 from layernorm.experiments.tasks.transformer.network import FORMS, Transformer
 
-VALIDATION_BITS: Final = Metric("validation_bits", "validation bits a character", form="{:.3f}")
-TEST_BITS: Final = Metric("test_bits", "test bits a character", form="{:.3f}", is_test=True)
+VALIDATION_BITS: Final = Metric("validation_bits", "validation bits a character", form="{:.3f}", log=True)
+TEST_BITS: Final = Metric("test_bits", "test bits a character", form="{:.3f}", log=True, is_test=True)
 _AT_ONCE: Final = 64
 # Bits a character by which two networks are alike.
 _ALIKE: Final = 0.02
