@@ -221,6 +221,7 @@ def test_a_question_that_makes_no_sense_is_refused():
         (("conv", CPU, torch.float32), ValueError, "operator must be one of layer_norm, .*; got 'conv'"),
         (("lstm", "cpu", torch.float32), TypeError, "device must be a torch.device, got str"),
         (("lstm", CPU, "float32"), TypeError, "dtype must be a torch.dtype, got str"),
+        (("layer_norm", CPU, torch.float32, 8.0), TypeError, "width must be an int, got float"),
     ):
         with pytest.raises(error, match=message):
             backends.choose(*arguments)

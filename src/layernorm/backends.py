@@ -3,8 +3,8 @@
 There are five kernels: ``native``, this package's compiled ones on the CPU; ``triton``, those on GPUs;
 ``persistent``, a recurrent layer's on GPUs that keeps the weights on the chip, for sizes that fit there;
 ``torch``, PyTorch's own operators; ``reference``, the plain definitions of ``layernorm.reference``. The
-choice depends on the operator, the device, the dtype and the layer's sizes, never on the number of rows: a
-row's bits do not depend on its batch.
+choice depends on the operator, the device, the dtype, the layer's sizes and a norm's width, never on the
+number of rows: a row's bits do not depend on its batch.
 
 The environment variable ``LAYERNORM_BACKEND`` overrides it for the process, ``use`` for a ``with`` block in
 one thread or asyncio task. ``LAYERNORM_CPU_CAPABILITY`` chooses the instruction set of the compiled kernels;
@@ -47,6 +47,8 @@ RECURRENT: Final = ("lstm", "gru", "rnn")
 GATES: Final = ("lstm_gates", "gru_gates")
 NATIVE_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+# Of a norm's row, where nobody says.
+_WIDEST: Final = sys.maxsize
 _PLAIN: Final = (Tensor, torch.nn.Parameter)
 # What stands for them while a program is traced.
 _TRACED: Final = (*_PLAIN, FakeTensor, FunctionalTensor)
@@ -73,11 +75,17 @@ class Call(NamedTuple):
     operator: str
     device: torch.device
     dtype: torch.dtype
+    width: int = _WIDEST
 
     @property
     def is_norm(self) -> bool:
         """Whether a norm is called."""
         return self.operator in NORMS
+
+    @property
+    def least_row(self) -> float | None:
+        """From how many bytes of a row the Triton norm is chosen; None where nobody measured it."""
+        return tiers.least_row(self.operator, self.device, self.dtype)
 
 
 class Row(NamedTuple):
@@ -135,18 +143,21 @@ ON_GPU: Final = (
     _TRANSFORMED,
     Row(
         "torch",
-        lambda call: call.is_norm and tiers.measured(*call) is None,
+        lambda call: call.is_norm and call.least_row is None,
         lambda call: f"the Triton kernels have not been measured on {tiers.name_of(call.device)} yet",
     ),
     Row(
         "torch",
-        lambda call: call.is_norm and not tiers.measured(*call),
-        lambda call: f"measured as faster on {tiers.name_of(call.device)}",
+        lambda call: call.is_norm and call.width * call.dtype.itemsize < (call.least_row or 0),
+        lambda call: f"measured as faster on {tiers.name_of(call.device)} for such rows",
     ),
     Row(
         "triton",
         lambda call: call.is_norm,
-        lambda call: f"measured as at least as fast as PyTorch's on {tiers.name_of(call.device)}",
+        lambda call: (
+            f"measured as at least as fast as PyTorch's on {tiers.name_of(call.device)}, from "
+            f"{call.least_row} bytes of a row"
+        ),
     ),
     _FORWARD_MODE,
     _JIT,
@@ -155,17 +166,18 @@ ON_GPU: Final = (
 )
 
 
-def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
+def choose(operator: str, device: torch.device, dtype: torch.dtype, width: int = _WIDEST) -> Choice:
     """Return the kernel for ``operator`` on tensors of this device and dtype, here and now.
 
     Args:
         operator: one of ``NORMS``, ``RECURRENT`` or ``GATES``.
         device: where the input lies.
         dtype: the input's dtype.
+        width: the elements of a norm's row, on which its kernel may depend on a GPU.
 
     Raises:
         ValueError: ``LAYERNORM_BACKEND`` names no kernel, or there is no such operator.
-        TypeError: ``device`` or ``dtype`` is something else.
+        TypeError: ``device``, ``dtype`` or ``width`` is something else.
         RuntimeError: the override asks for a compiled kernel that does not exist.
 
     Examples:
@@ -181,7 +193,9 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> Choice:
     for name, given, kind in (("device", device, torch.device), ("dtype", dtype, torch.dtype)):
         if not isinstance(given, kind):
             raise TypeError(f"{name} must be a torch.{kind.__name__}, got {type(given).__name__}")
-    return _choose(Call(operator, device, dtype))
+    if not isinstance(width, int):
+        raise TypeError(f"width must be an int, got {type(width).__name__}")
+    return _choose(Call(operator, device, dtype, width))
 
 
 def _choose(call: Call) -> Choice:
@@ -285,13 +299,13 @@ def is_for_pytorch_alone(input: object) -> bool:
     return type(input) not in _PLAIN or input.layout != torch.strided or input.is_nested
 
 
-def kernel_for(operator: str, input: Tensor) -> str:
-    """Return the kernel that ``choose`` names for this input.
+def kernel_for(operator: str, input: Tensor, width: int = _WIDEST) -> str:
+    """Return the kernel that ``choose`` names for this input, and for this width of a norm's rows.
 
     Warns, once in a process, where a compiled kernel would have been chosen and there are none, and where a
     recurrent layer on a GPU is computed by the reference, or by kernels that have not been measured there.
     """
-    call = Call(operator, input.device, input.dtype)
+    call = Call(operator, input.device, input.dtype, width)
     kernel = _choose(call).kernel
     if asked_for() is None and not is_compiling():  # a traced program cannot warn
         if ops.NATIVE_PROBLEM is not None and _is_native(call.device, call.dtype):

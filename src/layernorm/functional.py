@@ -7,6 +7,7 @@ holds rows. Each function checks its arguments and hands the call to the kernel 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -183,7 +184,7 @@ def _norm(
     checks.norm_arguments(operator, input, shape, weight, bias, eps)
     if adds:
         checks.residual_argument(operator, residual, input)
-    kernel = backends.kernel_for(operator, input)
+    kernel = backends.kernel_for(operator, input, math.prod(shape))
     if residual is not None and residual.dtype != input.dtype and kernel != "triton":
         total = input + residual
         gain, offset = (None if t is None else t.to(total.dtype) for t in (weight, bias))

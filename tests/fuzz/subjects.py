@@ -232,7 +232,7 @@ def others(draw: Draw) -> Call:
             LF.layer_norm(torch.randn(3, FEATURES), (FEATURES,))
 
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    choice = {"operator": "lstm", "device": torch.device("cpu"), "dtype": torch.float32}
+    choice = {"operator": "rms_norm", "device": torch.device("cpu"), "dtype": torch.float32, "width": 8}
     return draw.choice(
         (
             (named("use", use), {"kernel": "reference"}),

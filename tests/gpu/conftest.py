@@ -15,7 +15,7 @@ def pretend_architecture(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
     """Call it with a compute capability: devices have it, and nothing chosen before is remembered."""
 
     def forget() -> None:
-        for function in (tiers._architecture, tiers._tier, tiers.measured):
+        for function in (tiers._architecture, tiers._tier, tiers.least_row):
             function.cache_clear()
 
     def pretend(major: int, minor: int) -> None:

@@ -111,9 +111,12 @@ class ProductTile:
 _WARPS_WHOLE: Final = 16
 _WARPS_OF_COLUMNS: Final = 32
 
-#: The architectures on which ``python -m benchmarks gpu`` found these kernels at least as fast as PyTorch's,
-#: and the operators and dtypes it found that for. Elsewhere PyTorch's are used.
-FASTER: Final[dict[tuple[int, int], frozenset[tuple[str, str]]]] = {}
+#: By compute capability, for each operator and dtype of the input the least bytes of a row from which
+#: ``python -m benchmarks gpu`` found these kernels at least as fast as PyTorch's at every size it measured.
+#: Narrower rows, and whatever has no number here, are left to PyTorch's. Small inputs are bound by the
+#: launch, which PyTorch has cheaper; but the bytes of a whole input must not decide: a row's kernel, and so
+#: its bits, would depend on how many rows come with it.
+FASTER: Final[dict[tuple[int, int], dict[tuple[str, str], int]]] = {}
 
 #: The compute capabilities on which the recurrent layers' Triton kernels have passed their tests and been
 #: measured by ``python -m benchmarks gpu``. Elsewhere their first call says so.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
@@ -28,10 +29,13 @@ def is_verified(device: torch.device) -> bool:
 
 
 @functools.cache
-def measured(operator: str, device: torch.device, dtype: torch.dtype) -> bool | None:
-    """Return whether a Triton norm is at least as fast as PyTorch's; None where nobody measured it."""
+def least_row(operator: str, device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return from how many bytes of a row a Triton norm is at least as fast as PyTorch's.
+
+    It is infinite where none is, and None where nobody measured it.
+    """
     faster = settings.FASTER.get(_architecture(device))
-    return None if faster is None else (operator, str(dtype).removeprefix("torch.")) in faster
+    return None if faster is None else faster.get((operator, str(dtype).removeprefix("torch.")), math.inf)
 
 
 def tier(

@@ -195,15 +195,29 @@ def test_the_choice_on_gpus(monkeypatch, pretend_architecture):
     choice = backends.choose("layer_norm", gpu, half)
     assert choice.kernel == "torch"
     assert "not been measured on compute capability 9.0" in choice.reason
-    monkeypatch.setitem(settings.FASTER, (9, 0), frozenset({("layer_norm", "bfloat16")}))
+    monkeypatch.setitem(settings.FASTER, (9, 0), {("layer_norm", "bfloat16"): 4096})
     pretend_architecture(9, 0)
     assert backends.choose("layer_norm", gpu, half).kernel == "triton"
+    assert backends.choose("layer_norm", gpu, half, 2048).kernel == "triton"
+    assert "from 4096 bytes" in backends.choose("layer_norm", gpu, half, 2048).reason
+    assert backends.choose("layer_norm", gpu, half, 2047).kernel == "torch"
+    assert "measured as faster" in backends.choose("layer_norm", gpu, half, 2047).reason
+    assert backends.choose("layer_norm", gpu, torch.float32, 10**6).kernel == "torch"
     assert backends.choose("rms_norm", gpu, half).kernel == "torch"
     assert "float32, bfloat16" in backends.choose("layer_norm", gpu, torch.float64).reason
     with backends.use("triton"):
         assert backends.choose("rms_norm", gpu, half).kernel == "triton"
     with backends.use("triton"), pytest.raises(RuntimeError, match="no kernel for cpu"):
         LF.layer_norm(torch.zeros(2, 3), (3,))
+
+
+def test_the_choice_is_told_the_width_of_a_row_and_not_their_number(monkeypatch):
+    asked = []
+    monkeypatch.setattr(backends, "kernel_for", lambda *of: asked.append(of) or "reference")
+    for rows in (2, 200):
+        x = torch.zeros(rows, 3, 4, device="meta")
+        LF.add_rms_norm(x, x, (3, 4))
+        assert asked.pop() == ("add_rms_norm", x, 12)
 
 
 @pytest.mark.usefixtures("native")
