@@ -45,6 +45,11 @@ def is_jit_tracing() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
+def is_cast_by_autocast(operator: str) -> bool:
+    """Return whether autocast on GPUs has an operator of PyTorch's on its list."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", "AutocastCUDA"))
+
+
 def is_batched(tensor: torch.Tensor) -> bool:
     """Return whether a tensor holds a batch of gradients (``is_grads_batched``), which no kernel can read."""
     return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
@@ -150,6 +155,7 @@ __all__ = [
     "init_flat_weights",
     "is_any_autocast_enabled",
     "is_batched",
+    "is_cast_by_autocast",
     "is_flop_counter_mode",
     "is_in_forward_mode",
     "is_jit_tracing",

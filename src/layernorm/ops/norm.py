@@ -21,7 +21,7 @@ from layernorm.ops.registration import (
     run_beneath,
     wants_composite,
 )
-from layernorm.pytorch_internals import below_autograd, recorder_of
+from layernorm.pytorch_internals import below_autograd, is_cast_by_autocast, recorder_of
 
 #: The norms that users call.
 NORMS: Final = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
@@ -316,4 +316,6 @@ for _name in (*NORMS, "norm_forward", "norm_backward"):
     register_on_gpus("norm", _name, traced=True)
     register_vmap(_name)
 for _name in NORMS:
-    register_autocast_on_gpus(_name, _AUTOCAST_DTYPE)
+    # RMS norm has been on that list since PyTorch 2.13.
+    if is_cast_by_autocast(_name.removeprefix("add_")):
+        register_autocast_on_gpus(_name, _AUTOCAST_DTYPE)

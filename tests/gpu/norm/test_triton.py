@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
@@ -209,6 +210,21 @@ def test_the_choice_on_gpus(monkeypatch, pretend_architecture):
         assert backends.choose("rms_norm", gpu, half).kernel == "triton"
     with backends.use("triton"), pytest.raises(RuntimeError, match="no kernel for cpu"):
         LF.layer_norm(torch.zeros(2, 3), (3,))
+
+
+def test_dtypes_under_autocast_are_torchs():
+    # RMS norm is on autocast's list in some versions and not in others. No GPU is needed to see dtypes.
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with FakeTensorMode():
+            for dtype in (torch.float32, *HALVES):
+                x, weight = (torch.empty(*shape, dtype=dtype, device="cuda") for shape in ((2, 8), (8,)))
+                ops = torch.ops.layernorm
+                assert ops.layer_norm(x, [8], weight, None, 0.1).dtype == F.layer_norm(x, (8,), weight).dtype
+                assert ops.rms_norm(x, [8], weight, 0.1).dtype == F.rms_norm(x, (8,), weight).dtype
+    finally:
+        torch.set_autocast_enabled("cuda", before)
 
 
 def test_the_choice_is_told_the_width_of_a_row_and_not_their_number(monkeypatch):
