@@ -113,7 +113,7 @@ def test_backward(capability, dtype, width):
             assert leaf.grad.dtype == leaf.dtype
             half = torch.finfo(leaf.dtype).eps / 2 * np.abs(e)
             least = torch.finfo(leaf.dtype).smallest_normal * torch.finfo(leaf.dtype).eps
-            # Each term carries about 8 roundings, and a sum of 71 rows or 64 lanes of 32 at most 71 more,
+            # Each term carries about 8 roundings, and a sum of 71 rows, or of parts, at most 71 more,
             # of which the root is typical: 16 in all.
             assert (np.abs(actual - e) <= 16 * unit * size + half + least).all()
 

@@ -20,10 +20,13 @@ from torch.testing._internal.common_methods_invocations import op_db
 from layernorm import backends, reference
 from layernorm import functional as LF
 from layernorm.gpu import settings
+from layernorm.gpu.launching import recording
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'layernorm[triton]'")
 
 import triton
+
+from layernorm.gpu.norm import backward_kernels, operators
 
 EPS32 = 2.0**-23
 # Bytes that a thread may use for want of registers: none with Triton 3.9, those of two with 3.6.
@@ -163,6 +166,17 @@ def test_gradients_of_gain_and_bias_have_the_same_bits_each_time(width):
     output = reference.layer_norm(x.double(), (width,), *doubles)
     for a, e in zip(found[0], torch.autograd.grad(output, doubles, grad.double()), strict=True):
         torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=40 * 4 * EPS32)
+
+
+def test_sums_over_rows_are_spread_over_the_multiprocessors():
+    # Of an H100 with its 132: a program for few columns of one gradient, whatever the number of rows.
+    x, gain = (torch.empty(*shape, device="meta") for shape in ((3000, 1024), (1024,)))
+    stats = torch.empty(2, 3000, device="meta")
+    for wanted in ((True, True, True), (False, True, False), (False, False, True)):
+        with recording() as launches:
+            operators.norm_backward(x, None, x, stats, [1024], gain, gain, True, wanted)
+        assert launches[-1].kernel is backward_kernels.sum_parts
+        assert launches[-1].grid == (64, sum(wanted[1:]))
 
 
 def in_triton(program: str) -> subprocess.CompletedProcess[str]:

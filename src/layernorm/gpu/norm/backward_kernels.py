@@ -182,8 +182,10 @@ def sum_parts(
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Sum the gradients of gain and bias over their parts; either may be None."""
-    if grad_gain is not None:
-        _sum_parts(part_gain, grad_gain, parts, width, PARTS, COLUMNS)
-    if grad_bias is not None:
-        _sum_parts(part_bias, grad_bias, parts, width, PARTS, COLUMNS)
+    """Sum the gradients of gain and bias over their parts, each in programs of its own; one may be None."""
+    if grad_gain is not None:  # noqa: SIM102 - what is compiled, then what runs
+        if tl.program_id(1) == 0:
+            _sum_parts(part_gain, grad_gain, parts, width, PARTS, COLUMNS)
+    if grad_bias is not None:  # noqa: SIM102
+        if tl.program_id(1) == tl.num_programs(1) - 1:
+            _sum_parts(part_bias, grad_bias, parts, width, PARTS, COLUMNS)

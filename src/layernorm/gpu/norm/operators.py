@@ -22,8 +22,10 @@ from layernorm.gpu.norm.rows import NO_ROWS, Rows, rows_of
 #: Of input, residual and parameters, in any mixture.
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
-_PARTS: Final = 32
-_COLUMNS: Final = 64
+# Of the sums over rows what a program adds up at a time: 64 bytes of a row, and few columns, since a model's
+# width is all that spreads them over the multiprocessors.
+_PARTS: Final = 128
+_COLUMNS: Final = 16
 _CHUNK: Final = 512  # elements of a tile of rows that float32 cannot hold
 _MOST_WIDTH: Final = 2**31 - 2**16  # columns are counted in 32 bits, rows and elements in 64
 
@@ -236,10 +238,11 @@ class _Backward(NamedTuple):
             num_warps=tile.warps,
             wrap=self.wrap,
         )
-        if grad_gain is not None or grad_bias is not None:
+        found = (grad_gain is not None) + (grad_bias is not None)
+        if found:
             launch(
                 backward_kernels.sum_parts,
-                (-(-self.width // _COLUMNS),),
+                (-(-self.width // _COLUMNS), found),
                 self.input,
                 part_gain,
                 part_bias,
