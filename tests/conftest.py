@@ -161,7 +161,7 @@ def looped(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Do as ``interpreted``, with blocks so small that rows of more than 512 elements are looped over."""
     from layernorm.gpu import settings
 
-    def small(blocks: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
+    def small(blocks: dict[int, settings.Tile]) -> dict[int, settings.Tile]:
         return {block: tile for block, tile in blocks.items() if block <= 512}
 
     default = settings.DEFAULT
@@ -169,9 +169,9 @@ def looped(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
         default,
         forward=small(default.forward),
         backward=small(default.backward),
-        looped_forward=(512, 4),
-        looped_sums=(512, 4),
-        columns=(256, 4),
+        looped_forward=settings.Tile(1, 512, 4, whole=False),
+        looped_sums=settings.Tile(1, 512, 4, whole=False),
+        columns=settings.Tile(1, 256, 4, whole=False),
     )
     monkeypatch.setattr(settings, "DEFAULT", changed)
 

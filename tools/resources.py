@@ -31,6 +31,8 @@ WIDTHS: Final = (64, 768, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
 #: Hidden sizes.
 SIZES: Final = (128, 256, 512, 1024, 2048)
 CELLS: Final = ("lstm", "gru", "rnn")
+#: Bytes of shared memory of a multiprocessor.
+_SHARED: Final = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 _LAUNCH_OPTIONS: Final[tuple[str, ...]] = ("num_warps", "num_stages")
 
 
@@ -46,6 +48,8 @@ class Resources(NamedTuple):
         registers: of a thread.
         stack: bytes of memory that a thread uses for want of registers.
         shared: bytes of shared memory of a program.
+        copies: instructions that copy to shared memory while the program computes.
+        programs: that a multiprocessor has room for.
     """
 
     kernel: str
@@ -56,14 +60,19 @@ class Resources(NamedTuple):
     registers: int
     stack: int
     shared: int
+    copies: int
+    programs: int
 
 
-def norms(architecture: int, widths: tuple[int, ...] = WIDTHS) -> Iterator[Resources]:
+def norms(
+    architecture: int, widths: tuple[int, ...] = WIDTHS, *, residual: bool = False
+) -> Iterator[Resources]:
     """Yield the resources of layer norm with gain, bias, statistics and all gradients.
 
     Args:
         architecture: as in ``sm_90``.
         widths: of rows.
+        residual: whether one is added.
 
     Raises:
         RuntimeError: Triton interprets its kernels in this process.
@@ -73,10 +82,12 @@ def norms(architecture: int, widths: tuple[int, ...] = WIDTHS) -> Iterator[Resou
     for dtype in DTYPES:
         for width in widths:
             x, gain = _meta((64, width), dtype), _meta((width,), dtype)
+            other = x if residual else None
             with recording() as launches:
-                _, _, stats = norm.norm_forward(x, None, [width], gain, gain, 1e-5, True)
-                norm.norm_backward(x, None, x, stats, [width], gain, gain, True, [True] * 3)
-            yield from _all(launches, "layer_norm", dtype, width, architecture)
+                _, _, stats = norm.norm_forward(x, other, [width], gain, gain, 1e-5, True)
+                norm.norm_backward(x, other, x, stats, [width], gain, gain, True, [True] * 3)
+            of = "add_layer_norm" if residual else "layer_norm"
+            yield from _all(launches, of, dtype, width, architecture)
 
 
 def recurrent(
@@ -134,7 +145,19 @@ def _all(
         found = _compiled(launch.kernel, signature, constants, attributes, options, architecture)
         warps: int = options["num_warps"]
         name = str(dtype).removeprefix("torch.")
-        yield Resources(launch.kernel.__name__, of, name, width, warps, *found)
+        yield Resources(
+            launch.kernel.__name__, of, name, width, warps, *found, _programs(found, warps, architecture)
+        )
+
+
+def _programs(found: tuple[int, int, int, int], warps: int, architecture: int) -> int:
+    """Return how many programs a multiprocessor has room for: 65,536 registers, 64 warps, shared memory.
+
+    A thread has registers in eights, and a program a KiB of shared memory more than it says.
+    """
+    registers, _, shared, _ = found
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
+    return min(by_registers, 64 // warps, _SHARED[architecture] // (shared + 1024))
 
 
 def _specialized(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any], dict[str, int]]:
@@ -183,8 +206,8 @@ def _compiled(
     attributes: dict[Any, Any],
     options: dict[str, int],
     architecture: int,
-) -> tuple[int, int, int]:
-    """Return registers, bytes of the stack, and bytes of shared memory."""
+) -> tuple[int, int, int, int]:
+    """Return registers, bytes of the stack, bytes of shared memory, and copies to there."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -192,7 +215,8 @@ def _compiled(
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options)
     registers, stack = usage(compiled.asm["cubin"])
-    return registers, stack, compiled.metadata.shared
+    copies = len(re.findall(r"\bcp\.async\.c[ag]\b", compiled.asm["ptx"]))
+    return registers, stack, compiled.metadata.shared, copies
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
@@ -219,9 +243,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.resources", description=__doc__)
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90)
     options = parser.parse_args()
-    heads = ("kernel", "of", "dtype", "width", "warps", "registers", "stack, bytes", "shared, bytes")
     write = sys.stdout.write
-    write(f"| {' | '.join(heads)} |\n|---|---|---|{'---:|' * 5}\n")
+    write(f"| {' | '.join(Resources._fields)} |\n|---|---|---|{'---:|' * 7}\n")
     for rows in (norms(options.arch), recurrent(options.arch)):
         for row in rows:
             write(f"| {' | '.join(map(str, row))} |\n")

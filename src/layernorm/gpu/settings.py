@@ -7,10 +7,13 @@ spills of the compiled kernels and the bytes in flight, since no device has been
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
+
+from layernorm.gpu.launching import ALIGNED
 
 
 @dataclass(frozen=True)
@@ -22,50 +25,61 @@ class Tile:
         block: columns, a power of two.
         warps: of the program.
         whole: whether the block holds the whole row, which is then read once.
+        stages: of its loop: while a turn is computed, the loads of the next ``stages - 1`` are under way.
     """
 
     rows: int
     block: int
     warps: int
     whole: bool = True
+    stages: int = 1
+
+    @functools.cached_property
+    def options(self) -> dict[str, Any]:
+        """What the kernels take."""
+        return {"BLOCK": self.block, "STAGES": self.stages, "num_warps": self.warps}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Settings:
     """The numbers of one architecture.
 
     Attributes:
-        forward: rows and warps by the block's size; a wider row is looped over.
-        backward: rows and warps by the block's size; of a wider row the sums are formed first and the columns
-            split.
-        looped_forward: block and warps for a row that no block holds.
-        looped_sums: block and warps for the sums of backward over such a row.
-        columns: block and warps for the columns of such a row.
+        forward: by the block's size; a wider row is looped over.
+        backward: by the block's size; of a wider row the sums are formed first and the columns split.
+        looped_forward: for a row that no block holds.
+        looped_sums: for the sums of backward over such a row.
+        columns: for the columns of such a row.
         multiprocessors: of the device, to which the parts of the sums over rows are fitted.
         least_rows: of such a part.
     """
 
-    forward: dict[int, tuple[int, int]]
-    backward: dict[int, tuple[int, int]]
-    looped_forward: tuple[int, int]
-    looped_sums: tuple[int, int]
-    columns: tuple[int, int]
+    forward: dict[int, Tile]
+    backward: dict[int, Tile]
+    looped_forward: Tile
+    looped_sums: Tile
+    columns: Tile
     multiprocessors: int
     least_rows: int
 
 
-def _narrow(elements: int, warps: int, up_to: int) -> dict[int, tuple[int, int]]:
-    """Return rows and warps for blocks from 1 to ``up_to``, with this number of elements in a tile."""
+def _whole(up_to: int, stages: int) -> dict[int, Tile]:
+    """Return tiles of whole rows for blocks from 1 to ``up_to``, of 16 elements a thread."""
     sizes = (1 << power for power in range(up_to.bit_length()))
-    return {size: (max(1, min(64, elements // size)), warps) for size in sizes}
+    return {
+        size: Tile(max(1, min(64, 2048 // size)), size, max(4, size // 512), stages=stages) for size in sizes
+    }
 
 
+# Forward a row of 8,192 has 32 elements a thread: two programs have room on a multiprocessor, and one computes
+# while the other waits. Of wider rows more are on their way in blocks of 2,048, three stages deep, than in a
+# whole row whose program has a multiprocessor to itself, and what is read again comes from the cache.
 DEFAULT: Final = Settings(
-    forward=_narrow(2048, 4, 2048) | {4096: (1, 8), 8192: (1, 16), 16384: (1, 16)},
-    backward=_narrow(2048, 4, 2048) | {4096: (1, 8), 8192: (1, 16)},
-    looped_forward=(8192, 16),
-    looped_sums=(4096, 8),
-    columns=(1024, 4),
+    forward=_whole(4096, 1) | {8192: Tile(1, 8192, 8)},
+    backward=_whole(8192, 2),
+    looped_forward=Tile(1, 2048, 4, whole=False, stages=3),
+    looped_sums=Tile(1, 2048, 4, whole=False, stages=3),
+    columns=Tile(1, 1024, 4, whole=False, stages=2),
     multiprocessors=132,
     least_rows=4,
 )
@@ -143,21 +157,27 @@ def block_for(width: int) -> int:
     return 1 << max(0, width - 1).bit_length()
 
 
+@functools.cache
 def forward_tile(settings: Settings, width: int) -> Tile:
     """Return the tile of the forward kernel for rows of this width."""
-    return _tile(settings.forward, settings.looped_forward, width)
+    return _for_width(settings.forward.get(block_for(width), settings.looped_forward), width)
 
 
+@functools.cache
 def backward_tile(settings: Settings, width: int) -> Tile:
     """Return the tile of the backward kernel for rows of this width."""
-    return _tile(settings.backward, settings.columns, width)
+    return _for_width(settings.backward.get(block_for(width), settings.columns), width)
 
 
-def _tile(blocks: dict[int, tuple[int, int]], wider: tuple[int, int], width: int) -> Tile:
-    block = block_for(width)
-    if block in blocks:
-        return Tile(blocks[block][0], block, blocks[block][1])
-    return Tile(1, *wider, whole=False)
+@functools.cache
+def sums_tile(settings: Settings, width: int) -> Tile:
+    """Return the tile of backward's sums over rows of this width, which no block holds."""
+    return _for_width(settings.looped_sums, width)
+
+
+def _for_width(tile: Tile, width: int) -> Tile:
+    # Rows that no vectors are read of would be loaded ahead by single numbers, if at all.
+    return tile if width % ALIGNED == 0 else replace(tile, stages=1)
 
 
 def product_tile(columns: int, dtype: torch.dtype) -> ProductTile:

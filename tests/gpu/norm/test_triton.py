@@ -24,13 +24,10 @@ from layernorm.gpu.launching import recording
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'layernorm[triton]'")
 
-import triton
 
 from layernorm.gpu.norm import backward_kernels, operators
 
 EPS32 = 2.0**-23
-# Bytes that a thread may use for want of registers: none with Triton 3.9, those of two with 3.6.
-STACK = 8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9) else 0
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -291,6 +288,11 @@ print(sum("layernorm" in name for name in names))
     ("rows_of", "kernels"),
     [
         ("norms({})", {"forward", "backward", "row_sums", "sum_parts"}),
+        # What reads most, at the widths that take most shared memory.
+        (
+            "norms({}, (8192, 32768), residual=True)",
+            {"forward", "backward", "row_sums", "sum_parts"},
+        ),
         (
             "recurrent({}, (2048,), ('lstm', 'gru'))",
             {
@@ -305,7 +307,7 @@ print(sum("layernorm" in name for name in names))
             },
         ),
     ],
-    ids=["norms", "recurrent"],
+    ids=["norms", "residual", "recurrent"],
 )
 def test_the_kernels_compile_and_fit_into_registers(architecture, rows_of, kernels):
     done = in_triton(
@@ -315,11 +317,16 @@ def test_the_kernels_compile_and_fit_into_registers(architecture, rows_of, kerne
     assert done.returncode == 0, done.stderr
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     assert {row[0] for row in rows} == kernels
-    for name, _, _, width, warps, registers, stack, shared in rows:
-        assert int(stack) <= STACK, (name, width)
-        # At least one program has room on a multiprocessor, of 65,536 registers and 99 KiB.
-        assert int(registers) * int(warps) * 32 <= 65536, (name, width)
+    for name, of, _, width, _, _, stack, shared, copies, programs in rows:
+        # Some assemblers keep two registers there rather than lose a program for them.
+        assert int(stack) <= 8, (name, width)
+        # At least one program has room on a multiprocessor, and on one that has 99 KiB.
+        assert int(programs) >= 1, (name, width)
         assert int(shared) <= 99 * 1024, (name, width)
+        if of.endswith("layer_norm") and int(width) > 8192:
+            # What waits for memory does so beside another, and a loop's loads are ahead of it.
+            assert int(programs) >= 2, (name, width)
+            assert int(copies) > 0 or name == "sum_parts", (name, width)
 
 
 def test_where_a_tensor_begins_and_how_many_rows_it_has_change_no_program():
@@ -332,7 +339,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from layernorm.gpu.norm import backward_kernels, forward_kernels
 
-constants = dict(CENTRED=True, NESTED=False, WHOLE=True, ROWS=2, BLOCK=1024, CHUNK=256)
+constants = dict(CENTRED=True, NESTED=False, WHOLE=True, ROWS=2, BLOCK=1024, STAGES=2, CHUNK=256)
 for kernel in (forward_kernels.forward, backward_kernels.backward):
     assert kernel.params[kernel.arg_names.index("rows")].do_not_specialize
     codes = set()
@@ -353,7 +360,7 @@ for kernel in (forward_kernels.forward, backward_kernels.backward):
         ptx = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 4}).asm["ptx"]
         body = ptx[ptx.index(".reg") : ptx.index(".section")]
         lines = (line.strip() for line in body.splitlines())
-        codes.add("|".join(line for line in lines if not line.startswith((".loc", "//", "$"))))
+        codes.add("|".join(line for line in lines if not line.startswith((".loc", ".file", "//", "$"))))
     print(len(codes))
 """)
     assert done.returncode == 0, done.stderr

@@ -55,6 +55,7 @@ def row_sums(
     CENTRED: tl.constexpr,
     NESTED: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Compute the means of t = grad·gain, where CENTRED, and of t·n for a row wider than a block."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
@@ -64,7 +65,7 @@ def row_sums(
     column = tl.arange(0, BLOCK)[None, :]
     sum_t = tl.zeros([1, BLOCK], tl.float32)
     sum_tn = tl.zeros([1, BLOCK], tl.float32)
-    for start in range(0, width, BLOCK):
+    for start in tl.range(0, width, BLOCK, num_stages=STAGES):
         mask = start + column < width
         t = tl.load(grad + grad_at[:, None] + start + column, mask, other=0.0).to(tl.float32)
         x = tl.load(input + input_at[:, None] + start + column, mask, other=0.0).to(tl.float32)
@@ -105,6 +106,7 @@ def backward(
     WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Compute the input's gradient over one part of the rows and one block of columns, and that part's sums.
 
@@ -119,7 +121,7 @@ def backward(
         factor = tl.load(gain + column, in_width, other=0.0).to(tl.float32)
     gains = tl.zeros([ROWS, BLOCK], tl.float32)
     biases = tl.zeros([ROWS, BLOCK], tl.float32)
-    for begin in range(0, rows_per_part, ROWS):
+    for begin in tl.range(0, rows_per_part, ROWS, num_stages=STAGES):
         row = part * rows_per_part + begin + tl.arange(0, ROWS)
         here = row < rows
         mask = here[:, None] & in_width

@@ -6,6 +6,7 @@ What a kernel does is decided by which of its tensors are there and by its compi
 - ``WHOLE``: a tile holds whole rows, which are then read once. Else forward loops over a row, and backward
   finds its sums in ``sums``, where ``row_sums`` left them, and takes a part of the columns.
 - ``NESTED``: rows that lie at two strides, else at one.
+- ``STAGES``: of a loop. Triton loads ahead of itself only in loops that say how far.
 
 Statistics and all sums are in float32 and in an order that the parameters decide, never the number of rows.
 """
@@ -69,6 +70,7 @@ def _looped_statistics(
     CENTRED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Return what ``_whole_statistics`` does, for rows wider than a block.
 
@@ -83,15 +85,16 @@ def _looped_statistics(
         shift = row_mean(first, BLOCK)
     mean = tl.zeros([ROWS, BLOCK], tl.float32)
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, width, BLOCK):
+    for start in tl.range(0, width, BLOCK, num_stages=STAGES):
         mask = inside & (start + column < width)
         x = _read(input, residual, total, input_at, residual_at, start + column, mask)
         if CENTRED:
-            x -= shift[:, None]
+            # A lane beyond the row sees its own mean once more, which changes nothing.
+            x = tl.where(mask, x - shift[:, None], mean)
             away = x - mean
             inverse = tl.div_rn(tl.full([1], 1.0, tl.float32), tl.full([1], start // BLOCK + 1, tl.float32))
-            mean += tl.where(mask, away * inverse[:, None], 0.0)
-            squares += tl.where(mask, away * (x - mean), 0.0)
+            mean += away * inverse[:, None]
+            squares += away * (x - mean)
         else:
             squares += x * x
     if CENTRED:
@@ -195,6 +198,7 @@ def forward(
     WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Compute output, sum and statistics of ROWS rows.
@@ -213,7 +217,7 @@ def forward(
         mean, rest, squares = _whole_statistics(x, mask, width, CENTRED)
     else:
         mean, rest, squares = _looped_statistics(
-            input, residual, total, input_at, residual_at, inside, width, CENTRED, ROWS, BLOCK
+            input, residual, total, input_at, residual_at, inside, width, CENTRED, ROWS, BLOCK, STAGES
         )
     variance = tl.div_rn(squares, tl.full([1], width, tl.float32)) + eps
     rstd = tl.div_rn(tl.full([ROWS], 1.0, tl.float32), tl.sqrt_rn(variance))
@@ -260,7 +264,7 @@ def forward(
             CENTRED,
         )
     else:
-        for start in range(0, width, BLOCK):
+        for start in tl.range(0, width, BLOCK, num_stages=STAGES):
             in_width = start + column < width
             part = _read(input, residual, total, input_at, residual_at, start + column, inside & in_width)
             _write(

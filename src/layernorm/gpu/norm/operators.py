@@ -178,9 +178,8 @@ class _Forward(NamedTuple):
             NESTED=self.x.is_nested or self.residual.is_nested,
             WHOLE=tile.whole,
             ROWS=tile.rows,
-            BLOCK=tile.block,
             CHUNK=chunk(tile),
-            num_warps=tile.warps,
+            **tile.options,
             wrap=self.wrap,
         )
 
@@ -234,8 +233,7 @@ class _Backward(NamedTuple):
             **options,
             WHOLE=tile.whole,
             ROWS=tile.rows,
-            BLOCK=tile.block,
-            num_warps=tile.warps,
+            **tile.options,
             wrap=self.wrap,
         )
         found = (grad_gain is not None) + (grad_bias is not None)
@@ -259,7 +257,7 @@ class _Backward(NamedTuple):
     def _row_sums(self, chosen: settings.Settings, options: dict[str, bool]) -> Tensor:
         """Launch the sums over rows that no tile holds whole."""
         sums = self.input.new_empty((2, self.rows), dtype=torch.float32)
-        block, warps = chosen.looped_sums
+        tile = settings.sums_tile(chosen, self.width)
         launch(
             backward_kernels.row_sums,
             (self.rows,),
@@ -274,8 +272,7 @@ class _Backward(NamedTuple):
             *self.grad.places,
             *self.x.places,
             **options,
-            BLOCK=block,
-            num_warps=warps,
+            **tile.options,
             wrap=self.wrap,
         )
         return sums
