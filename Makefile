@@ -8,7 +8,7 @@ BIN := .venv/bin
 PACKAGE := .venv/.package
 INSTALLED := .venv/.installed
 CSRC := $(wildcard csrc/*/*.*)
-CPP := $(CSRC) $(wildcard src/layernorm/gpu/persistent/*.cu*) $(wildcard tests/*/*.cpp tests/gpu/persistent/emulator/*)
+CPP := $(CSRC) $(wildcard src/layernorm/gpu/persistent/*.cu* benchmarks/*/*.cu) $(wildcard tests/*/*.cpp tests/gpu/persistent/emulator/*)
 NATIVE_SOURCES := CMakeLists.txt $(CSRC)
 
 .PHONY: install demo test persistent sanitize gpu wheel lint format docs clean

@@ -46,7 +46,11 @@ def main(commands: Sequence[Command], arguments: Sequence[str] | None = None) ->
 
 def parser(commands: Sequence[Command]) -> Parser:
     """Return the parser of the arguments, which sets ``command`` among others."""
-    found = Parser(prog=PROGRAM, description="The benchmarks that the project publishes.")
+    description = (
+        "The benchmarks that the project publishes; and first_contact, the first minutes on a GPU, which has "
+        f"options of its own ({PROGRAM} first_contact --help)."
+    )
+    found = Parser(prog=PROGRAM, description=description)
     kinds = found.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for command in commands:
         examples = "".join(f"  {PROGRAM} {command.name} {example}\n" for example in command.examples)
