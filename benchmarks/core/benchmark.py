@@ -100,6 +100,7 @@ class Work:
         threads: of the worker.
         only: the one peer whose rows are kept, None for all.
         limit: seconds after which the worker is ended; then ``only`` counts as "timed out".
+        rank: of its value; those of all benchmarks of a command are run in the order of their ranks.
     """
 
     points: Sequence[Any]
@@ -107,6 +108,7 @@ class Work:
     threads: int
     only: str | None = None
     limit: float | None = None
+    rank: int = 0
 
     def fields(self, point: Any) -> dict[str, Any]:
         """Return what the point's rows begin with."""
@@ -256,6 +258,11 @@ class Command:
     examples: tuple[str, ...] = ()
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether it measures on a GPU."""
+        return self.benchmarks[0].on_gpu
+
+    @property
     def peers(self) -> tuple[str, ...]:
         """All peers of the benchmarks."""
         return tuple(dict.fromkeys(name for each in self.benchmarks for name in each.peers))
@@ -284,6 +291,14 @@ def merged(first: Sequence[Any], second: Sequence[Any]) -> tuple[Any, ...]:
             places = [found.index(later) for later in second[index:] if later in found]
             found.insert(min(places, default=len(found)), value)
     return tuple(found)
+
+
+def by_rank(work: Work, rank: Callable[[Any], int]) -> list[Work]:
+    """Return the work in parts, each with the points of a rank, the most valuable first."""
+    parts: dict[int, list[Any]] = {}
+    for point in work.points:
+        parts.setdefault(rank(point), []).append(point)
+    return [replace(work, points=points, rank=number) for number, points in sorted(parts.items())]
 
 
 def plural(count: Any, noun: str) -> str:

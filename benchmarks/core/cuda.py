@@ -82,6 +82,18 @@ def exact_float32() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def as_cudnn() -> Iterator[None]:
+    """Multiply float32 matrices within the block as cuDNN's recurrent layers do, by default in TF32."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
+
+
 def problem() -> str | None:
     """Return why nothing can be measured on a GPU here, None where it can."""
     if not torch.cuda.is_available():

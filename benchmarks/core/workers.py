@@ -55,11 +55,12 @@ def events(module: str, job: Mapping[str, Any], threads: int, limit: float | Non
             stderr=log,
             env=os.environ | _environment(threads),
             text=True,
+            start_new_session=True,
         )
 
         def end() -> None:
             over.set()
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with those that it has started
 
         timer = threading.Timer(limit, end) if limit is not None else None
         if timer is not None:

@@ -87,15 +87,42 @@ def _liger(case: Case) -> _Peer:
 
 
 def _quack(case: Case) -> _Peer:
-    rmsnorm = module("quack").rmsnorm
+    quack = module("quack.rmsnorm")
+    # Its layer norm takes float32 weights alone, and is given them.
+    affine = [tensor.float() for tensor in case.inputs[-2:]]
+
+    def layer_norm(x: Tensor, shape: Any, weight: Tensor, bias: Tensor, eps: float) -> Any:
+        if case.training:
+            return _QuackLayerNorm.apply(x, weight, bias, affine, eps, quack)  # type: ignore[no-untyped-call]
+        return quack.layernorm_fwd(x, *affine, eps)
 
     def rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Any:
-        return rmsnorm(x, weight, eps=eps)
+        return quack.rmsnorm(x, weight, eps=eps)
 
     def add_rms_norm(x: Tensor, residual: Tensor, shape: Any, weight: Tensor, eps: float) -> Any:
-        return rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True)
+        return quack.rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True)
 
-    return _one_of(case, rms_norm=rms_norm, add_rms_norm=add_rms_norm)
+    return _one_of(case, layer_norm=layer_norm, rms_norm=rms_norm, add_rms_norm=add_rms_norm)
+
+
+class _QuackLayerNorm(torch.autograd.Function):
+    """quack's layer norm forward and backward as one function."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, affine: list[Tensor], eps: float, quack: Any
+    ) -> Tensor:
+        output: Tensor
+        output, rstd, mean = quack.layernorm_fwd(x, *affine, eps, return_rstd=True, return_mean=True)
+        ctx.save_for_backward(x, affine[0], rstd, mean)
+        ctx.derivative, ctx.dtype = quack.layernorm_bwd, weight.dtype
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, rstd, mean = ctx.saved_tensors
+        of_x, *of_affine = ctx.derivative(x, weight, grad, rstd, mean)
+        return of_x, *(found.to(ctx.dtype) for found in of_affine), None, None, None
 
 
 def _apex(case: Case) -> _Peer:

@@ -11,12 +11,13 @@ from typing import Any, Final
 import torch
 
 from benchmarks.core import cuda, limits, workers
-from benchmarks.core.benchmark import BASE, OURS, Axis, Benchmark, Work
+from benchmarks.core.benchmark import BASE, OURS, Axis, Benchmark, Work, by_rank
 from benchmarks.core.measuring import NoBaseError, Row, each_point, peer_rows, ready, sample
-from benchmarks.core.subjects import first_line
+from benchmarks.core.subjects import Subject, first_line
 from benchmarks.core.table import significant
+from benchmarks.core.timing import Call, quartiles
 from benchmarks.core.workers import Emit, WorkerError, serve
-from benchmarks.gpu_recurrent.peers import ALONE, PEERS, UNNORMALIZED, is_missing
+from benchmarks.gpu_recurrent.peers import ALONE, PEERS, PERSISTENT, UNNORMALIZED, is_missing
 from benchmarks.recurrent import measure as recurrent
 from benchmarks.recurrent.measure import Expected, Point
 from benchmarks.recurrent.peers import ONLY_IN
@@ -24,10 +25,14 @@ from layernorm import backends, machine
 
 CELLS: Final = ("lstm", "gru")
 #: The peers of every point; the others are measured at few of them, unless they are named.
-EVERYWHERE: Final = (OURS, "layernorm-persistent", BASE, "loop")
+EVERYWHERE: Final = (OURS, PERSISTENT, BASE, "loop")
 #: Those few: their dtype, batch and size. The first call is timed there too, in training.
 FEW: Final = ("bfloat16", 64, 512)
 _BATCHES: Final = (1, 16, 64, 256)
+_VALUED_BATCHES: Final = (16, 64)
+# After the norms: what is compiled at few points, and then the rest.
+_RANK_OF_ALONE: Final = 5
+_RANK_OF_REST: Final = 6
 _HIDDEN: Final = (128, 256, 512, 1024, 2048)
 _STEPS: Final = 512
 _FIRST: Final = (OURS, BASE)
@@ -43,8 +48,7 @@ def measure(job: dict[str, Any], emit: Emit) -> None:
     right = recurrent.right_results(job["device"])
 
     def rows_of(point: Point) -> list[Row]:
-        names = [name for name in job["peers"] if name in EVERYWHERE or job["all"] or _is_one_of_few(point)]
-        names = BENCHMARK.in_mode(names, point.mode)
+        names = BENCHMARK.in_mode(job["peers"], point.mode)
         try:
             with cuda.exact_float32():
                 expected = right(point)
@@ -54,6 +58,8 @@ def measure(job: dict[str, Any], emit: Emit) -> None:
             emit({"note": f"{point.name}: {first_line(error)}"})
             status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "not measured"
             rows = [{**asdict(point), "peer": name, "status": status} for name in names]
+        # An error of the device ends this process, or the points that follow would have it too.
+        cuda.synchronize(job["device"])
         if job["device"] == "cuda":
             torch.cuda.empty_cache()
         return [row | environment for row in rows]
@@ -72,18 +78,25 @@ def _measure(
     training = point.mode == "training"
     with torch.inference_mode(not training):
         case = point.case(device).to(getattr(torch, point.dtype))
-        check = recurrent.check_of(point, case, expected, UNNORMALIZED)
+        check = recurrent.check_of(point, case, expected, UNNORMALIZED, cuda.as_cudnn)
         subjects, problems = ready(point, names, lambda name: PEERS[name](case), check, emit)
         peaks = {name: cuda.peak_bytes(subject, device) for name, subject in subjects.items() if training}
         matrices = case.normalized["weight_ih"], case.normalized["weight_hh"]
         products = cuda.in_graph(limits.products(case.x, *matrices, training), device)
-        samples, others = sample(subjects, {"products": products}, job, cuda.clock(device))
+        forwards = {
+            f"forward of {name}": _forward(made)
+            for name, made in subjects.items()
+            if _has_forward(name, made)
+        }
+        samples, others = sample(subjects, {"products": products} | forwards, job, cuda.clock(device))
 
     def figures(name: str, row: Row) -> Row:
         own, off = samples[name], check.differences[name]
         found = recurrent.layer_figures(subjects[name], off, own, samples["products"])
         peak = peaks.get(name)
         found["peak_bytes"] = "" if peak is None else peak
+        if f"forward of {name}" in samples:
+            found["forward_us"] = significant(1e6 * quartiles(samples[f"forward of {name}"].seconds).median)
         if job["firsts"] and name in _FIRST and training and _is_one_of_few(point):
             found["first_s"] = _first_s(point, name, job, emit)
         return found
@@ -93,9 +106,25 @@ def _measure(
         names,
         problems,
         (samples, others),
-        kernel=lambda name: "persistent" if name == "layernorm-persistent" else _kernel(point, device),
+        kernel=lambda name: "persistent" if name == PERSISTENT else _kernel(point, device),
         figures=figures,
     )
+
+
+def _has_forward(name: str, made: Subject) -> bool:
+    """Return whether forward is timed by itself in training: of this package's two kernels."""
+    return name in (OURS, PERSISTENT) and made.forward is not None
+
+
+def _forward(made: Subject) -> Call:
+    """Return the forward pass of training alone, with the peer's kernel."""
+    forward: Any = made.forward
+
+    def call() -> None:
+        with made.context():
+            forward()
+
+    return call
 
 
 def _kernel(point: Point, device: str) -> str:
@@ -128,22 +157,40 @@ def _first_call(point: Point, peer: str, device: str) -> float:
 
 
 def _plan(works: list[Work], options: argparse.Namespace) -> list[Work]:
+    """Return the work in parts by value; the persistent kernel and what compiles have their own workers.
+
+    Peers that are not everywhere are measured at few points, unless peers are named.
+    """
     (work,) = works
-    alone = [name for name in work.job["peers"] if name in ALONE and not is_missing(name)]
-    job = (
-        dict(work.job)
-        | recurrent.sampling(options)
-        | {
-            "peers": [name for name in work.job["peers"] if name not in alone],
-            "all": options.peers is not None,
-            "firsts": True,
-        }
+    peers = work.job["peers"]
+    alone = [name for name in peers if name in ALONE and not is_missing(name)]
+    job = dict(work.job) | recurrent.sampling(options)
+    found = []
+    for part in by_rank(work, _rank):
+        few = [point for point in part.points if options.peers is not None or _is_one_of_few(point)]
+        for points, names in (
+            ([point for point in part.points if point not in few], [n for n in peers if n in EVERYWHERE]),
+            (few, peers),
+        ):
+            shared = [name for name in names if name not in (PERSISTENT, *alone)]
+            found.append(replace(part, points=points, job=job | {"peers": shared, "firsts": True}))
+        own = replace(part, job=job | {"firsts": False})
+        if PERSISTENT in peers:
+            with_it = dict(own.job) | {"peers": [OURS, BASE, PERSISTENT]}
+            found.append(replace(own, job=with_it, only=PERSISTENT))
+        for name in alone:
+            each = recurrent.in_own_workers(name, [replace(own, points=few)], options.compile_limit)
+            found += [replace(one, rank=_RANK_OF_ALONE) for one in each]
+    return [each for each in found if each.points]
+
+
+def _rank(point: Point) -> int:
+    """Return the place of a point in the order of value; the norms in bfloat16 have 3, in float32 4."""
+    if point.batch not in _VALUED_BATCHES:
+        return _RANK_OF_REST
+    return {("lstm", "bfloat16"): 0, ("gru", "bfloat16"): 1, ("lstm", "float16"): 2}.get(
+        (point.cell, point.dtype), _RANK_OF_REST
     )
-    few = [point for point in work.points if options.peers is not None or _is_one_of_few(point)]
-    own = replace(work, points=few, job=job | {"all": True, "firsts": False})
-    limit = options.compile_limit
-    in_own = [found for name in alone for found in recurrent.in_own_workers(name, [own], limit)]
-    return [replace(work, job=job), *in_own]
 
 
 def _peers_to_name(data: Any) -> list[str] | None:
@@ -175,11 +222,13 @@ peers of recurrent layers:
   flashrnn              FlashRNN's fused kernels, un-normalized, where installed
   torchrl               TorchRL's Triton kernels, un-normalized, where installed
 
-The default grid of the recurrent layers is planned for 10 minutes, --quick for 3 with the norms; no GPU has
-timed them yet. It has {recurrent.BENCHMARK.rounds} rounds at most and these points and peers:
-  - {_listed(CELLS)} over {_STEPS} steps in float32 and bfloat16;
+The default grid of the recurrent layers has these points and peers:
+  - {_listed(CELLS)} over {_STEPS} steps in bfloat16, float16 and float32;
   - the batches {_listed(_BATCHES)} with the sizes {_listed(_HIDDEN)};
   - the peers {_listed(EVERYWHERE)}; the others at {_FEW_TEXT} only.
+The most valuable comes first: the LSTM and then the GRU in bfloat16 at batches 16 and 64, the LSTM in
+float16, the norms in bfloat16 and some in float32, peers that compile, and the rest. No GPU has timed it;
+it takes several runs with --resume.
 Naming --peers measures those at every point: each that compiles takes half a minute or more there, FlashRNN
 and TorchRL longer. The loop in training needs some 40 GB at the largest points.
 """
@@ -194,15 +243,24 @@ BENCHMARK: Final = Benchmark(
         Axis(("cell",), "operator", choices=recurrent.CELLS, default=CELLS, always_shown=True),
         *recurrent.shapes(_BATCHES, _HIDDEN, ((16,), (256, 1024)), _STEPS),
         recurrent.BENCHMARK.axis("mode"),
-        Axis(
-            ("dtype",), "dtypes", choices=("float32", "bfloat16", "float16"), default=recurrent.DTYPES
-        ),  # the innermost: its points have the same numbers
+        # The innermost: its points have the same numbers. cuDNN has kernels for float16 that it has not for
+        # bfloat16.
+        Axis(("dtype",), "dtypes", choices=("bfloat16", "float16", "float32")),
     ),
     peers=tuple(PEERS),
     rounds=recurrent.BENCHMARK.rounds,
     quick_rounds=recurrent.BENCHMARK.quick_rounds,
     # first_s: seconds of the first call in a fresh process. peak_bytes: of memory, in a training call.
-    figures=("difference", "peak_bytes", "compile_s", "first_s", "products_us", "over_products"),
+    # forward_us: the forward pass in training alone.
+    figures=(
+        "difference",
+        "forward_us",
+        "peak_bytes",
+        "compile_s",
+        "first_s",
+        "products_us",
+        "over_products",
+    ),
     options=recurrent.time_options(f"each of the peers {', '.join(ALONE)}"),
     about=_ABOUT,
     on_gpu=True,

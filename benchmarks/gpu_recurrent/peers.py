@@ -163,10 +163,12 @@ def _torchrl(case: Case) -> Subject:
     return compiled(of_function(sequence, _batch_first(case), case.unnormalized))
 
 
+#: The kernel that keeps the weights on the chip. It has a process of its own, which it may end.
+PERSISTENT: Final = "layernorm-persistent"
 #: By name; the order is that of tables.
 PEERS: Final[dict[str, Callable[[Case], Subject]]] = {
     "layernorm": partial(_ours, "layernorm"),
-    "layernorm-persistent": _persistent,
+    PERSISTENT: _persistent,
     "layernorm-recompute": partial(_ours, "layernorm-recompute"),
     "layernorm-none": partial(_ours, "layernorm-none"),
     "torch": recurrent_peers.PEERS["torch"],

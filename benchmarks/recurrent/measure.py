@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
@@ -102,7 +103,13 @@ def right_results(device: str = "cpu") -> Callable[[Point], Expected]:
     return expected
 
 
-def check_of(point: Point, case: Case, expected: Expected, unnormalized: Sequence[str]) -> Check:
+def check_of(
+    point: Point,
+    case: Case,
+    expected: Expected,
+    unnormalized: Sequence[str],
+    judging: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Check:
     """Return the check of a point's peers.
 
     Args:
@@ -110,12 +117,14 @@ def check_of(point: Point, case: Case, expected: Expected, unnormalized: Sequenc
         case: its tensors, in its dtype.
         expected: what is right.
         unnormalized: the peers that compute PyTorch's un-normalized cell.
+        judging: the context in which PyTorch's functions have the precision that the peers have.
     """
 
     def allows(name: str, off: float) -> bool:
         if off <= TOLERANCE[point.dtype]:
             return True
-        judge = PEERS[_JUDGES[name in unnormalized]](case).results()
+        with judging():
+            judge = PEERS[_JUDGES[name in unnormalized]](case).results()
         return off <= 2 * difference(judge, expected[name in unnormalized])
 
     return Check(lambda name: expected[name in unnormalized], allows)

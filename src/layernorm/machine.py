@@ -28,7 +28,7 @@ _GPU_PACKAGES: Final = (
     "torchrl",
 )
 #: The columns of ``gpu``.
-GPU_COLUMNS: Final = ("gpu", "driver", "cuda", *_GPU_PACKAGES)
+GPU_COLUMNS: Final = ("gpu", "capability", "driver", "cuda", *_GPU_PACKAGES)
 _CACHES: Final = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -93,6 +93,7 @@ def gpu() -> dict[str, str]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         found["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        found["capability"] = f"{properties.major}.{properties.minor}"
         found["driver"] = _driver()
         found["cuda"] = torch.version.cuda or ""
         found |= {name: _version(name) for name in _GPU_PACKAGES}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.core import command, report, workers
+from benchmarks.core import filling, report, workers
 from benchmarks.core.outputs import in_checkout
 from benchmarks.core.table import Table, TableError, read
 from benchmarks.norms.measure import BENCHMARK as NORMS
@@ -133,7 +133,7 @@ def test_a_run_keeps_the_other_operators_of_an_earlier_table(tmp_path, monkeypat
         raise workers.WorkerError("the worker was killed")
 
     monkeypatch.setattr(workers, "events", events)
-    monkeypatch.setattr(command, "latest", lambda point, rows, threads: "")
+    monkeypatch.setattr(filling, "latest", lambda point, rows, threads: "")
     failure(capsys, *TINY, "--out", str(tmp_path), code=1)
     assert table_of(NORMS, tmp_path, "operator", "peer") == [
         *(("rms_norm", peer) for peer in ("layernorm", "torch", "jax")),
@@ -190,7 +190,7 @@ def stopped(arguments, signum, rows):
     process.send_signal(signum)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    text = f"interrupted; what was measured is in {table}; go on with --resume"
+    text = f"interrupted; what was measured is in {folder}; go on with --resume"
     assert errors == f"python -m benchmarks: {text}\n"
     assert not (folder / "benchmarks.md").exists()
     return table

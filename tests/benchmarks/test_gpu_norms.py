@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
+from torch.nn import functional as F
 
 from benchmarks.core import cuda, report
 from benchmarks.core.outputs import in_folder
@@ -43,6 +47,33 @@ def test_the_worker_and_the_report(tmp_path, monkeypatch):
         assert text in page
     assert (tmp_path / "bench-gpu-add_rms_norm.png").stat().st_size > 1000
     assert "--sizes 8x64" in page
+
+
+def test_quack_gets_its_weights_in_float32(monkeypatch):
+    def layernorm_fwd(x, weight, bias, eps, return_rstd=False, return_mean=False):
+        assert (weight.dtype, bias.dtype) == (torch.float32, torch.float32)
+        a = x.float()
+        mean, rstd = a.mean(-1), (a.var(-1, correction=0) + eps).rsqrt()
+        output = F.layer_norm(a, weight.shape, weight, bias, eps).to(x.dtype)
+        return (output, rstd, mean) if return_rstd and return_mean else output
+
+    def layernorm_bwd(x, weight, grad, rstd, mean):
+        y = (x.float() - mean[:, None]) * rstd[:, None]
+        a = grad.float() * weight
+        of_x = rstd[:, None] * (a - a.mean(-1, keepdim=True) - y * (a * y).mean(-1, keepdim=True))
+        return of_x.to(x.dtype), (grad.float() * y).sum(0), grad.float().sum(0)
+
+    quack = ModuleType("quack.rmsnorm")
+    quack.layernorm_fwd, quack.layernorm_bwd = layernorm_fwd, layernorm_bwd
+    monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
+    monkeypatch.setitem(sys.modules, "quack.rmsnorm", quack)
+    monkeypatch.setattr(peers, "ROTATED_BYTES", 2**14)
+    chosen = {"operator": ["layer_norm"], "dtypes": ["bfloat16"], "sizes": [(8, 64)]}
+    rows, notes = measured(
+        measure.measure, BENCHMARK.grid(**chosen), ["layernorm", "torch", "quack"], rounds=1, device="cpu"
+    )
+    assert notes == []
+    assert [row["status"] for row in rows] == ["measured"] * 6
 
 
 def test_inputs_rotate_through_more_than_a_cache_holds():

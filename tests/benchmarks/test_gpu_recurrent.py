@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,7 +31,7 @@ EVERYWHERE = list(gpu_recurrent.EVERYWHERE)
 TINY = ("gpu", "--batches", "2", "--steps", "4", "--rounds", "2", "--time", "0.01")
 TINY += ("--peers", "layernorm-persistent,loop")
 ON_CPU = {"device": "cpu", "firsts": False}
-measured_here = partial(measured, gpu_recurrent.measure, **{"all": True} | ON_CPU)
+measured_here = partial(measured, gpu_recurrent.measure, **ON_CPU)
 
 
 def grid(cell, **chosen):
@@ -150,6 +151,37 @@ def test_a_point_without_enough_memory_is_listed_and_the_next_is_measured(monkey
     assert notes == ["gru float32 batch 2 hidden 16 inference: CUDA out of memory."]
 
 
+def test_peers_are_judged_under_the_precision_that_is_measured(monkeypatch):
+    """A peer in TF32 is off by more than float32's tolerance, and by no more than twice the judge in TF32."""
+    matmul, seen = torch.backends.cuda.matmul, []
+    right = recurrent_peers.PEERS["loop"]
+    monkeypatch.setitem(recurrent.TOLERANCE, "float32", 0.0)
+
+    def judge(case):
+        made = right(case)
+
+        def results():
+            seen.append(matmul.allow_tf32)
+            scale = 1.0 + 1e-4 * matmul.allow_tf32
+            return [scale * result for result in made.results()]
+
+        return replace(made, results=results)
+
+    def off(by):
+        made = replace(right(case := point.case()), results=None)
+        return replace(made, results=lambda: [by * result for result in right(case).results()])
+
+    monkeypatch.setitem(recurrent_peers.PEERS, "loop", judge)
+    (point,) = grid("lstm")
+    expected = recurrent.right_results()(point)
+    check = recurrent.check_of(point, point.case(), expected, (), cuda.as_cudnn)
+    check("layernorm", off(1.0 + 1.9e-4))
+    with pytest.raises(RuntimeError, match=r"its results are off by 2\.1e-04"):
+        check("layernorm", off(1.0 + 2.1e-4))
+    assert seen == [False, True, True]  # what is right, and twice the judge
+    assert not matmul.allow_tf32
+
+
 def test_a_point_that_pytorch_cannot_compute_is_listed(monkeypatch):
     def unsupported(case):
         raise RuntimeError("cuDNN has no bfloat16")
@@ -190,43 +222,72 @@ def works(*arguments, benchmark=BENCHMARK):
 
 
 def test_the_default_grid_is_what_the_help_says():
-    main_work, *own = works()
-    assert len(main_work.points) == 2 * 4 * 5 * 2 * 2
-    assert {point.steps for point in main_work.points} == {512}
-    assert main_work.job["all"] is False
-    assert main_work.job["device"] == "cuda"
-    assert set(EVERYWHERE) <= set(main_work.job["peers"])
-    names = [work.only for work in own]
+    found = works()
+    shared = [work for work in found if work.only is None]
+    points = [point for work in shared for point in work.points]
+    assert len(points) == len(set(points)) == 2 * 4 * 5 * 2 * 3
+    assert {point.steps for point in points} == {512}
+    assert {work.job["device"] for work in found} == {"cuda"}
     missing = [name for name in peers.KERNELS if peers.is_missing(name)]
-    assert list(dict.fromkeys(names)) == [n for n in peers.ALONE if n not in missing]
-    assert set(missing) <= set(main_work.job["peers"])  # which says that they are
-    few = {(work.points[0].dtype, work.points[0].batch, work.points[0].hidden) for work in own}
-    assert few == {gpu_recurrent.FEW}
-    assert names.count("scan") == 4
-    assert own[0].job["peers"] == ["layernorm", "torch", own[0].only]
+    for work in shared:
+        few = {(point.dtype, point.batch, point.hidden) for point in work.points} == {gpu_recurrent.FEW}
+        names = [name for name in EVERYWHERE if name != peers.PERSISTENT]
+        # Those that are missing are listed, and those that compile have workers of their own.
+        more = ["layernorm-recompute", "layernorm-none", *missing] if few else []
+        assert set(work.job["peers"]) == {*names, *more}
+        assert work.job["firsts"]
+    persistent = [work for work in found if work.only == peers.PERSISTENT]
+    assert {point for work in persistent for point in work.points} == set(points)
+    assert all(work.job["peers"] == ["layernorm", "torch", work.only] for work in persistent)
+    own = [work for work in found if work.only in peers.ALONE]
+    assert [work.only for work in own].count("scan") == 4
+    assert {work.only for work in own} == set(peers.ALONE) - set(missing)
+    assert all((p.dtype, p.batch, p.hidden) == gpu_recurrent.FEW for work in own for p in work.points)
     assert not own[0].job["firsts"]
+
+
+def test_named_peers_are_measured_at_every_point():
     named = works("--peers", "scan", "--batches", "1", "--hidden", "8", "--compile-limit", "7")
-    assert [(len(work.points), work.only, work.limit) for work in named[1:]] == [(1, "scan", 7.0)] * 8
-    assert named[0].job["all"]
-    assert len(works("--quick")) == 1
+    assert [(len(work.points), work.only, work.limit) for work in named if work.points][1:] == [
+        (1, "scan", 7.0)
+    ] * 12
+    assert {work.only for work in works("--quick")} >= {None, peers.PERSISTENT}
+
+
+def test_the_most_valuable_comes_first():
+    every = [
+        (work, point)
+        for each in COMMAND.benchmarks
+        for work in works(benchmark=each)
+        for point in work.points
+    ]
+    every.sort(key=lambda pair: pair[0].rank)
+    order = dict.fromkeys(
+        (getattr(point, "cell", None) or "norms", point.dtype, work.only in peers.ALONE)
+        for work, point in every
+        if getattr(point, "batch", 16) in (16, 64)
+    )
+    compiled = [(cell, "bfloat16", True) for cell in ("lstm", "gru")]
+    assert list(order)[:7] == [
+        *(("lstm", "bfloat16", False), ("gru", "bfloat16", False), ("lstm", "float16", False)),
+        *(("norms", "bfloat16", False), ("norms", "float32", False), *compiled),
+    ]
+    first = [point.hidden for work, point in every if (work.rank, work.only) == (0, None)]
+    assert set(first) == {128, 256, 512, 1024, 2048}
 
 
 def test_the_options_choose_norms_or_recurrent_layers():
     def counts(*arguments):
-        return [len(works(*arguments, benchmark=each)[0].points) for each in COMMAND.benchmarks]
+        return [
+            len({point for work in works(*arguments, benchmark=each) for point in work.points})
+            for each in COMMAND.benchmarks
+        ]
 
-    assert counts() == [2 * 2 * 2 * 6, 160]
-    assert counts("--operator", "rms_norm") == [24, 0]
-    assert counts("--operator", "rnn") == [0, 80]
-    assert counts("--operator", "rnn,rms_norm", "--modes", "inference") == [0, 40]
-    assert counts("--operator", "rnn,rms_norm", "--modes", "training", "--quick") == [4, 4]
-
-
-def test_peers_that_are_not_named_are_measured_at_few_points(monkeypatch):
-    monkeypatch.setattr(gpu_recurrent, "FEW", ("float32", 2, 8))
-    rows, _ = measured_here(grid("lstm", hidden=[8, 16]), [*EVERYWHERE, "layernorm-none"], all=False)
-    assert [row["peer"] for row in rows[:5]] == [*EVERYWHERE, "layernorm-none"]
-    assert [row["peer"] for row in rows[5:]] == EVERYWHERE
+    assert counts() == [2 * 2 * 2 * 8, 240]
+    assert counts("--operator", "rms_norm") == [32, 0]
+    assert counts("--operator", "rnn") == [0, 120]
+    assert counts("--operator", "rnn,rms_norm", "--modes", "inference") == [0, 60]
+    assert counts("--operator", "rnn,rms_norm", "--modes", "training", "--quick") == [4, 6]
 
 
 def on_cpu(benchmark):
@@ -244,22 +305,26 @@ def main_on_cpu(*arguments):
 
 
 def test_the_command_writes_table_picture_and_page_and_goes_on(tmp_path, capsys):
-    arguments = [*TINY, "--operator", "lstm", "--out", str(tmp_path)]
+    arguments = [*TINY, "--operator", "lstm", "--out", str(tmp_path), "--dtypes", "bfloat16,float32"]
     assert main_on_cpu(*arguments, "--hidden", "8") == 0
     image = "bench-gpu-recurrent.png"
     assert {p.name for p in tmp_path.iterdir()} == {"gpu_recurrent.csv", image, "benchmarks.md"}
     path = tmp_path / "gpu_recurrent.csv"
     rows = table_of(BENCHMARK, tmp_path)
-    assert [(row["mode"], row["dtype"], row["peer"]) for row in rows] == [
-        (mode, dtype, peer) for mode in recurrent.MODES for dtype in recurrent.DTYPES for peer in EVERYWHERE
-    ]
+    found = [(row["mode"], row["dtype"], row["peer"]) for row in rows]
+    dtypes = ("bfloat16", "float32")
+    assert sorted(found) == sorted(itertools.product(recurrent.MODES, dtypes, EVERYWHERE))
+    timed = {row["peer"] for row in rows if row["mode"] == "training" and row["forward_us"]}
+    assert timed == {"layernorm"}
     assert {row["status"] for row in rows} == {"measured", "not supported"}
     text = capsys.readouterr().out
-    assert "[4/4] lstm bfloat16 batch 2 hidden 8 training, 1 thread: " in text
+    assert "[8/8] lstm float32 batch 2 hidden 8 training, 1 thread: layernorm-persistent not sup" in text
     assert "\nlstm, training, bfloat16: speed over torch.nn, un-normalized " in text
     page = (tmp_path / "benchmarks.md").read_text()
     start = "python -m benchmarks gpu --operator lstm --batches 2 --hidden 8 --steps 4 "
-    assert f"{start}--rounds 2\n" in page  # peers that every point has need not be named
+    assert (
+        f"{start}--dtypes bfloat16,float32 --rounds 2\n" in page
+    )  # peers that every point has need not be named
     assert "## Recurrent networks on a GPU" in page
     assert f"]({image})" in page
     before = path.read_text().splitlines()

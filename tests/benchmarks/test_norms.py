@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.core import command, report
+from benchmarks.core import filling, report
 from benchmarks.core.outputs import in_checkout
 from benchmarks.core.subjects import Subject
 from benchmarks.norms import measure, peers
@@ -98,9 +98,9 @@ def test_a_peer_that_is_missing_cannot_or_fails_is_listed(monkeypatch):
     assert notes[0] == "layer_norm float32 3×16 forward: torch.compile failed: its results are off by 1.0e+00"
     assert "1 results, expected 4" in notes[1]
     rows = [{**row, "threads": 1, "other_cpus": 0.25} for row in forward]
-    line = command.latest("here", rows, 1)
+    line = filling.latest("here", rows, 1)
     assert line.endswith("; other work took 0.2 CPUs, so these times are off")
-    line = command.latest("here", [{**row, "other_cpus": ""} for row in rows], 1)
+    line = filling.latest("here", [{**row, "other_cpus": ""} for row in rows], 1)
     assert line.endswith("torch.compile failed; jax not installed; onnxruntime not installed")
 
 

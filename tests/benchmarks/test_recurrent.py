@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.core import limits, workers
-from benchmarks.core.command import latest
+from benchmarks.core.filling import latest
 from benchmarks.core.memory import bytes_of, kept_for_backward
 from benchmarks.core.subjects import Subject, difference
 from benchmarks.core.timing import Samples
@@ -117,6 +117,22 @@ def test_the_limit_has_the_work_that_the_point_says(mode):
         call()
     assert counter.get_total_flops() == pytest.approx(1e9 * point.gflop)
     assert GATES["gru"] == 3
+
+
+def test_the_limit_multiplies_no_zeros(monkeypatch):
+    factors = []
+    multiply = torch.mm
+
+    def mm(a, b, *, out):
+        factors.extend((a, b))
+        return multiply(a, b, out=out)
+
+    case = make_case("gru", 4, 16, 5, True)
+    call = limits.products(case.x, case.normalized["weight_ih"], case.normalized["weight_hh"], True)
+    monkeypatch.setattr(torch, "mm", mm)
+    call()
+    assert len(factors) == 2 * (1 + 5 + 5 + 1 + 2)
+    assert all(t.count_nonzero() == t.numel() for t in factors)
 
 
 def test_reading_is_timed_without_the_call():
