@@ -11,7 +11,8 @@ CSRC := $(wildcard csrc/*/*.*)
 CPP := $(CSRC) $(wildcard src/layernorm/gpu/persistent/*.cu* benchmarks/*/*.cu) $(wildcard tests/*/*.cpp tests/gpu/persistent/emulator/*)
 NATIVE_SOURCES := CMakeLists.txt $(CSRC)
 
-.PHONY: install demo test persistent sanitize gpu wheel lint format docs clean
+.PHONY: install demo test persistent sanitize wheel lint format docs clean
+.PHONY: gpu gpu-contact gpu-tests gpu-checks gpu-checks-of-tests gpu-benchmarks
 
 install: $(INSTALLED)
 
@@ -70,18 +71,39 @@ sanitize: install
 		$(wildcard tests/recurrent/test_recurrent_*.py) $(addprefix tests/recurrent/test_,activations.py gates.py resets.py spec.py) \
 		$(wildcard tests/streaming/test_streaming*.py) tests/ops/test_extension.py -k 'not (interpreted or looped or test_float32 or opcheck or both_orders or leaks)'
 
-# Where there is a GPU: its tests, again under NVIDIA's checkers of memory and races where
-# they are installed, and the benchmark, which writes the published files.
-GPU_TESTS := $(BIN)/python -m pytest tests/norms/test_norm_kernels.py tests/gpu $(wildcard tests/benchmarks/test_gpu*.py)
-gpu: install
-	TRITON_INTERPRET=0 $(GPU_TESTS) -k 'on_gpu or gpu' -W default
-	@for tool in memcheck racecheck; do command -v compute-sanitizer > /dev/null || continue; \
-		check="compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all $(BIN)/python -m pytest"; \
-		export TRITON_INTERPRET=0 LAYERNORM_TIME_LIMIT=600; \
+# Where there is a GPU, with a Python that has PyTorch and Triton, and pytest if the tests are to run: nothing is
+# installed. Results go to OUT. Parts are targets too, of less than ten minutes each but for the last; one that
+# fails does not stop the others. The checkers run the persistent kernels by a stage of the first contact.
+OUT ?= build/gpu
+GPU := CUBLAS_WORKSPACE_CONFIG=:4096:8 TRITON_INTERPRET=0 PYTHONPATH=$(CURDIR)/src:$(CURDIR)
+option = $(shell $(PYTHON) -c 'import importlib.util as u; print(u.find_spec("$(1)") and "$(2)" or "")')
+GPU_PYTEST = $(PYTHON) -m pytest -o filterwarnings=default $(call option,pytest_timeout,--timeout 100)
+GPU_TESTS := tests/norms/test_norm_kernels.py tests/gpu $(wildcard tests/benchmarks/test_gpu_[nr]*.py)
+gpu:
+	@$(MAKE) --keep-going --no-print-directory gpu-contact gpu-tests gpu-checks gpu-benchmarks gpu-checks-of-tests
+gpu-contact:
+	$(GPU) $(PYTHON) -m benchmarks first_contact --out $(OUT)
+gpu-tests:
+	@mkdir -p $(OUT)
+	$(GPU) timeout 540 $(GPU_PYTEST) $(call option,xdist,-n 12) $(GPU_TESTS) -k 'on_gpu or gpu' > $(OUT)/tests.txt 2>&1; \
+		code=$$?; tail -n 3 $(OUT)/tests.txt; exit $$code
+gpu-checks:
+	@mkdir -p $(OUT)/sanitizers
+	@export $(GPU) LAYERNORM_TIME_LIMIT=60; code=0; for tool in memcheck racecheck synccheck; do \
+		command -v compute-sanitizer > /dev/null || continue; \
+		check="compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all"; \
+		for cell in lstm gru; do \
+			timeout 90 $$check $(PYTHON) -m benchmarks.first_contact.stages --only-right --hidden 256 --batches 9 \
+				persistent:$$cell:bfloat16 > $(OUT)/sanitizers/$$tool-$$cell.txt 2>&1 || code=1; \
+			tail -n 1 $(OUT)/sanitizers/$$tool-$$cell.txt; done; done; exit $$code
+gpu-checks-of-tests:
+	@for tool in memcheck racecheck; do command -v compute-sanitizer > /dev/null || continue; export $(GPU) LAYERNORM_TIME_LIMIT=600; \
+		check="compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all $(GPU_PYTEST)"; \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $$check tests/norms/test_norm_kernels.py \
 			-k 'on_gpu and (1025 or add_forms or strides)' && \
 		$$check tests/gpu/recurrent -m sanitized || exit 1; done
-	$(BIN)/python -m benchmarks gpu
+gpu-benchmarks:
+	$(GPU) $(PYTHON) -m benchmarks gpu --out $(OUT) --resume
 
 # One wheel for every Python from 3.11 and every PyTorch, on Linux with glibc 2.28 (2018) or newer. Built anew,
 # and the same bytes each time.
