@@ -6,6 +6,7 @@ The parent calls ``events``; the module that it names ends with ``serve(measure)
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ import torch
 #: The checkout, which workers find whatever the current folder is.
 ROOT: Final = Path(__file__).resolve().parents[2]
 Event = dict[str, Any]
+_END_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG
 Emit = Callable[[Event], None]
 
 
@@ -82,8 +84,10 @@ def events(module: str, job: Mapping[str, Any], threads: int, limit: float | Non
 
 def serve(measure: Callable[[dict[str, Any], Emit], None]) -> None:
     """Be the worker: read the job, limit the threads, and call ``measure(job, emit)``."""
-    # Ctrl-C reaches every process of the terminal; the parent decides what it means.
+    # Ctrl-C may reach it; the parent decides what that means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # nor does a worker, or the worker of one, outlive whoever wanted its figures
+        ctypes.CDLL(None).prctl(_END_WITH_PARENT, signal.SIGKILL)
     # Whatever libraries print must not get between the events.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as channel:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -144,7 +144,7 @@ def cudnn(setting: Setting) -> None:
                     lstm(x)
 
             def training(lstm: Any = lstm, x: Tensor = x, grad: Tensor = case.grad) -> None:
-                lstm(x)[0].backward(grad)
+                torch.autograd.grad(lstm(x)[0], (x, *lstm.parameters()), grad)
 
             us = {"inference": setting.a_step(inference), "training": setting.a_step(training)}
             at = {"dtype": str(dtype).removeprefix("torch."), "hidden": hidden, "batch": batch}

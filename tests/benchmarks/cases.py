@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -106,6 +107,23 @@ def table_of(benchmark: Benchmark, folder: Path, *names: str) -> list[Any]:
     """Return the rows that a run has written: their cells of these columns, or all of them."""
     rows = read(folder / f"{benchmark.name}.csv", benchmark.columns)
     return [tuple(row[name] for name in names) for row in rows] if names else rows
+
+
+def is_running(pid: int) -> bool:
+    """Return whether there is a process that has not ended, even if nobody has asked how it did."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def ends(pid: int) -> bool:
+    """Return whether a process ends within a time that a busy machine may take."""
+    deadline = monotonic() + 30
+    while is_running(pid) and monotonic() < deadline:
+        sleep(0.02)
+    return not is_running(pid)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

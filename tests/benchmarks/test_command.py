@@ -21,7 +21,7 @@ from benchmarks.core.table import Table, TableError, read
 from benchmarks.norms.measure import BENCHMARK as NORMS
 from benchmarks.registry import BENCHMARKS, COMMANDS
 from layernorm import machine
-from tests.benchmarks.cases import failure, refusal, rows_of_point, table_of, write_table
+from tests.benchmarks.cases import ends, failure, is_running, refusal, rows_of_point, table_of, write_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = ("norms", "--sizes", "4x8", "--threads", "1", "--peers", "layernorm,torch")
@@ -171,6 +171,24 @@ def test_the_limit_of_a_worker_ends_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(workers.TimedOutError, match=r"took longer than 0\.5 seconds"):
         list(workers.events("endless", {}, 1, limit=0.5))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_worker_ends_with_whoever_started_it(tmp_path):
+    code = "import os, time\nfrom benchmarks.core.workers import serve\n"
+    code += "def measure(job, emit):\n    emit({'pid': os.getpid()})\n    time.sleep(600)\nserve(measure)\n"
+    (tmp_path / "endless.py").write_text(code)
+    code = "from benchmarks.core import workers\nfor event in workers.events('endless', {}, 1):\n"
+    code += "    print(event['pid'], flush=True)\n"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        worker = int(parent.stdout.readline())
+        assert is_running(worker)
+        parent.kill()
+    assert ends(worker)
 
 
 def stopped(arguments, signum, rows):

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.core import command, filling, progress, workers
 from benchmarks.core.outputs import in_folder
+from benchmarks.gpu_norms.measure import BENCHMARK as NORMS
 from benchmarks.gpu_norms.measure import COMMAND
 from benchmarks.gpu_recurrent.measure import BENCHMARK
 from tests.benchmarks.cases import options_of, table_of
@@ -27,10 +28,11 @@ class Workers:
 
     def events(self, module, job, threads, limit):
         peers = job["peers"]
-        self.jobs.append((PERSISTENT in peers, [point["hidden"] for point in job["points"]]))
+        sizes = [point.get("hidden", module) for point in job["points"]]
+        self.jobs.append((PERSISTENT in peers, sizes))
         for index, point in enumerate(job["points"]):
             yield {"point": index}
-            if (PERSISTENT in peers, point["hidden"]) == self._at:
+            if (PERSISTENT in peers, sizes[index]) == self._at:
                 self._happen(limit)
             yield {"rows": [{**point, "threads": threads, "peer": peer, "status": "ok"} for peer in peers]}
 
@@ -122,6 +124,31 @@ def test_the_limit_of_a_worker_is_what_is_left(fill):
     first, second = found.jobs
     assert 19.0 < first <= 20.0
     assert second <= first - 0.3
+
+
+def test_the_works_of_all_tables_are_run_by_their_rank(tmp_path, monkeypatch):
+    found = Workers(None, None)
+    monkeypatch.setattr(workers, "events", found.events)
+    monkeypatch.setattr(filling, "latest", lambda point, rows, threads: point)
+    arguments = (
+        "gpu",
+        "--operator",
+        "layer_norm,lstm",
+        "--batches",
+        "1,16",
+        "--hidden",
+        "8",
+        "--sizes",
+        "8x8",
+    )
+    options = options_of(
+        *arguments, "--dtypes", "bfloat16", "--peers", "torch", "--modes", "forward,inference"
+    )
+    filling.fill(COMMAND.benchmarks, options, in_folder(tmp_path), None)
+    # The LSTM at batch 16, the norm, and the rest.
+    assert found.jobs == [(False, [8]), (False, ["benchmarks.gpu_norms.measure"]), (False, [8])]
+    assert [row[0] for row in table_of(BENCHMARK, tmp_path, "batch", "peer")] == ["16", "16", "1", "1"]
+    assert len(table_of(NORMS, tmp_path)) == 2
 
 
 def test_a_machine_with_pytorch_alone_gets_tables_and_no_page(tmp_path, monkeypatch, capsys):

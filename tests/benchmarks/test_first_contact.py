@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from benchmarks.__main__ import main
 from benchmarks.core.workers import ROOT
 from benchmarks.first_contact import first_contact, stages
 from benchmarks.first_contact.figures import off
+from tests.benchmarks.cases import ends
 
 PROGRAM = ROOT / "benchmarks/first_contact/first_contact.py"
 #: A program whose stages fail in every way that one on a GPU has.
@@ -57,14 +57,6 @@ def failing(tmp_path, monkeypatch):
     return partial(first_contact.run_stages, command=[sys.executable, str(tmp_path / "failing.py")])
 
 
-def is_running(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
 def test_a_stage_that_fails_leaves_the_others_alone(failing, tmp_path, capsys):
     names = ("error", "hang", "crash", "noise", "good")
     began = time.monotonic()
@@ -74,13 +66,13 @@ def test_a_stage_that_fails_leaves_the_others_alone(failing, tmp_path, capsys):
     found = lines(tmp_path / "out")
     assert [line["stage"] for line in found if "figure" in line] == list(names)
     crash = -signal.SIGSEGV
-    ends = {"error": 1, "hang": "took longer than 3 s", "crash": crash, "noise": 0, "good": 0}
-    assert statuses(tmp_path / "out") == ends
+    expected = {"error": 1, "hang": "took longer than 3 s", "crash": crash, "noise": 0, "good": 0}
+    assert statuses(tmp_path / "out") == expected
     (error,) = (line["error"] for line in found if line.get("status") == 1)
     assert error.rstrip().endswith("ValueError: illegal memory access")
     assert [line["text"] for line in found if "text" in line] == ["noise", "3", "[1, 2"]
     (child,) = (line["child"] for line in found if "child" in line)
-    assert not is_running(child)
+    assert ends(child)
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == found
 
 
@@ -88,8 +80,8 @@ def test_the_whole_ends_within_its_budget(failing, tmp_path):
     began = time.monotonic()
     failing({"hang": 60.0, "good": 60.0}, out=tmp_path / "out", budget=6.0)
     assert time.monotonic() - began < 6.0 + 1.0  # and what a busy machine takes to start a process
-    ends = {"hang": "took longer than 4 s", "good": "no time was left"}
-    assert statuses(tmp_path / "out") == ends
+    expected = {"hang": "took longer than 4 s", "good": "no time was left"}
+    assert statuses(tmp_path / "out") == expected
 
 
 def test_a_figure_is_on_disk_before_its_stage_ends_and_a_signal_ends_both(tmp_path):
@@ -111,10 +103,7 @@ def test_a_figure_is_on_disk_before_its_stage_ends_and_a_signal_ends_both(tmp_pa
         assert process.wait(60) == 143
     figure, child = lines(out)
     assert figure == {"stage": "hang", "figure": 1}
-    deadline = time.monotonic() + 10
-    while is_running(child["child"]) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not is_running(child["child"])
+    assert ends(child["child"])
 
 
 def test_the_program_needs_python_alone():
