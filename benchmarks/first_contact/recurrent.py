@@ -147,7 +147,13 @@ def cudnn(setting: Setting) -> None:
                 torch.autograd.grad(lstm(x)[0], (x, *lstm.parameters()), grad)
 
             us = {"inference": setting.a_step(inference), "training": setting.a_step(training)}
-            at = {"dtype": str(dtype).removeprefix("torch."), "hidden": hidden, "batch": batch}
+            at: dict[str, Any] = {
+                "dtype": str(dtype).removeprefix("torch."),
+                "hidden": hidden,
+                "batch": batch,
+            }
+            if dtype == torch.float32:
+                at["precision"] = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
             setting.emit(**at, us_a_step=us, kernels=_kernels(inference, setting))
 
 

@@ -99,6 +99,7 @@ def test_a_figure_is_on_disk_before_its_stage_ends_and_a_signal_ends_both(tmp_pa
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not (file.is_file() and file.read_text().count("\n") == 2):
             time.sleep(0.02)
+        assert file.read_text().count("\n") == 2
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
     figure, child = lines(out)
