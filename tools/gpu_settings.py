@@ -36,10 +36,11 @@ Row = Mapping[str, str]
 
 
 def faster(rows: Iterable[Row]) -> dict[tuple[str, str], int]:
-    """Return the norms that are as fast as PyTorch's, each with the bytes of input from which on.
+    """Return the norms that are as fast as PyTorch's, each with the bytes of a row from which on.
 
-    A norm is one if it is that in forward and training at each measured size of 8 MiB and more. The bytes are
-    the smallest measured size from which on that holds.
+    They are the bytes of the narrowest measured row from which on the norm is at least as fast in forward and
+    training, at each measured input of 8 MiB and more: smaller ones are bound by the launch, and a row's
+    kernel must not depend on how many rows come with it.
     """
     shapes: dict[tuple[str, str], dict[tuple[int, int], dict[str, float]]] = {}
     for row in rows:
@@ -49,15 +50,15 @@ def faster(rows: Iterable[Row]) -> dict[tuple[str, str], int]:
             of_norm.setdefault((int(row["rows"]), int(row["width"])), {})[row["mode"]] = ratio
     found = {}
     for (operator, dtype), ratios in shapes.items():
-        sizes = {shape: shape[0] * shape[1] * _BYTES[dtype] for shape in ratios}
-        slow = [
-            sizes[shape]
+        large = {
+            shape: of_mode.keys() == _NORM_MODES and min(of_mode.values()) >= 1.0
             for shape, of_mode in ratios.items()
-            if of_mode.keys() != _NORM_MODES or min(of_mode.values()) < 1.0
-        ]
-        fast = [size for size in sizes.values() if size > max(slow, default=0)]
-        if fast and max(slow, default=0) < LEAST_BYTES <= max(fast):
-            found[operator, dtype] = min(fast)
+            if shape[0] * shape[1] * _BYTES[dtype] >= LEAST_BYTES
+        }
+        slow = max((width for (_, width), is_fast in large.items() if not is_fast), default=0)
+        fast = [width for _, width in large if width > slow]
+        if fast:
+            found[operator, dtype] = min(fast) * _BYTES[dtype]
     return found
 
 
