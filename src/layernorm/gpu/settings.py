@@ -71,10 +71,9 @@ def _whole(up_to: int, stages: int) -> dict[int, Tile]:
     }
 
 
-# Forward a row of 8,192 has 32 elements a thread: two programs have room on a multiprocessor, and one
-# computes while the other waits. Of wider rows more are on their way in blocks of 2,048, three stages deep,
-# than in a whole row whose program has a multiprocessor to itself, and what is read again comes from the
-# cache.
+# Forward a row of 8,192 has 32 elements a thread: so a multiprocessor has room for two programs, of which one
+# computes while the other waits. Of wider rows more is on its way in blocks of 2,048, three stages deep, than
+# in a whole row whose program has a multiprocessor to itself; what is read again comes from the cache.
 DEFAULT: Final = Settings(
     forward=_whole(4096, 1) | {8192: Tile(1, 8192, 8)},
     backward=_whole(8192, 2),
