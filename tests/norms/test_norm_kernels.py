@@ -248,6 +248,7 @@ def test_tensors_written_past_the_caches_have_the_same_bits(capability, dtype):
         )
 
 
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("native")
 def test_the_same_bits_for_any_number_of_threads(dtype):
@@ -374,6 +375,7 @@ def test_large_offsets_lose_what_the_inputs_rounding_lost_and_no_more(capability
         assert (error <= 4 * 2**-23 * np.maximum(1, np.abs(y))).all()
 
 
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dims", [1, 2])
 @pytest.mark.usefixtures("native")
 def test_any_strides_without_a_copy(dims):

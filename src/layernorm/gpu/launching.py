@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
 
@@ -63,10 +63,10 @@ def launch(
     if wrap is not None:
         wrap(kernel)[grid](*arguments, **options)
         return
-    device: AbstractContextManager[Any] = nullcontext()
-    if on.is_cuda and on.device.index != torch.cuda.current_device():
-        device = torch.cuda.device(on.device)
-    with device:
+    if not on.is_cuda or on.device.index == torch.cuda.current_device():
+        kernel[grid](*arguments, **options)
+        return
+    with torch.cuda.device(on.device):
         kernel[grid](*arguments, **options)
 
 
@@ -116,5 +116,6 @@ def is_aligned(tensor: Tensor) -> bool:
 
 def aligned(tensor: Tensor) -> Tensor:
     """Return the tensor if it is contiguous and aligned, else a copy that is."""
-    tensor = tensor.contiguous()
-    return tensor if is_aligned(tensor) else tensor.clone()
+    if tensor.is_contiguous() and is_aligned(tensor):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)

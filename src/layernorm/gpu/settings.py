@@ -37,7 +37,13 @@ class Tile:
     @functools.cached_property
     def options(self) -> dict[str, Any]:
         """What the kernels take."""
-        return {"BLOCK": self.block, "STAGES": self.stages, "num_warps": self.warps}
+        return {
+            "WHOLE": self.whole,
+            "ROWS": self.rows,
+            "BLOCK": self.block,
+            "STAGES": self.stages,
+            "num_warps": self.warps,
+        }
 
 
 @dataclass(frozen=True, eq=False)

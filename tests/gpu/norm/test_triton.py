@@ -252,8 +252,10 @@ def test_traced_programs_hold_the_kernels_themselves():
     # Liger-Kernel#871. What torch.compile sees, on tensors that need no GPU.
     done = in_triton("""
 import torch
+from torch._dynamo.source import ConstantSource
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 import layernorm
@@ -264,23 +266,31 @@ class Driver:
 
 def function(x, residual, weight):
     ops = torch.ops.layernorm
-    output, total, stats = ops.norm_forward(x, residual, [64], weight, None, 1e-5, False)
+    shape = [x.size(-1)]
+    output, total, stats = ops.norm_forward(x, residual, shape, weight, None, 1e-5, False)
     grads = ops.norm_backward(
-        output, None, total, stats, [64], weight, None, False, [True, True, False]
+        output, None, total, stats, shape, weight, None, False, [True, True, False]
     )
-    return ops.layer_norm(grads[0], [64], None, None, 1e-5), grads[1]
+    return ops.layer_norm(grads[0], shape, None, None, 1e-5), grads[1]
 
 driver.set_active(Driver())
-with FakeTensorMode(), torch.no_grad():
-    tensors = [torch.empty(*s, device="cuda") for s in ((6, 64), (6, 64), (64,))]
-    graph = aot_export_joint_simple(function, tensors, trace_joint=False)
-names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-print(sum("triton_kernel_wrapper_functional" in name for name in names))
-print(sum("layernorm" in name for name in names))
+shapes = ShapeEnv()
+
+def unknown(size):
+    symbol = shapes.create_symbol(size, ConstantSource(f"size_{size}"), DimDynamic.DYNAMIC)
+    return shapes.create_symintnode(symbol, hint=size)
+
+for rows, width in ((6, 64), (unknown(6), unknown(64))):
+    with FakeTensorMode(shape_env=shapes), torch.no_grad():
+        tensors = [torch.empty(*s, device="cuda") for s in ((rows, width), (rows, width), (width,))]
+        graph = aot_export_joint_simple(function, tensors, trace_joint=False)
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    print(sum("triton_kernel_wrapper_functional" in name for name in names))
+    print(sum("layernorm" in name for name in names))
 """)
     assert done.returncode == 0, done.stderr
     # Two norms forward; backward those of the input and a sum of parts.
-    assert done.stdout.split() == ["4", "0"]
+    assert done.stdout.split() == ["4", "0"] * 2
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])

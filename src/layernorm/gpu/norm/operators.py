@@ -7,6 +7,7 @@ gradient has the same bits each time.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -58,6 +59,7 @@ def norm_forward(
     Raises:
         RuntimeError: a tensor has another shape, dtype or device.
     """
+    normalized_shape = tuple(normalized_shape)
     leading, rows, width = _sizes(input, normalized_shape)
     gain = _parameter("weight", weight, input, normalized_shape)
     offset = _parameter("bias", bias, input, normalized_shape)
@@ -107,13 +109,14 @@ def norm_backward(
     Raises:
         RuntimeError: a tensor has another shape, dtype or device.
     """
+    normalized_shape = tuple(normalized_shape)
     leading, rows, width = _sizes(input, normalized_shape)
     _check("grad", grad, input, input.shape)
     if grad_sum is not None:
         _check("grad_sum", grad_sum, input, input.shape)
     if wanted[2] and not centred:
         raise RuntimeError("layernorm: RMS norm has no bias")
-    if tuple(stats.shape) != (2 if centred else 1, rows) or stats.dtype != torch.float32:
+    if stats.shape != (2 if centred else 1, rows) or stats.dtype != torch.float32:
         raise RuntimeError("layernorm: stats must be those that norm_forward returned")
     gain = _parameter("weight", weight, input, normalized_shape)
     offset = _parameter("bias", bias, input, normalized_shape)
@@ -176,8 +179,6 @@ class _Forward(NamedTuple):
             *self.residual.places,
             CENTRED=self.centred,
             NESTED=self.x.is_nested or self.residual.is_nested,
-            WHOLE=tile.whole,
-            ROWS=tile.rows,
             CHUNK=chunk(tile),
             **tile.options,
             wrap=self.wrap,
@@ -231,8 +232,6 @@ class _Backward(NamedTuple):
             *self.grad_sum.places,
             *self.x.places,
             **options,
-            WHOLE=tile.whole,
-            ROWS=tile.rows,
             **tile.options,
             wrap=self.wrap,
         )
@@ -272,7 +271,9 @@ class _Backward(NamedTuple):
             *self.grad.places,
             *self.x.places,
             **options,
-            **tile.options,
+            BLOCK=tile.block,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
             wrap=self.wrap,
         )
         return sums
@@ -283,6 +284,7 @@ def _or_nothing(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
+@functools.cache
 def chunk(tile: settings.Tile) -> int:
     """Return how many columns are taken at a time of rows that float32 cannot hold."""
     return max(1, min(tile.block, _CHUNK // tile.rows))
@@ -292,10 +294,10 @@ def _settings(input: Tensor) -> settings.Settings:
     return settings.for_architecture(capability(input.device))
 
 
-def _sizes(input: Tensor, normalized_shape: Sequence[int]) -> tuple[int, int, int]:
+def _sizes(input: Tensor, normalized_shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Return the number of dimensions of rows, the number of rows, and the width of a row."""
     leading = input.dim() - len(normalized_shape)
-    if not len(normalized_shape) or leading < 0 or list(input.shape[leading:]) != list(normalized_shape):
+    if not normalized_shape or leading < 0 or input.shape[leading:] != normalized_shape:
         raise RuntimeError(
             f"layernorm: normalized_shape={list(normalized_shape)} must be the tail of the input's shape "
             f"{list(input.shape)}"
@@ -304,14 +306,15 @@ def _sizes(input: Tensor, normalized_shape: Sequence[int]) -> tuple[int, int, in
         raise RuntimeError(
             f"layernorm: the Triton kernels are for float32, bfloat16 and float16, got {input.dtype}"
         )
-    rows, width = math.prod(input.shape[:leading]), math.prod(normalized_shape)
+    # The width chooses the kernels: a program that is traced for any width is then for this one.
+    rows, width = math.prod(input.shape[:leading]), int(math.prod(normalized_shape))
     if width > _MOST_WIDTH:
         raise RuntimeError(f"layernorm: a row may have at most {_MOST_WIDTH} elements, got {width}")
     return leading, rows, width
 
 
-def _check(name: str, tensor: Tensor, input: Tensor, shape: Sequence[int]) -> None:
-    if list(tensor.shape) != list(shape) or tensor.dtype not in DTYPES or tensor.device != input.device:
+def _check(name: str, tensor: Tensor, input: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape or tensor.dtype not in DTYPES or tensor.device != input.device:
         raise RuntimeError(
             f"layernorm: {name} must be of shape {list(shape)}, of float32, bfloat16 or float16, and on "
             f"{input.device}; got shape {list(tensor.shape)} of {tensor.dtype} on {tensor.device}"
@@ -319,7 +322,7 @@ def _check(name: str, tensor: Tensor, input: Tensor, shape: Sequence[int]) -> No
 
 
 def _parameter(
-    name: str, tensor: Tensor | None, input: Tensor, normalized_shape: Sequence[int]
+    name: str, tensor: Tensor | None, input: Tensor, normalized_shape: tuple[int, ...]
 ) -> Tensor | None:
     if tensor is None:
         return None
