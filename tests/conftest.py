@@ -84,10 +84,13 @@ def round_to_tf32(a: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture
-def ieee(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let GPUs multiply float32 as it is, which by default they do as TF32."""
-    # Setting one of the newer flags makes PyTorch refuse to tell the older one, which benchmarks read.
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def ieee() -> Iterator[None]:
+    """Let GPUs multiply float32 as it is, which by default they do as TF32.
+
+    By the older flag: one of the newer ones makes PyTorch refuse to tell the older, which benchmarks read.
+    """
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 @pytest.fixture
