@@ -285,7 +285,7 @@ def pretend_gpu(monkeypatch):
         ("get_device_capability", (9, 0)),
     ):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    for function in (tiers._architecture, tiers._tier, tiers.measured):
+    for function in (tiers._architecture, tiers._tier, tiers.least_row):
         monkeypatch.setattr(tiers, function.__name__, function.__wrapped__)
 
 

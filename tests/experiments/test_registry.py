@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -106,3 +107,18 @@ def test_a_preset_that_the_task_does_not_have(install, monkeypatch, mine, capsys
     install(("mine", "their_package:TASK", "theirs"))
     assert main(["compare", "mine", "--preset", "paper"]) == 2
     assert capsys.readouterr().err == "layernorm: --preset: mine has no preset 'paper', only small\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("order-embeddings", "attentive-reader", "skip-thoughts", "draw", "handwriting", "mnist", "convnet"),
+        "sequential-mnist",
+    ],
+)
+def test_the_page_of_an_experiment_lists_where_it_differs(name):
+    assert registry.find(name).name == name
+    text = (Path(__file__).parents[2] / f"docs/{name}.md").read_text("utf-8")
+    _, found, rest = text.partition("\n## Where this differs from the original\n")
+    assert found
+    assert "\n- " in rest.partition("\n## ")[0]
