@@ -97,10 +97,11 @@ def test_sums_longer_than_a_block(case, kernel):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("proj", [0, 3])
 def test_alone_and_in_any_batch(dtype, proj, place, monkeypatch):
-    rows, every = 67, 7  # 64 share a tile of the products
+    rows, every = 131, 7  # 64 share a tile of a step's product, 128 one of all steps'
     if place == "interpreted":
         rows, every = 19, 13
-        monkeypatch.setattr(settings, "product_tile", lambda *_: settings.ProductTile(16, 32, 32, 4, 3))
+        for tile in ("product_tile", "sequence_tile"):
+            monkeypatch.setattr(settings, tile, lambda *_: settings.ProductTile(16, 32, 32, 4, 3))
     for cell, variant in FUNCTIONS[:1] if proj else FUNCTIONS[DTYPES.index(dtype) :: every]:
         layer = Layer(cell, variant, 5, 7, dtype, proj)
         x, state = torch.randn(2, rows, 5).to(dtype), layer.state(rows, dtype)

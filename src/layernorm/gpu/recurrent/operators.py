@@ -204,7 +204,7 @@ def _recomputed_products(layer: Layer, chunk: Chunk, begin: int, rows: int) -> S
     product(input, layer.weight_ih, kept.x, bias=layer.vectors["bias_ih"])
     normalize_rows(layer, kept)
     before = chunk.rows("h_before", rows)
-    product(before, layer.weight_hh, chunk.rows("wh", rows), bias=layer.vectors["bias_hh"])
+    product(before, layer.weight_hh, chunk.rows("wh", rows), bias=layer.vectors["bias_hh"], of_steps=True)
     return kept
 
 

@@ -16,15 +16,22 @@ _HAS_WIDE_SUMS: Final = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def product(
-    a: Tensor, weight: Tensor, out: Tensor, *, bias: Tensor | None = None, transposed: bool = True
+    a: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    transposed: bool = True,
+    of_steps: bool = False,
 ) -> Tensor:
     """Write a (rows, depth) times the weight's transpose, or the weight, plus a bias to out (rows, columns).
 
-    All are contiguous. A row's bits depend on the sizes of the weight alone.
+    All are contiguous. A row's bits depend on the sizes of the weight alone. With ``of_steps`` they are those
+    of the steps' own products, which it computes again.
     """
     columns, depth = weight.shape if transposed else weight.shape[::-1]
     rows = a.size(0)
-    tile = settings.product_tile(columns, a.dtype)
+    tile = (settings.product_tile if of_steps else settings.sequence_tile)(columns, a.dtype)
     launch(
         product_kernels.product,
         (-(-rows // tile.rows) * -(-columns // tile.columns),),
