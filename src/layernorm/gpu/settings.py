@@ -189,8 +189,8 @@ def _for_width(tile: Tile, width: int) -> Tile:
 def sequence_tile(columns: int, dtype: torch.dtype) -> ProductTile:
     """Return the tile of a product over the rows of all steps, by its columns, whatever the number of rows.
 
-    Of 128 rows and columns each number that is loaded serves 128 times, where a step's tile has 32 or 64: many
-    rows are bound by what comes from the cache. Three stages of it are 96 KiB.
+    Of 128 rows and columns each number that is loaded serves 128 times, where a step's tile has 32 or 64:
+    many rows are bound by what comes from the cache. Three stages of it are 96 KiB.
     """
     wide = min(128, max(32, block_for(columns)))
     return ProductTile(128, wide, 32 if dtype == torch.float32 else 64, 8, 3)
