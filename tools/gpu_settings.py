@@ -1,4 +1,4 @@
-"""What the figures of a GPU mean for ``layernorm.gpu.settings``, by rule: `python -m tools.gpu_settings DIR`.
+"""Say what the figures of a GPU mean for ``layernorm.gpu.settings``, by rule: `python -m tools.gpu_settings DIR`.
 
 DIR has what `make gpu` leaves there: the tables of `python -m benchmarks gpu`, the lines of
 `python -m benchmarks first_contact`, and in `sanitizers` what NVIDIA's checkers said. Printed are the lines
@@ -111,7 +111,7 @@ def _is_worth(times: Mapping[str, float]) -> bool:
 
 
 class Verdict(NamedTuple):
-    """What becomes of the persistent kernels.
+    """Say what becomes of the persistent kernels.
 
     Attributes:
         cells: those that stay.

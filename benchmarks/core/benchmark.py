@@ -259,7 +259,7 @@ class Command:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it measures on a GPU."""
+        """Tell whether it measures on a GPU."""
         return self.benchmarks[0].on_gpu
 
     @property

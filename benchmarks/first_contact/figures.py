@@ -1,4 +1,4 @@
-"""What the stages share: their sizes, their clock, and the lines that they print."""
+"""Give the stages what they share: sizes, a clock, and the lines that they print."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCHES: Final = (16, 64)
 
 @dataclass(frozen=True)
 class Setting:
-    """What a stage measures.
+    """Describe what a stage measures.
 
     Attributes:
         stage: its name.
@@ -36,7 +36,7 @@ class Setting:
 
     @property
     def device(self) -> str:
-        """Where its tensors are."""
+        """Return where its tensors are."""
         return "cpu" if self.rehearse else "cuda"
 
     @property
@@ -48,7 +48,7 @@ class Setting:
 
     @property
     def steps(self) -> int:
-        """Of the sequences that are timed."""
+        """Return the steps of the sequences that are timed."""
         return 3 if self.rehearse else 512
 
     def emit(self, **fields: Any) -> None:

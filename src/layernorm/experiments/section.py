@@ -112,7 +112,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Background:
-    """What a reader may want to look up, folded at the end of a page.
+    """Hold what a reader may want to look up, folded at the end of a page.
 
     Attributes:
         title: a heading.

@@ -36,7 +36,7 @@ class Tile:
 
     @functools.cached_property
     def options(self) -> dict[str, Any]:
-        """What the kernels take."""
+        """Return what the kernels take."""
         return {
             "WHOLE": self.whole,
             "ROWS": self.rows,

@@ -1,4 +1,4 @@
-"""What each norm averages: the cube, and the steps of batch and layer norm in numbers. Nothing is trained."""
+"""Show what each norm averages: the cube, and batch and layer norm in numbers. Nothing is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each norm averages, in pictures and numbers, and what follows for batches and for time steps."""
+"""Show what each norm averages, and what follows for batches and for time steps."""
 
 from layernorm.experiments.studies.explain.study import STUDY
 

@@ -21,7 +21,7 @@ _TYPES = {"batch_size": int, "seed": int, "place": int, "test_error": float, "va
 
 
 class Part(NamedTuple):
-    """What the report shows of a part of the study."""
+    """Hold what the report shows of a part of the study."""
 
     cards: Sequence[Card]
     tables: Sequence[Table]

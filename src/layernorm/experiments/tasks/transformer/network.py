@@ -14,7 +14,7 @@ from layernorm.baselines import Norm
 
 @dataclass(frozen=True)
 class Form:
-    """What surrounds the branches of a transformer's residual blocks.
+    """Say what surrounds the branches of a transformer's residual blocks.
 
     Attributes:
         norm: of each branch, as ``layernorm.baselines.Norm`` takes it.
