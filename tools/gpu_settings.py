@@ -1,4 +1,4 @@
-"""Say what the figures of a GPU mean for ``layernorm.gpu.settings``, by rule: `python -m tools.gpu_settings DIR`.
+"""Say what a GPU's figures mean for ``layernorm.gpu.settings``: `python -m tools.gpu_settings DIR`.
 
 DIR has what `make gpu` leaves there: the tables of `python -m benchmarks gpu`, the lines of
 `python -m benchmarks first_contact`, and in `sanitizers` what NVIDIA's checkers said. Printed are the lines
