@@ -202,7 +202,9 @@ def test_a_compiled_function_sees_the_override_of_each_call():
 
 def test_an_override_that_cannot_be_is_refused():
     with (
-        pytest.raises(ValueError, match="one of native, triton, persistent, torch, reference; got 'cuda'"),
+        pytest.raises(
+            ValueError, match="one of native, triton, looped, persistent, torch, reference; got 'cuda'"
+        ),
         backends.use("cuda"),
     ):
         pass
@@ -212,7 +214,7 @@ def test_an_override_that_cannot_be_is_refused():
     ):
         LF.layer_norm(torch.ones(2, 3, device="meta"), (3,))
     code = "import layernorm, torch; layernorm.LayerNorm(3)(torch.ones(3))"
-    message = "LAYERNORM_BACKEND must be one of native, triton, persistent, torch, reference; got 'fast'"
+    message = "must be one of native, triton, looped, persistent, torch, reference; got 'fast'"
     assert message in in_a_process(code, LAYERNORM_BACKEND="fast").stderr
 
 
@@ -285,6 +287,7 @@ def pretend_gpu(monkeypatch):
         ("get_device_capability", (9, 0)),
     ):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(tiers, "shared_memory", lambda device: 227 << 10)
     for function in (tiers._architecture, tiers._tier, tiers.least_row):
         monkeypatch.setattr(tiers, function.__name__, function.__wrapped__)
 
@@ -336,8 +339,8 @@ def test_what_computes_on_a_gpu_unmeasured_is_said_once(
 @pytest.mark.parametrize(
     ("version", "problem"),
     [
-        ("3.1.0", "Triton 3.1.0 is too old; PyTorch 2.6 comes with the oldest, 3.2"),
-        ("2.3.1", "Triton 2.3.1 is too old; PyTorch 2.6 comes with the oldest, 3.2"),
+        ("3.1.0", "Triton 3.1 is too old; PyTorch 2.6 comes with the oldest, 3.2"),
+        ("2.3.1", "Triton 2.3 is too old; PyTorch 2.6 comes with the oldest, 3.2"),
         ("3.2.0", None),
         ("3.10.0+git1234", None),
     ],
@@ -345,6 +348,7 @@ def test_what_computes_on_a_gpu_unmeasured_is_said_once(
 def test_a_triton_that_is_too_old_is_not_used(monkeypatch, version, problem):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(backends, "triton_version", backends.triton_version.__wrapped__)
     assert backends._triton_problem() == problem
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from layernorm.gpu.launching import ALIGNED, Launch, recording
+from layernorm.override import use
 from layernorm.spec import Nonlinearity, layer_spec
 from layernorm.variants import Variant
 
@@ -33,7 +34,7 @@ SIZES: Final = (128, 256, 512, 1024, 2048)
 CELLS: Final = ("lstm", "gru", "rnn")
 #: Bytes of shared memory of a multiprocessor.
 _SHARED: Final = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
-_LAUNCH_OPTIONS: Final[tuple[str, ...]] = ("num_warps", "num_stages")
+_LAUNCH_OPTIONS: Final[tuple[str, ...]] = ("num_warps", "num_stages", "launch_pdl")
 
 
 class Resources(NamedTuple):
@@ -97,7 +98,7 @@ def recurrent(
     variant: str | Variant = "paper",
     nonlinearity: Nonlinearity = "tanh",
 ) -> Iterator[Resources]:
-    """Yield the resources of layers with all gradients.
+    """Yield the resources of layers with all gradients, step by step and, where it fits, looped.
 
     Args:
         architecture: as in ``sm_90``.
@@ -120,10 +121,13 @@ def recurrent(
                 x, state = _meta((2, 64, size), dtype), _meta((64, size), dtype)
                 c = state if cell == "lstm" else None
                 layer = (x, state, c, weights, None, None, None, None, spec.codes, spec.eps, False)
-                with recording() as launches:
-                    output, hn, cn, *kept = layers.recurrent_forward(*layer, False)
-                    grads = (output, hn, cn if c is not None else None)
-                    layers.recurrent_backward(*layer, *grads, output, *kept, [True] * 16)
+                launches = []
+                for kernel in ("triton", "looped"):
+                    with use(kernel), recording() as of_kernel:
+                        output, hn, cn, *kept = layers.recurrent_forward(*layer, False)
+                        grads = (output, hn, cn if c is not None else None)
+                        layers.recurrent_backward(*layer, *grads, output, *kept, [True] * 16)
+                    launches += of_kernel
                 yield from _all(launches, cell, dtype, size, architecture)
 
 
@@ -137,13 +141,12 @@ def _all(
     """Yield the resources of each different kernel among the launches."""
     seen = set()
     for launch in launches:
-        signature, constants, attributes, options = _specialized(launch)
-        compiled_for = repr((launch.kernel.__name__, signature, constants, attributes, options))
+        compiled_for = repr((launch.kernel.__name__, *_specialized(launch)))
         if compiled_for in seen or launch.kernel.__name__ in ("write", "advance"):
             continue
         seen.add(compiled_for)
-        found = _compiled(launch.kernel, signature, constants, attributes, options, architecture)
-        warps: int = options["num_warps"]
+        found = _resources(compiled(launch, architecture))
+        warps: int = launch.options["num_warps"]
         name = str(dtype).removeprefix("torch.")
         yield Resources(
             launch.kernel.__name__, of, name, width, warps, *found, _programs(found, warps, architecture)
@@ -199,24 +202,27 @@ _TYPES: Final = {
 }
 
 
-def _compiled(
-    kernel: Any,
-    signature: dict[str, str],
-    constants: dict[Any, Any],
-    attributes: dict[Any, Any],
-    options: dict[str, int],
-    architecture: int,
-) -> tuple[int, int, int, int]:
-    """Return registers, bytes of the stack, bytes of shared memory, and copies to there."""
+def compiled(launch: Launch, architecture: int) -> Any:
+    """Return what Triton makes of a launch's kernel.
+
+    Raises:
+        RuntimeError: Triton interprets its kernels in this process.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options)
-    registers, stack = usage(compiled.asm["cubin"])
-    copies = len(re.findall(r"\bcp\.async\.c[ag]\b", compiled.asm["ptx"]))
-    return registers, stack, compiled.metadata.shared, copies
+    *specialized, options = _specialized(launch)
+    return triton.compile(
+        ASTSource(launch.kernel, *specialized), GPUTarget("cuda", architecture, 32), options
+    )
+
+
+def _resources(kernel: Any) -> tuple[int, int, int, int]:
+    """Return registers, bytes of the stack, bytes of shared memory, and copies to there."""
+    registers, stack = usage(kernel.asm["cubin"])
+    copies = len(re.findall(r"\bcp\.async\.c[ag]\b", kernel.asm["ptx"]))
+    return registers, stack, kernel.metadata.shared, copies
 
 
 def usage(cubin: bytes) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Which kernel computes which operator, why, and how to choose another.
 
-There are five kernels: ``native``, this package's compiled ones on the CPU; ``triton``, those on GPUs;
-``persistent``, a recurrent layer's on GPUs that keeps the weights on the chip, for sizes that fit there;
+There are six kernels: ``native``, this package's compiled ones on the CPU; ``triton``, those on GPUs;
+``looped`` and ``persistent``, a recurrent layer's on GPUs that take it through all steps in one launch and
+keep the weights on the chip, of one multiprocessor or of several, for sizes that fit there;
 ``torch``, PyTorch's own operators; ``reference``, the plain definitions of ``layernorm.reference``. The
 choice depends on the operator, the device, the dtype, the layer's sizes and a norm's width, never on the
 number of rows: a row's bits do not depend on its batch.
@@ -14,7 +15,6 @@ one thread or asyncio task. ``LAYERNORM_CPU_CAPABILITY`` chooses the instruction
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 import warnings
@@ -28,6 +28,7 @@ from torch.compiler import is_compiling
 
 from layernorm import checks, ops, override
 from layernorm.gpu import tiers
+from layernorm.gpu.launching import triton_version
 from layernorm.override import KERNELS, VARIABLE, Choice, asked_for, use
 from layernorm.pytorch_internals import (
     FakeTensor,
@@ -40,11 +41,13 @@ from layernorm.spec import LayerSpec
 from layernorm.variants import Variant
 
 #: Those that this package's operators have.
-OPERATORS: Final = ("native", "triton", "persistent")
+OPERATORS: Final = ("native", "triton", "looped", "persistent")
 NORMS: Final = ops.NORMS
 RECURRENT: Final = ("lstm", "gru", "rnn")
 #: Recurrent too, but for the CPU alone.
 GATES: Final = ("lstm_gates", "gru_gates")
+# The kernels of their operators on GPUs, beside "triton".
+_RECURRENT_ALONE: Final = ("looped", "persistent")
 NATIVE_DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 # Of a norm's row, where nobody says.
@@ -58,12 +61,10 @@ def _triton_problem() -> str | None:
     """Return why Triton, which is not imported, cannot compile the kernels here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None  # some builds have another name
-    is_known = tuple(int(part) for part in version.split(".")[:2]) >= (3, 2)
-    return None if is_known else f"Triton {version} is too old; PyTorch 2.6 comes with the oldest, 3.2"
+    version = triton_version()
+    if version is None or version >= (3, 2):
+        return None
+    return f"Triton {'.'.join(map(str, version))} is too old; PyTorch 2.6 comes with the oldest, 3.2"
 
 
 TRITON_PROBLEM: Final = _triton_problem()
@@ -215,8 +216,8 @@ def _forced(kernel: str, call: Call) -> Choice:
     """Return the kernel that the override asks for, or the nearest to it; raise where it does not exist."""
     if kernel == "torch" and not call.is_norm:
         return Choice("reference", "the override asks for torch, which has no normalized recurrent operator")
-    if kernel == "persistent" and call.is_norm:
-        return Choice("torch", "the override asks for persistent, which is for recurrent operators")
+    if kernel in _RECURRENT_ALONE and call.is_norm:
+        return Choice("torch", f"the override asks for {kernel}, which is for recurrent operators")
     if kernel == "native":
         if not _is_native(call.device, call.dtype):
             raise RuntimeError(
@@ -225,7 +226,7 @@ def _forced(kernel: str, call: Call) -> Choice:
             )
         if ops.NATIVE_PROBLEM is not None:
             raise RuntimeError(f"the override asks for the native kernel, but {ops.NATIVE_PROBLEM}")
-    if kernel in ("triton", "persistent"):
+    if kernel in ("triton", *_RECURRENT_ALONE):
         on_gpu = call.device.type == "cuda"
         problem = triton_problem(call.dtype) if on_gpu else f"it has no kernel for {call.device.type}"
         if problem is not None:
@@ -243,7 +244,9 @@ def tier(
     projected: bool = False,
     backward: bool = False,
 ) -> Choice:
-    """Return which kernel computes a recurrent layer on a GPU, ``persistent`` or ``triton``, and why.
+    """Return which kernel computes a recurrent layer on a GPU, and why.
+
+    It is ``persistent``, ``looped`` or, with launches for each step, ``triton``.
 
     Args:
         cell: ``"lstm"``, ``"gru"``, ``"rnn"``, or the last with its nonlinearity: ``"rnn_relu"``.

@@ -15,7 +15,7 @@ from layernorm import backends, ops, override
 from layernorm.variants import resolve
 
 _DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_HIDDEN_SIZES: Final = (128, 256, 512, 1024, 2048)
+_HIDDEN_SIZES: Final = (64, 128, 256, 512, 1024, 2048)
 
 
 def add_options(parser: argparse.ArgumentParser, command: str, arguments: Sequence[str]) -> None:

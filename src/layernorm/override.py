@@ -17,7 +17,7 @@ import torch
 
 from layernorm.pytorch_internals import context_of_backward
 
-KERNELS: Final = ("native", "triton", "persistent", "torch", "reference")
+KERNELS: Final = ("native", "triton", "looped", "persistent", "torch", "reference")
 #: The variable that overrides the choice for the process.
 VARIABLE: Final = "LAYERNORM_BACKEND"
 
@@ -101,10 +101,11 @@ def use(kernel: str) -> Iterator[None]:
     in whichever thread PyTorch runs it. To override the whole process, set ``LAYERNORM_BACKEND``.
 
     Args:
-        kernel: ``"native"``, ``"triton"``, ``"persistent"``, ``"torch"`` or ``"reference"``. An operator
-            that has no kernel of that kind raises when it is called. But recurrent operators, which have no
-            ``"torch"`` kernel, keep the reference then, norms keep ``"torch"`` where ``"persistent"`` is
-            asked for, and so do layers ``"triton"`` that the persistent kernel cannot hold.
+        kernel: ``"native"``, ``"triton"``, ``"looped"``, ``"persistent"``, ``"torch"`` or ``"reference"``.
+            An operator that has no kernel of that kind raises when it is called. But recurrent operators,
+            which have no ``"torch"`` kernel, keep the reference then, norms keep ``"torch"`` where
+            ``"looped"`` or ``"persistent"`` is asked for, and layers that these cannot hold keep what would
+            serve them otherwise.
 
     Raises:
         ValueError: ``kernel`` is none of these.

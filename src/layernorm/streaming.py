@@ -51,7 +51,8 @@ class Stream:
     Attributes:
         batch_size: N.
         weights: the argument.
-        kernel: what takes the steps, ``"native"``, ``"triton"``, ``"persistent"`` or ``"reference"``.
+        kernel: what takes the steps, ``"native"``, ``"triton"``, ``"looped"``, ``"persistent"`` or
+            ``"reference"``.
 
     Raises:
         ValueError: the module is bidirectional, batch_size not positive, or weights not a kind that there is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,6 +29,16 @@ def triton_type(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return getattr(tl, _TYPES[dtype])
+
+
+@functools.cache
+def triton_version() -> tuple[int, ...] | None:
+    """Return major and minor version of Triton, which is not imported; None for a build of another name."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 class Launch(NamedTuple):
@@ -106,6 +117,19 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     # A program may be traced for a GPU where there is none.
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     return torch.cuda.get_device_capability(device) if on_gpu else None
+
+
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program can have on a GPU."""
+    # Before PyTorch 2.5 nobody tells, nor has its Triton these kernels.
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+
+
+def precision() -> str:
+    """Return the precision of float32 products, as ``torch.nn.LSTM`` has it on GPUs: "tf32" or "ieee"."""
+    of_rnn: str | None = getattr(torch.backends.cudnn.rnn, "fp32_precision", None)
+    is_tf32 = torch.backends.cudnn.allow_tf32 if of_rnn is None else of_rnn == "tf32"  # before PyTorch 2.9
+    return "tf32" if is_tf32 else "ieee"
 
 
 def is_aligned(tensor: Tensor) -> bool:

@@ -143,7 +143,15 @@ FASTER: Final[dict[tuple[int, int], dict[tuple[str, str], int]]] = {}
 VERIFIED: Final[frozenset[tuple[int, int]]] = frozenset()
 
 #: By compute capability, for each cell the hidden sizes up to which ``python -m benchmarks gpu`` found the
-#: persistent kernel faster than the steps' own launches, forward and backward. Elsewhere those are used.
+#: looped kernel no slower than the steps' own launches, forward and backward. Elsewhere it takes whatever it
+#: can hold.
+LOOPED: Final[dict[tuple[int, int], dict[str, tuple[int, int]]]] = {}
+
+#: The compute capabilities on which ``python -m benchmarks first_contact`` found the kernels of a step faster
+#: where each begins before the one before it ends (programmatic dependent launch), and their bits the same.
+DEPENDENT: Final[frozenset[tuple[int, int]]] = frozenset()
+
+#: The same as LOOPED for the persistent kernel, where it was faster than others. Elsewhere it is not used.
 PERSISTENT: Final[dict[tuple[int, int], dict[str, tuple[int, int]]]] = {}
 
 
@@ -206,6 +214,28 @@ def product_tile(columns: int, dtype: torch.dtype) -> ProductTile:
     if dtype == torch.float32:
         return ProductTile(64, narrow, 32, 4, 3)
     return ProductTile(64, narrow, 64, 4, 4)
+
+
+#: Rows of the batch, and warps, of a program that takes them through all steps of a small layer. Eight rows
+#: are the fewest that tensor cores take, and leave its registers room for the next step's input.
+LOOP_ROWS: Final = 8
+LOOP_WARPS: Final = 8
+#: The largest hidden size of such a layer, and the bytes of W_hh that stay on the chip between steps.
+LOOP_SIZE: Final = 128
+_LOOP_BYTES: Final = 2**17
+# Beside W_hh: the state, and sums of warps.
+_LOOP_ROOM: Final = 2**14
+
+
+def loop_block(hidden: int) -> int:
+    """Return the features of a tile of a small layer: 16 are the fewest that tensor cores sum over."""
+    return max(16, block_for(hidden))
+
+
+def loop_bytes(gates: int, hidden: int, dtype: torch.dtype) -> int | None:
+    """Return the shared memory of a program that loops over a layer's steps, None where W_hh is too large."""
+    weights = gates * loop_block(hidden) ** 2 * dtype.itemsize
+    return weights + _LOOP_ROOM if hidden <= LOOP_SIZE and weights <= _LOOP_BYTES else None
 
 
 def row_warps(block: int) -> int:

@@ -297,7 +297,7 @@ def test_the_operators_by_both_directions(emulated, monkeypatch, cell, variant, 
         expected = layer(x, state, seeds, **options)
         assert not emulated
         with monkeypatch.context() as patch:
-            patch.setattr(recurrent, "_is_persistent", lambda layer, *, backward: True)
+            patch.setattr(recurrent, "_kernel", lambda layer, *, backward: "persistent")
             found = layer(x, state, seeds, **options)
         kinds = [type(plan) for plan, *_ in emulated]
         assert kinds[0] is persistent_plan.Plan

@@ -1,8 +1,8 @@
-"""What the Triton kernels of the recurrent layers do to one row's gates: nonlinearities, norms, and back.
+"""What the Triton kernels of the recurrent layers do to the gates of rows: nonlinearities, norms, and back.
 
-A row's gates are up to four vectors of H features, side by side in registers; COUNT or GATES says how many
-of the arguments a, b, c, d there are, and the others are not looked at. Statistics are in float32, the
-variance as Σ(a - mean)²/H.
+Gates are up to four tiles of features × rows, side by side in registers; COUNT or GATES says how many of the
+arguments a, b, c, d there are, and the others are not looked at. A tile of one row gives it the bits that it
+has among others. Statistics are in float32, the variance as Σ(a - mean)²/H; ``there`` says which rows exist.
 """
 
 from __future__ import annotations
@@ -101,21 +101,20 @@ def normalized(a, b, c, d, mask, eps, H: tl.constexpr, COUNT: tl.constexpr, CENT
     variance = _over(squares, width) + eps
     rstd = tl.div_rn(tl.full([], 1.0, tl.float32), tl.sqrt_rn(variance))
     ordinary = (variance > LEAST_VARIANCE) & (squares < MOST_SQUARES)
-    if ordinary:
-        p *= rstd
-        q *= rstd
-        r *= rstd
-        s *= rstd
-    else:  # float32 cannot hold the squares, or the row has no number
+    p *= rstd
+    q *= rstd
+    r *= rstd
+    s *= rstd
+    if tl.min(ordinary.to(tl.int32), 0) == 0:  # float32 cannot hold a row's squares, or it has no number
         x, y, z, w = a.to(tl.float64), b.to(tl.float64), c.to(tl.float64), d.to(tl.float64)
         if CENTRED:
             x, y, z, w = _less(x, y, z, w, _sum(x, y, z, w, COUNT) / width, mask, COUNT)
         exact = 1.0 / tl.sqrt(_squares(x, y, z, w, COUNT) / width + eps)
-        p = (x * exact).to(tl.float32)
-        q = (y * exact).to(tl.float32)
-        r = (z * exact).to(tl.float32)
-        s = (w * exact).to(tl.float32)
-        rstd = exact.to(tl.float32)
+        p = tl.where(ordinary, p, (x * exact).to(tl.float32))
+        q = tl.where(ordinary, q, (y * exact).to(tl.float32))
+        r = tl.where(ordinary, r, (z * exact).to(tl.float32))
+        s = tl.where(ordinary, s, (w * exact).to(tl.float32))
+        rstd = tl.where(ordinary, rstd, exact.to(tl.float32))
     return p, q, r, s, rstd
 
 
@@ -128,6 +127,7 @@ def normalized_gates(
     mask,
     eps,
     stats,
+    there,
     CELL: tl.constexpr,
     KIND: tl.constexpr,
     SCOPE: tl.constexpr,
@@ -139,31 +139,31 @@ def normalized_gates(
     if SCOPE == "gate":
         a, _, _, _, of_a = normalized(a, a, a, a, mask, eps, H, 1, CENTRED)
         if stats is not None:
-            tl.store(stats, of_a)
+            tl.store(stats, of_a, there)
         if GATES > 1:
             b, _, _, _, of_b = normalized(b, b, b, b, mask, eps, H, 1, CENTRED)
             if stats is not None:
-                tl.store(stats + 1, of_b)
+                tl.store(stats + 1, of_b, there)
         if GATES > 2:
             c, _, _, _, of_c = normalized(c, c, c, c, mask, eps, H, 1, CENTRED)
             if stats is not None:
-                tl.store(stats + 2, of_c)
+                tl.store(stats + 2, of_c, there)
         if GATES > 3:
             d, _, _, _, of_d = normalized(d, d, d, d, mask, eps, H, 1, CENTRED)
             if stats is not None:
-                tl.store(stats + 3, of_d)
+                tl.store(stats + 3, of_d, there)
     elif SCOPE == "matrix" and CELL == "gru":
         a, b, _, _, of_a = normalized(a, b, a, a, mask, eps, H, 2, CENTRED)
         if stats is not None:
-            tl.store(stats, of_a)
+            tl.store(stats, of_a, there)
         if GATES > 2:
             c, _, _, _, of_c = normalized(c, c, c, c, mask, eps, H, 1, CENTRED)
             if stats is not None:
-                tl.store(stats + 1, of_c)
+                tl.store(stats + 1, of_c, there)
     else:
         a, b, c, d, of_a = normalized(a, b, c, d, mask, eps, H, GATES, CENTRED)
         if stats is not None:
-            tl.store(stats, of_a)
+            tl.store(stats, of_a, there)
     return a, b, c, d
 
 
@@ -207,6 +207,7 @@ def through_norms(
     r,
     s,
     stats,
+    there,
     mask,
     CELL: tl.constexpr,
     KIND: tl.constexpr,
@@ -216,19 +217,27 @@ def through_norms(
 ):
     """Do what ``through_norm`` does for the groups of ``normalized_gates``, whose rstd are at ``stats``."""
     CENTRED: tl.constexpr = KIND == "layer"
-    first = tl.load(stats)
+    first = tl.load(stats, there, other=0.0)
     if SCOPE == "gate":
         a, _, _, _ = through_norm(a, a, a, a, p, p, p, p, first, mask, H, 1, CENTRED)
         if GATES > 1:
-            b, _, _, _ = through_norm(b, b, b, b, q, q, q, q, tl.load(stats + 1), mask, H, 1, CENTRED)
+            b, _, _, _ = through_norm(
+                b, b, b, b, q, q, q, q, tl.load(stats + 1, there, other=0.0), mask, H, 1, CENTRED
+            )
         if GATES > 2:
-            c, _, _, _ = through_norm(c, c, c, c, r, r, r, r, tl.load(stats + 2), mask, H, 1, CENTRED)
+            c, _, _, _ = through_norm(
+                c, c, c, c, r, r, r, r, tl.load(stats + 2, there, other=0.0), mask, H, 1, CENTRED
+            )
         if GATES > 3:
-            d, _, _, _ = through_norm(d, d, d, d, s, s, s, s, tl.load(stats + 3), mask, H, 1, CENTRED)
+            d, _, _, _ = through_norm(
+                d, d, d, d, s, s, s, s, tl.load(stats + 3, there, other=0.0), mask, H, 1, CENTRED
+            )
     elif SCOPE == "matrix" and CELL == "gru":
         a, b, _, _ = through_norm(a, b, a, a, p, q, p, p, first, mask, H, 2, CENTRED)
         if GATES > 2:
-            c, _, _, _ = through_norm(c, c, c, c, r, r, r, r, tl.load(stats + 1), mask, H, 1, CENTRED)
+            c, _, _, _ = through_norm(
+                c, c, c, c, r, r, r, r, tl.load(stats + 1, there, other=0.0), mask, H, 1, CENTRED
+            )
     else:
         a, b, c, d = through_norm(a, b, c, d, p, q, r, s, first, mask, H, GATES, CENTRED)
     return a, b, c, d
@@ -236,21 +245,27 @@ def through_norms(
 
 @triton.jit
 def read_gates(row, column, mask, GATES: tl.constexpr, H: tl.constexpr):
-    """Load GATES vectors of a row in float32; the others are the first."""
-    a = tl.load(row + column, mask, other=0.0).to(tl.float32)
+    """Load GATES vectors of each row; the others are the first."""
+    a = tl.load(row + column, mask, other=0.0)
     b, c, d = a, a, a
     if GATES > 1:
-        b = tl.load(row + H + column, mask, other=0.0).to(tl.float32)
+        b = tl.load(row + H + column, mask, other=0.0)
     if GATES > 2:
-        c = tl.load(row + 2 * H + column, mask, other=0.0).to(tl.float32)
+        c = tl.load(row + 2 * H + column, mask, other=0.0)
     if GATES > 3:
-        d = tl.load(row + 3 * H + column, mask, other=0.0).to(tl.float32)
+        d = tl.load(row + 3 * H + column, mask, other=0.0)
     return a, b, c, d
 
 
 @triton.jit
+def in_float32(a, b, c, d):
+    """Return the four in float32."""
+    return a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
+
+
+@triton.jit
 def write_gates(row, column, mask, a, b, c, d, GATES: tl.constexpr, H: tl.constexpr):
-    """Store GATES vectors to a row, in its own type."""
+    """Store GATES vectors to each row, in its own type."""
     TYPE: tl.constexpr = row.dtype.element_ty
     tl.store(row + column, a.to(TYPE), mask)
     if GATES > 1:

@@ -2,8 +2,9 @@
 
 The functions have the signatures of the operators ``layernorm::recurrent…`` that they compute. W_ih x of all
 steps is one product, normalized where it is by itself. Then come the steps, in order: the product W_hh h,
-and a kernel for all the rest (``row_kernels``). Backward goes through chunks of steps from the end of the
-loop; after a chunk's steps come the products and sums over all of its rows.
+and a kernel for all the rest (``row_kernels``); or, of a small layer, one kernel for all of them
+(``looped_kernels``). Backward goes through chunks of steps from the end of the loop; after a chunk's steps
+come the products and sums over all of its rows.
 
 Every product of a row and every norm is summed in an order that the sizes of the layer decide, so a row
 has the same bits in any batch and however its sequence is cut. Gradients of parameters are sums over rows in
@@ -20,13 +21,19 @@ import torch
 from torch import Tensor
 
 from layernorm.gpu import settings, tiers
-from layernorm.gpu.launching import compiled_by, launch, triton_type
+from layernorm.gpu.launching import compiled_by, launch, precision, triton_type
 from layernorm.gpu.persistent import launches as persistent
-from layernorm.gpu.recurrent import backward_kernels, forward_kernels, product_kernels, replay
+from layernorm.gpu.recurrent import (
+    backward_kernels,
+    forward_kernels,
+    looped_kernels,
+    product_kernels,
+    replay,
+)
 from layernorm.gpu.recurrent import table_kernels as tables
 from layernorm.gpu.recurrent.gradients import Chunk, Gradients, normalize_rows
 from layernorm.gpu.recurrent.layer import Layer, Saved
-from layernorm.gpu.recurrent.products import precision, product
+from layernorm.gpu.recurrent.products import product
 
 #: About the memory for the gradients of a chunk of steps in backward: as much as keeps what is launched for a
 #: chunk small compared with its steps.
@@ -65,11 +72,12 @@ def recurrent_backward(*arguments: Any) -> tuple[Tensor | list[Tensor], ...]:
     layer.check_saved(output, saved)
     gradients = Gradients(layer, grad_output, grad_h, grad_c, wanted)
     if layer.rows > 0:
-        recompute, is_persistent = saved.x.numel() == 0, _is_persistent(layer, backward=True)
-        key = (layer.key, replay.present(layer.tensors(saved)), recompute, tuple(wanted), grad_output is None)
-        with compiled_by(("backward", *key, precision()), layer.input):
-            chunk = Chunk.of(layer, _rows_of_chunk(layer), recompute=recompute, cell_stats=is_persistent)
-            _backward(layer, output, saved, gradients, chunk, is_persistent=is_persistent)
+        recompute, kernel = saved.x.numel() == 0, _kernel(layer, backward=True)
+        key = (*_compiled_for(layer, saved, kernel), recompute, tuple(wanted), grad_output is None)
+        with compiled_by(("backward", *key), layer.input):
+            cell_stats = kernel == "persistent"
+            chunk = Chunk.of(layer, _rows_of_chunk(layer), recompute=recompute, cell_stats=cell_stats)
+            _backward(layer, output, saved, gradients, chunk, kernel)
     return gradients.results()
 
 
@@ -92,31 +100,42 @@ def _forward(layer: Layer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor | None
     saved = layer.new_saved(layer.rows, with_c=True, keep=keep)
     if layer.rows == 0:
         return output, h, c, saved
-    with compiled_by(("forward", layer.key, replay.present(layer.tensors(saved)), precision()), layer.input):
-        _run_forward(layer, saved, output, h, c)
+    kernel = _kernel(layer, backward=False)
+    with compiled_by(("forward", *_compiled_for(layer, saved, kernel)), layer.input):
+        _run_forward(layer, saved, output, h, c, kernel)
     return output, h, c, saved
 
 
-def _run_forward(layer: Layer, saved: Saved, output: Tensor, h: Tensor, c: Tensor | None) -> None:
+def _compiled_for(layer: Layer, saved: Saved, kernel: str) -> tuple[Any, ...]:
+    # Where kernels of a step follow others, the first one has a second form from the second step on.
+    several = layer.steps > 1 and tiers.is_dependent(layer.input.device)
+    return (kernel, layer.key, replay.present(layer.tensors(saved)), precision(), several)
+
+
+def _run_forward(
+    layer: Layer, saved: Saved, output: Tensor, h: Tensor, c: Tensor | None, kernel: str
+) -> None:
     """Write output, the final state in place of the initial one, and what is kept."""
     product(layer.input_rows, layer.weight_ih, saved.x, bias=layer.vectors["bias_ih"])
     normalize_rows(layer, saved)
-    if _is_persistent(layer, backward=False):
+    if kernel == "persistent":
         tensors = _persistent_tensors(layer, saved) | {"h0": layer.h0, "output": output, "hn": h, "cn": c}
         persistent.forward(layer.spec, tensors, steps=layer.steps, reverse=layer.reverse)
     else:
         tensors = layer.tensors(saved) | {"output": output, "h": h, "c": c}
-        tensors["wh"] = h.new_empty((layer.batch, layer.gate_width), dtype=torch.float32)
+        if kernel == "triton":
+            tensors["wh"] = h.new_empty((layer.batch, layer.gate_width), dtype=torch.float32)
         if layer.is_projected:
             tensors["hidden"] = h.new_empty((layer.batch, layer.hidden_size))
         with replay.loop(layer, "forward", tensors, {"steps": layer.steps}) as loop:
-            loop.run(layer.steps, partial(_step_forward, layer))
+            if kernel == "looped":
+                _launch_looped(layer, looped_kernels.looped_forward, loop.table, loop.bits, layer.steps)
+            else:
+                loop.run(layer.steps, partial(_step_forward, layer))
 
 
-def _is_persistent(layer: Layer, *, backward: bool) -> bool:
-    """Return whether the persistent kernel computes a direction of a layer."""
-    if not layer.input.is_cuda:
-        return False
+def _kernel(layer: Layer, *, backward: bool) -> str:
+    """Return which kernel takes a direction of a layer through its steps."""
     choice = tiers.tier(
         layer.spec,
         layer.hidden_size,
@@ -125,7 +144,7 @@ def _is_persistent(layer: Layer, *, backward: bool) -> bool:
         projected=layer.is_projected,
         backward=backward,
     )
-    return choice.kernel == "persistent"
+    return choice.kernel
 
 
 def _persistent_tensors(layer: Layer, saved: Saved) -> dict[str, Tensor | None]:
@@ -167,7 +186,7 @@ def _persistent_backward(
 
 
 def _backward(
-    layer: Layer, output: Tensor, saved: Saved, gradients: Gradients, chunk: Chunk, *, is_persistent: bool
+    layer: Layer, output: Tensor, saved: Saved, gradients: Gradients, chunk: Chunk, kernel: str
 ) -> None:
     """Go through chunks of steps from the end of the loop."""
     read = saved if chunk.recomputed is None else chunk.recomputed
@@ -186,11 +205,13 @@ def _backward(
             if chunk.recomputed is not None:
                 kept = _recomputed_products(layer, chunk, begin, rows)
                 run(forward_kernels.recompute_gates)
-            if is_persistent:
+            if kernel == "persistent":
                 if chunk.cell_stats is not None:
                     run(backward_kernels.cell_statistics)
                 place = persistent.ChunkPlace(done, count, begin, first)
                 _persistent_backward(layer, saved, gradients, chunk, place)
+            elif kernel == "looped":
+                _launch_looped(layer, looped_kernels.looped_backward, loop.table, loop.bits, count)
             else:
                 loop.run(count, partial(_step_backward, layer))
         gradients.close(chunk, kept, begin, rows)
@@ -209,21 +230,34 @@ def _recomputed_products(layer: Layer, chunk: Chunk, begin: int, rows: int) -> S
 
 
 def _step_forward(layer: Layer, table: Tensor, step: int, bits: int) -> None:
-    run = partial(_step_product, layer, table, step, bits, from_last=layer.reverse)
-    run("h", "weight_hh", "wh")
-    _launch(layer, forward_kernels.cell_forward, table, bits, step)
+    product = partial(_step_product, layer, table, step, bits, from_last=layer.reverse)
+    run = partial(_launch, layer, table=table, bits=bits, step=step)
+    product("h", "weight_hh", "wh", follows=step > 0)
+    run(forward_kernels.cell_forward)
     if layer.is_projected:
-        run("hidden", "weight_hr", "h")
-        _launch(layer, forward_kernels.projected_forward, table, bits, step)
+        product("hidden", "weight_hr", "h")
+        run(forward_kernels.projected_forward)
 
 
 def _step_backward(layer: Layer, table: Tensor, step: int, bits: int) -> None:
-    run = partial(_step_product, layer, table, step, bits, from_last=not layer.reverse, transposed=False)
+    product = partial(_step_product, layer, table, step, bits, from_last=not layer.reverse, transposed=False)
+    run = partial(_launch, layer, table=table, bits=bits, step=step)
     if layer.is_projected:
-        _launch(layer, backward_kernels.projected_backward, table, bits, step)
-        run("grad_state", "weight_hr", "grad_hidden")
-    _launch(layer, backward_kernels.cell_backward, table, bits, step)
-    run("grad_wh", "weight_hh", "grad_h")
+        run(backward_kernels.projected_backward, follows=step > 0)
+        product("grad_state", "weight_hr", "grad_hidden")
+    run(backward_kernels.cell_backward, follows=step > 0 or layer.is_projected)
+    product("grad_wh", "weight_hh", "grad_h")
+
+
+def _dependence(layer: Layer, *, follows: bool) -> dict[str, Any]:
+    """Return whether a kernel of a step waits for the one before by itself, and begins before that ends.
+
+    It may begin so where it ``follows`` another of them. The first one waits for all that is written before a
+    loop, as any kernel does, and so does what comes after the loop.
+    """
+    if not tiers.is_dependent(layer.input.device):
+        return {"DEPENDENT": False}
+    return {"DEPENDENT": True, "launch_pdl": follows}
 
 
 @functools.cache
@@ -231,10 +265,21 @@ def _parameters(kernel: Any) -> frozenset[str]:
     return frozenset(kernel.arg_names)
 
 
-def _launch(layer: Layer, kernel: Any, table: Tensor, bits: int, step: int = 0, *, steps: int = 1) -> None:
+def _launch(
+    layer: Layer,
+    kernel: Any,
+    table: Tensor,
+    bits: int,
+    step: int = 0,
+    *,
+    steps: int = 1,
+    follows: bool = True,
+) -> None:
     """Launch a kernel of ``row_kernels`` for all rows of one step, or of several."""
     names = _parameters(kernel)
     options = {name: value for name, value in layer.options.items() if name in names}
+    if "DEPENDENT" in names:
+        options |= _dependence(layer, follows=follows)
     block = settings.block_for(layer.hidden_size if "H" in names else layer.output_size)
     launch(
         kernel,
@@ -250,6 +295,27 @@ def _launch(layer: Layer, kernel: Any, table: Tensor, bits: int, step: int = 0, 
     )
 
 
+def _launch_looped(layer: Layer, kernel: Any, table: Tensor, bits: int, steps: int) -> None:
+    """Launch a kernel of ``looped_kernels`` for all rows of these steps."""
+    block = settings.loop_block(layer.hidden_size)
+    options = layer.options | {"PRECISION": precision()}
+    names = _parameters(kernel)
+    launch(
+        kernel,
+        (-(-layer.batch // settings.LOOP_ROWS),),
+        table,
+        table,
+        steps,
+        layer.batch,
+        **{name: value for name, value in options.items() if name in names},
+        PRESENT=bits,
+        ROWS=settings.LOOP_ROWS,
+        BLOCK=block,
+        num_warps=settings.LOOP_WARPS,
+        num_stages=1,  # what a step reads is loaded ahead as it is
+    )
+
+
 def _step_product(
     layer: Layer,
     table: Tensor,
@@ -261,6 +327,7 @@ def _step_product(
     *,
     from_last: bool,
     transposed: bool = True,
+    follows: bool = True,
 ) -> None:
     """Launch the product of a state, or of rows of a chunk, with a matrix or its transpose, to a state."""
     matrix = getattr(layer, weight)
@@ -290,5 +357,6 @@ def _step_product(
         FROM_LAST=from_last,
         PACKED=layer.is_packed,
         PRECISION=precision(),
+        **_dependence(layer, follows=follows),
         **tile.options(),
     )

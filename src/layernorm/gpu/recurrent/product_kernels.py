@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from layernorm.gpu.recurrent.table_kernels import BASE, address, rows_of_step, step_of_loop
+from layernorm.gpu.recurrent.table_kernels import BASE, address, await_kernel, rows_of_step, step_of_loop
 
 
 @triton.jit
@@ -92,6 +92,7 @@ def step_product(
     TYPE: tl.constexpr,
     FROM_LAST: tl.constexpr,
     PACKED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -114,6 +115,7 @@ def step_product(
         row += first - tl.load(table + BASE)
     a = address(table, A, TYPE)
     b = address(table, B, TYPE)
+    await_kernel(DEPENDENT)
     total = _tile(a, b, row, column, in_rows, COLUMNS, DEPTH, DEPTH, B_COLUMN, B_DEPTH, BLOCK_K, PRECISION)
     in_columns = column < COLUMNS
     if BIAS >= 0:

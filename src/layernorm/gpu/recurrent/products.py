@@ -1,4 +1,4 @@
-"""Products of rows with a layer's matrices, and which precision they have."""
+"""Products of rows with a layer's matrices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from layernorm.gpu import settings
-from layernorm.gpu.launching import launch
+from layernorm.gpu.launching import launch, precision
 from layernorm.gpu.recurrent import product_kernels
 
 # Before PyTorch 2.8 a product of half precision has no float32 result.
@@ -49,13 +49,6 @@ def product(
         **tile.options(),
     )
     return out
-
-
-def precision() -> str:
-    """Return the precision of float32 products, as ``torch.nn.LSTM`` has it on GPUs: "tf32" or "ieee"."""
-    of_rnn: str | None = getattr(torch.backends.cudnn.rnn, "fp32_precision", None)
-    is_tf32 = torch.backends.cudnn.allow_tf32 if of_rnn is None else of_rnn == "tf32"  # before PyTorch 2.9
-    return "tf32" if is_tf32 else "ieee"
 
 
 def sum_of_outer(a: Tensor, b: Tensor, total: Tensor) -> None:

@@ -19,10 +19,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from layernorm.gpu.launching import launch
+from layernorm.gpu import tiers
+from layernorm.gpu.launching import launch, precision
 from layernorm.gpu.recurrent import table_kernels as table
 from layernorm.gpu.recurrent.layer import Layer
-from layernorm.gpu.recurrent.products import precision
 
 #: The numbers of steps of the graphs. What is left over is launched step by step.
 SIZES: Final = (64, 16, 4)
@@ -57,7 +57,8 @@ def loop(
         yield launched
         return
     stream = torch.cuda.current_stream(layer.input.device)
-    key = (name, *layer.key, layer.batch, bits, precision(), stream.device_index, stream.cuda_stream)
+    how = (precision(), tiers.is_dependent(layer.input.device))
+    key = (name, *layer.key, layer.batch, bits, *how, stream.device_index, stream.cuda_stream)
     captured = _CACHE.get(key, lambda: Captured(layer.input, bits, stream))
     with captured.lock:
         captured.fill(tensors, numbers)

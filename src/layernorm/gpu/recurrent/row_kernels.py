@@ -1,13 +1,14 @@
 """What the Triton kernels of the recurrent layers share: where a row of a step is, what enters its gates.
 
-A program takes one row of one step, all its gates in registers. A row of a step goes through
+A program takes some rows of one step, all their gates in registers, as tiles of features × rows: ``column``
+is (BLOCK, 1), and n, row and what else a row has are (ROWS). A row of a step goes through
 
 - ``step_product`` (``product_kernels``): W_hh h of all rows of the step, in float32;
-- ``cell_forward`` (``forward_kernels``): norms, gates, cell and state.
+- ``cell_forward`` (``forward_kernels``): norms, gates, cell and state, for one row.
 
 Backward ``cell_backward`` (``backward_kernels``) takes the gradients of the gates, and through the
 norm of W_hh h, and a product takes them to the step before. What no step waits for comes after a chunk of
-steps, for all its rows at once.
+steps, for all its rows at once. ``looped_kernels`` do all of that in one launch, with the same functions.
 
 The words are those of ``layernorm.variants``, but INPUTS is ``LayerSpec.products``: "late" for a GRU whose
 candidate is summed after the reset; and without a norm "summed" or, for a GRU, "separate".
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 
 from layernorm.gpu.recurrent.gate_kernels import (
+    in_float32,
     nonlinear,
     normalized,
     normalized_gates,
@@ -31,7 +33,6 @@ from layernorm.gpu.recurrent.table_kernels import KEPT, STEPS, address, rows_of_
 
 RESETS = slot("resets")
 X = slot("x")
-WH = slot("wh")
 GAIN_IH = slot("gain_ih")
 GAIN_HH = slot("gain_hh")
 BIAS = slot("bias")
@@ -43,25 +44,41 @@ SAVED_STATS = slot("saved_stats")
 
 
 @triton.jit
-def vector(table, SLOT: tl.constexpr, PRESENT: tl.constexpr, TYPE: tl.constexpr, at, mask, absent):
-    """Load a part of a gain or a bias in float32; ``absent`` where there is none."""
+def vector(
+    table,
+    SLOT: tl.constexpr,
+    WHICH: tl.constexpr,
+    column,
+    absent,
+    H: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRESENT: tl.constexpr,
+):
+    """Load a gain or a bias of gate number WHICH in float32; ``absent`` where there is none."""
     if PRESENT >> int(SLOT) & 1:
-        found = tl.load(address(table, SLOT, TYPE) + at, mask, other=0.0).to(tl.float32)
+        at = address(table, SLOT, TYPE) + WHICH * H + column
+        found = tl.load(at, column < H, other=0.0).to(tl.float32)
     else:
-        found = tl.zeros(at.shape, tl.float32) + absent
+        found = tl.zeros(column.shape, tl.float32) + absent
     return found
+
+
+@triton.jit
+def rows_of_program(ROWS: tl.constexpr):
+    """Return the numbers n of a program's rows within a step."""
+    return tl.program_id(0) * ROWS + tl.arange(0, ROWS)
 
 
 @triton.jit
 def row_of_step(table, step, batch, FROM_LAST: tl.constexpr, PACKED: tl.constexpr):
     """Find row n = program_id(0) of a step of the loop, number ``step`` + program_id(1).
 
-    Returns n, the step t of the sequence, the row among those of all steps, and how many the step has.
+    Returns n, the step t of the sequence, the row among those of all steps, and whether there is such a row.
     """
-    n = tl.program_id(0)
+    n = rows_of_program(1)
     t = step_of_loop(table, step + tl.program_id(1), FROM_LAST)
     first, count = rows_of_step(table, t, batch, PACKED)
-    return n, t, first + n, count
+    return n, t, first + n, tl.program_id(0) < count
 
 
 @triton.jit
@@ -74,7 +91,7 @@ def _neighbour(table, t, batch, PACKED: tl.constexpr):
 
 @triton.jit
 def _no_reset(table, row, where, PRESENT: tl.constexpr):
-    """Return whether this row is not reset; true where ``where`` is not."""
+    """Return whether these rows are not reset; true where ``where`` is not."""
     found = row == row  # true
     if PRESENT >> int(RESETS) & 1:
         found = tl.load(address(table, RESETS, tl.uint8) + row, where, other=0) == 0
@@ -82,10 +99,20 @@ def _no_reset(table, row, where, PRESENT: tl.constexpr):
 
 
 @triton.jit
-def passes_on(table, t, n, row, batch, REVERSE: tl.constexpr, PACKED: tl.constexpr, PRESENT: tl.constexpr):
-    """Return whether row n of step t passes something on to the next step: no reset parts them."""
+def passes_on(
+    table,
+    t,
+    n,
+    row,
+    there,
+    batch,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRESENT: tl.constexpr,
+):
+    """Return whether rows n of step t pass something on to the next step: no reset parts them."""
     if REVERSE:
-        passes = _no_reset(table, row, t > 0, PRESENT)
+        passes = _no_reset(table, row, there & (t > 0), PRESENT)
     else:
         first, count = _neighbour(table, t + 1, batch, PACKED)
         passes = _no_reset(table, first + n, n < count, PRESENT)
@@ -98,6 +125,7 @@ def started_from(
     t,
     n,
     row,
+    there,
     batch,
     column,
     mask,
@@ -109,13 +137,13 @@ def started_from(
     PACKED: tl.constexpr,
     PRESENT: tl.constexpr,
 ):
-    """Load the state that row n of step t started from; zeros after a reset."""
+    """Load the state that rows n of step t started from; zeros after a reset."""
     first, count = _neighbour(table, t + 1 if REVERSE else t - 1, batch, PACKED)
     taken = n < count
     if REVERSE:
         passes = _no_reset(table, first + n, taken, PRESENT)
     else:
-        passes = _no_reset(table, row, n >= 0, PRESENT)
+        passes = _no_reset(table, row, there, PRESENT)
     of_sequence = address(table, SEQUENCE, TYPE) + (first + n) * SIZE + column
     initial = address(table, INITIAL, TYPE) + n.to(tl.int64) * SIZE + column
     inside = mask & passes
@@ -124,11 +152,33 @@ def started_from(
 
 
 @triton.jit
+def read_x(
+    table,
+    row,
+    column,
+    mask,
+    GATES: tl.constexpr,
+    H: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """Load W_ih x of rows."""
+    kept = row - tl.load(table + KEPT)
+    return read_gates(address(table, X, TYPE) + kept * (GATES * H), column, mask, GATES, H)
+
+
+@triton.jit
 def gate_inputs(
     table,
-    n,
+    x0,
+    x1,
+    x2,
+    x3,
+    h0,
+    h1,
+    h2,
+    h3,
     row,
-    wh_row,
+    there,
     column,
     mask,
     eps,
@@ -143,17 +193,14 @@ def gate_inputs(
     TYPE: tl.constexpr,
     PRESENT: tl.constexpr,
 ):
-    """Return what enters the gates: x and W_hh h, normalized; kept where there is room for them.
+    """Return what enters the gates: W_ih x and W_hh h, normalized; kept where there is room for them.
 
     Where inputs are summed the second four are not looked at; late, only the candidate of x and of h.
     """
     KEPT_ROWS: tl.constexpr = PRESENT >> int(SAVED_H) & 1
     KEPT_STATS: tl.constexpr = PRESENT >> int(SAVED_STATS) & 1
     kept = row - tl.load(table + KEPT)
-    at_x = address(table, X, TYPE) + kept * (GATES * H)
-    x0, x1, x2, x3 = read_gates(at_x, column, mask, GATES, H)
-    at_h = address(table, WH, tl.float32) + wh_row * (GATES * H)
-    h0, h1, h2, h3 = read_gates(at_h, column, mask, GATES, H)
+    x0, x1, x2, x3 = in_float32(x0, x1, x2, x3)
     stats = None
     if KEPT_STATS:
         stats = address(table, SAVED_STATS, tl.float32) + kept * STATS
@@ -161,7 +208,9 @@ def gate_inputs(
         if GROUPS > 0:
             if KEPT_STATS:
                 stats += GROUPS
-            h0, h1, h2, h3 = normalized_gates(h0, h1, h2, h3, mask, eps, stats, CELL, KIND, SCOPE, GATES, H)
+            h0, h1, h2, h3 = normalized_gates(
+                h0, h1, h2, h3, mask, eps, stats, there, CELL, KIND, SCOPE, GATES, H
+            )
         if KEPT_ROWS:
             at_kept = address(table, SAVED_H, TYPE) + kept * (GATES * H)
             write_gates(at_kept, column, mask, h0, h1, h2, h3, GATES, H)
@@ -173,22 +222,22 @@ def gate_inputs(
             x3 += h3
             if GROUPS > 0:
                 x0, x1, x2, x3 = normalized_gates(
-                    x0, x1, x2, x3, mask, eps, stats, CELL, KIND, SCOPE, GATES, H
+                    x0, x1, x2, x3, mask, eps, stats, there, CELL, KIND, SCOPE, GATES, H
                 )
         else:
             x0, x1, _, _ = normalized_gates(
-                x0 + h0, x1 + h1, x0, x1, mask, eps, stats, CELL, KIND, SCOPE, 2, H
+                x0 + h0, x1 + h1, x0, x1, mask, eps, stats, there, CELL, KIND, SCOPE, 2, H
             )
-            gain = vector(table, GAIN_IH, PRESENT, TYPE, column, mask, 1.0)
-            reset = sigmoid(x0 * gain + vector(table, BIAS, PRESENT, TYPE, column, mask, 0.0))
+            reset = sigmoid(gate_value(table, 0, x0, h0, column, INPUTS, H, TYPE, PRESENT))
             x2, _, _, _, rstd = normalized(
                 tl.where(mask, x2 + reset * h2, 0.0), x2, x2, x2, mask, eps, H, 1, KIND == "layer"
             )
             if KEPT_STATS:
-                tl.store(stats + GROUPS - 1, rstd)
+                tl.store(stats + GROUPS - 1, rstd, there)
             if KEPT_ROWS:
                 at_kept = address(table, SAVED_H, TYPE) + kept * H
                 tl.store(at_kept + column, h2.to(TYPE), mask)
+        at_x = address(table, X, TYPE) + kept * (GATES * H)
         write_gates(at_x, column, mask, x0, x1, x2, x3, GATES, H)
     return x0, x1, x2, x3, h0, h1, h2, h3
 
@@ -196,7 +245,7 @@ def gate_inputs(
 @triton.jit
 def kept_gates(
     table,
-    kept,
+    row,
     column,
     mask,
     INPUTS: tl.constexpr,
@@ -204,37 +253,35 @@ def kept_gates(
     H: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    """Load what ``gate_inputs`` kept in this row, and return it as that does."""
-    at_x = address(table, X, TYPE) + kept * (GATES * H)
-    x0, x1, x2, x3 = read_gates(at_x, column, mask, GATES, H)
+    """Load what ``gate_inputs`` kept of these rows, and return it as that does, but in its own type."""
+    x0, x1, x2, x3 = read_x(table, row, column, mask, GATES, H, TYPE)
     h0, h1, h2, h3 = x0, x1, x2, x3
+    kept = row - tl.load(table + KEPT)
     if INPUTS == "separate":
         at_h = address(table, SAVED_H, TYPE) + kept * (GATES * H)
         h0, h1, h2, h3 = read_gates(at_h, column, mask, GATES, H)
     elif INPUTS == "late":
-        h2 = tl.load(address(table, SAVED_H, TYPE) + kept * H + column, mask, other=0.0).to(tl.float32)
+        h2 = tl.load(address(table, SAVED_H, TYPE) + kept * H + column, mask, other=0.0)
     return x0, x1, x2, x3, h0, h1, h2, h3
 
 
 @triton.jit
 def gate_value(
     table,
-    which: tl.constexpr,
+    WHICH: tl.constexpr,
     x,
     h,
     column,
-    mask,
     INPUTS: tl.constexpr,
     H: tl.constexpr,
     TYPE: tl.constexpr,
     PRESENT: tl.constexpr,
 ):
     """Return a gate before its nonlinearity; for a GRU's candidate without what the reset gate multiplies."""
-    at = which * H + column
-    gate = x * vector(table, GAIN_IH, PRESENT, TYPE, at, mask, 1.0)
+    gate = x * vector(table, GAIN_IH, WHICH, column, 1.0, H, TYPE, PRESENT)
     if INPUTS == "separate":
-        gate += h * vector(table, GAIN_HH, PRESENT, TYPE, at, mask, 1.0)
-    return gate + vector(table, BIAS, PRESENT, TYPE, at, mask, 0.0)
+        gate += h * vector(table, GAIN_HH, WHICH, column, 1.0, H, TYPE, PRESENT)
+    return gate + vector(table, BIAS, WHICH, column, 0.0, H, TYPE, PRESENT)
 
 
 @triton.jit
@@ -244,7 +291,6 @@ def candidate_value(
     x,
     h,
     column,
-    mask,
     INPUTS: tl.constexpr,
     RELU: tl.constexpr,
     H: tl.constexpr,
@@ -252,13 +298,12 @@ def candidate_value(
     PRESENT: tl.constexpr,
 ):
     """Return the candidate of a GRU, and what the reset gate multiplies in it."""
-    at = 2 * H + column
-    a = x * vector(table, GAIN_IH, PRESENT, TYPE, at, mask, 1.0)
-    a += vector(table, BIAS, PRESENT, TYPE, at, mask, 0.0)
+    a = x * vector(table, GAIN_IH, 2, column, 1.0, H, TYPE, PRESENT)
+    a += vector(table, BIAS, 2, column, 0.0, H, TYPE, PRESENT)
     of_reset = a
     if INPUTS == "separate":
-        of_reset = h * vector(table, GAIN_HH, PRESENT, TYPE, at, mask, 1.0)
-        of_reset += vector(table, BIAS_HN, PRESENT, TYPE, column, mask, 0.0)
+        of_reset = h * vector(table, GAIN_HH, 2, column, 1.0, H, TYPE, PRESENT)
+        of_reset += vector(table, BIAS_HN, 0, column, 0.0, H, TYPE, PRESENT)
         a += reset * of_reset
     elif INPUTS == "summed":
         a *= reset
@@ -289,5 +334,5 @@ def normalized_cell(
 ):
     """Return N(c), N(c) with gain and bias, and rstd."""
     n, _, _, _, rstd = normalized(c, c, c, c, mask, cell_eps, H, 1, KIND == "layer")
-    gain = vector(table, GAIN_CELL, PRESENT, TYPE, column, mask, 1.0)
-    return n, n * gain + vector(table, BIAS_CELL, PRESENT, TYPE, column, mask, 0.0), rstd
+    gain = vector(table, GAIN_CELL, 0, column, 1.0, H, TYPE, PRESENT)
+    return n, n * gain + vector(table, BIAS_CELL, 0, column, 0.0, H, TYPE, PRESENT), rstd

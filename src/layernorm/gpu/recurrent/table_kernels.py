@@ -96,6 +96,18 @@ def rows_of_step(table, t, batch, PACKED: tl.constexpr):
     return first, count
 
 
+@triton.jit
+def await_kernel(DEPENDENT: tl.constexpr):
+    """Wait until the kernel before has ended, where this one may begin earlier, and let the next one begin.
+
+    What a kernel reads before it waits is what no step writes: the table, matrices, what forward kept. The
+    next kernel is let in after that, so that this holds for it too.
+    """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 # Of the table only: else every value's own properties would make a kernel of its own.
 _ANY: Final = list(range(1, 2 + WRITTEN))
 
