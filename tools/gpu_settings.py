@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 OURS: Final = "layernorm"
+LOOPED: Final = "layernorm-looped"
 PERSISTENT: Final = "layernorm-persistent"
 #: Bytes of input from which on a norm must be at least as fast as PyTorch's at every point.
 LEAST_BYTES: Final = 8 * 2**20
-#: What the persistent kernel may take of the Triton kernels' time.
-MOST_OF_TRITON: Final = 0.95
+#: What a kernel may take of the time of those that serve without it, and dependent launches of usual ones'.
+MOST: Final = {LOOPED: 1.0, PERSISTENT: 0.95}
+MOST_DEPENDENT: Final = 0.97
 #: The batches at which the recurrent kernels are compared, and the sizes that decide.
 BATCHES: Final = (16, 64)
 DECIDING: Final = (256, 512)
@@ -62,15 +65,17 @@ def faster(rows: Iterable[Row]) -> dict[tuple[str, str], int]:
     return found
 
 
-def persistent(rows: Iterable[Row], *, spoke: bool) -> dict[str, tuple[int, int]]:
-    """Return the hidden sizes up to which the persistent kernel is worth it, forward and backward, by cell.
+def served(rows: Iterable[Row], kernel: str, *, spoke: bool = False) -> dict[str, tuple[int, int]]:
+    """Return the hidden sizes up to which a kernel is worth it, forward and backward, by cell.
 
-    It is, at a size, if it takes at most 0.95 of the Triton kernels' time in bfloat16 at both batches: of
-    forward in inference and in training, or of backward.
+    It is, at a size, if it takes at most ``MOST`` of the others' time in bfloat16 at both batches, of forward
+    in inference and in training, or of backward. The others are the steps' own launches, and for the
+    persistent kernel the looped one where there is one.
 
     Args:
         rows: of the recurrent layers' table.
-        spoke: whether a checker found fault with the kernels; then nothing is.
+        kernel: ``LOOPED`` or ``PERSISTENT``.
+        spoke: whether a checker found fault with the kernel; then it is worth it nowhere.
     """
     times = _times(rows)
     found = {}
@@ -80,7 +85,7 @@ def persistent(rows: Iterable[Row], *, spoke: bool) -> dict[str, tuple[int, int]
         for index, parts in enumerate((("inference", "forward"), ("backward",))):
             for size in hidden:
                 points = [(cell, size, batch, part) for batch in BATCHES for part in parts]
-                if spoke or not all(_is_worth(times.get(point, {})) for point in points):
+                if spoke or not all(_is_worth(times.get(point, {}), kernel) for point in points):
                     break
                 sizes[index] = size
         found["rnn_tanh" if cell == "rnn" else cell] = (sizes[0], sizes[1])
@@ -91,7 +96,7 @@ def _times(rows: Iterable[Row]) -> dict[tuple[str, int, int, str], dict[str, flo
     """Return microseconds by cell, hidden size, batch and part, and then by peer."""
     found: dict[tuple[str, int, int, str], dict[str, float]] = {}
     for row in rows:
-        if row["dtype"] != "bfloat16" or row["peer"] not in (OURS, PERSISTENT):
+        if row["dtype"] != "bfloat16" or row["peer"] not in (OURS, *MOST):
             continue
         point = row["cell"], int(row["hidden"]), int(row["batch"])
         of_peer = {"inference": float(row["median_us"] or "nan")}
@@ -103,11 +108,31 @@ def _times(rows: Iterable[Row]) -> dict[tuple[str, int, int, str], dict[str, flo
     return found
 
 
-def _is_worth(times: Mapping[str, float]) -> bool:
-    """Return whether the persistent kernel's time is short enough; a time that is missing is not."""
-    if not {OURS, PERSISTENT} <= times.keys():
-        return False
-    return times[PERSISTENT] <= MOST_OF_TRITON * times[OURS]  # no NaN is
+def _is_worth(times: Mapping[str, float], kernel: str) -> bool:
+    """Return whether the kernel's time is short enough; a time that is missing is not."""
+    others = (OURS,) if kernel == LOOPED else (OURS, LOOPED)
+    known = [times[name] for name in others if not math.isnan(times.get(name, math.nan))]
+    return OURS in times and kernel in times and times[kernel] <= MOST[kernel] * min(known, default=0.0)
+
+
+def dependent(lines: Iterable[Mapping[str, Any]]) -> bool:
+    """Return whether the kernels of a step are to begin before those before them end.
+
+    They are where their bits are the usual ones, each time, and inference and training take at most 0.97 of
+    the usual launches' time, at each size that the first contact measured.
+    """
+    lines = list(lines)
+    early, usual = (_of_stage(lines, f"{stage}:lstm:bfloat16") for stage in ("dependent", "triton"))
+    points = [early[point] | {"usual": usual.get(point, {}).get("us", {})} for point in early]
+    return bool(points) and all(
+        point.get("dependent")
+        and all(point.get("as_usual", [False]))
+        and all(
+            point.get("us", {}).get(mode, math.inf) <= MOST_DEPENDENT * point["usual"].get(mode, 0.0)
+            for mode in ("inference", "training")
+        )
+        for point in points
+    )
 
 
 class Verdict(NamedTuple):
@@ -171,7 +196,8 @@ def _of_stage(lines: Sequence[Mapping[str, Any]], stage: str) -> dict[tuple[int,
     for line in lines:
         if line.get("stage") == stage and "hidden" in line and not line.get("rehearsal"):
             of = found.setdefault((line["hidden"], line["batch"]), {})
-            names = {"us_a_step": "us", "off": "off", "same_bits": "same", "tier": "tier"}
+            names = {"us_a_step": "us", "off": "off", "same_bits": "same"}
+            names |= {name: name for name in ("tier", "as_usual", "dependent")}
             of |= {name: line[key] for key, name in names.items() if key in line}
     return found
 
@@ -235,6 +261,10 @@ def _settings(name: str, rows: Sequence[Row], values: Mapping[Any, Any]) -> list
     return [f"{name} = {{", _where(rows), f"    {_architecture(rows)}: {dict(values)!r},", "}"]
 
 
+def _yes(is_so: bool) -> str:
+    return "yes" if is_so else "no"
+
+
 def report(folder: Path) -> list[str]:
     """Return the lines for a folder of results.
 
@@ -251,11 +281,13 @@ def report(folder: Path) -> list[str]:
     if norms:
         found += _settings("FASTER", norms, faster(norms))
     if layers:
-        found += _settings("PERSISTENT", layers, persistent(layers, spoke=bool(loud)))
+        found += _settings("LOOPED", layers, served(layers, LOOPED))
+        found += _settings("PERSISTENT", layers, served(layers, PERSISTENT, spoke=bool(loud)))
     if contact.is_file():
-        lines = contact.read_text(encoding="utf-8").splitlines()
+        lines = [json.loads(line) for line in contact.read_text(encoding="utf-8").splitlines()]
+        found.append(f"# DEPENDENT, the compute capability of the first contact: {_yes(dependent(lines))}")
         try:
-            found.append(f"# {verdict(map(json.loads, lines))}")
+            found.append(f"# {verdict(lines)}")
         except ValueError as error:
             found.append(f"# {error}")
     return found

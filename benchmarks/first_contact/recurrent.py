@@ -1,8 +1,9 @@
-"""Recurrent layers: this package's two kernels, cuDNN's un-normalized ones, and the cell by hand."""
+"""Recurrent layers: this package's kernels, cuDNN's un-normalized ones, and the cell by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from benchmarks.first_contact.figures import Setting, off
 from benchmarks.recurrent.case import Case, make_case
 from benchmarks.recurrent.loops import SEQUENCES
 from layernorm import backends
+from layernorm.gpu import settings, tiers
 from layernorm.gpu.recurrent import operators
 from layernorm.spec import layer_spec
 
@@ -75,7 +77,7 @@ def ours(setting: Setting, kernel: str, cell: str, dtype_name: str) -> None:
     for hidden, batch in setting.sizes:
         at = {"hidden": hidden, "batch": batch}
         with backends.use(kernel):
-            if kernel == "persistent" and not _is_persistent(cell, hidden, dtype, at, setting):
+            if kernel != "triton" and not _serves(kernel, cell, hidden, dtype, at, setting):
                 continue
             _check(Layer.of(cell, hidden, batch, _steps(setting), dtype, setting.device), at, setting)
             if setting.only_right:
@@ -93,17 +95,41 @@ def _steps(setting: Setting) -> int:
     return _SANITIZED_STEPS if setting.only_right else _CHECKED_STEPS
 
 
-def _is_persistent(cell: Any, hidden: int, dtype: torch.dtype, at: Any, setting: Setting) -> bool:
-    """Print what computes each direction; return whether forward is the persistent kernel's."""
-    if setting.rehearse:
-        setting.emit(**at, tier=None, why="there is no GPU")
-        return False
-    variant, device = layer_spec(cell, "paper").variant, torch.device("cuda", 0)
+def dependent(setting: Setting, cell: str, dtype_name: str) -> None:
+    """Print bits and times where each kernel of a step begins before the one before it ends."""
+    dtype, device = getattr(torch, dtype_name), torch.device(setting.device)
+    architecture = None if setting.rehearse else torch.cuda.get_device_capability()
+    for hidden, batch in setting.sizes:
+        at = {"hidden": hidden, "batch": batch}
+        layer = Layer.of(cell, hidden, batch, _steps(setting), dtype, setting.device)
+        with backends.use("triton"), _dependent({architecture}):
+            runs = [layer.results() for _ in range(1 if setting.only_right else 3)]
+            setting.emit(**at, dependent=tiers.is_dependent(device))
+        with backends.use("triton"), _dependent(set()):
+            usual = layer.results()
+        setting.emit(**at, as_usual=[all(map(torch.equal, usual, run)) for run in runs])
+        if not setting.only_right:
+            with backends.use("triton"), _dependent({architecture}):
+                _time(Layer.of(cell, hidden, batch, setting.steps, dtype, setting.device), at, setting)
+
+
+@contextmanager
+def _dependent(architectures: set[Any]) -> Iterator[None]:
+    before, settings.DEPENDENT = settings.DEPENDENT, frozenset(architectures)  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        settings.DEPENDENT = before  # type: ignore[misc]
+
+
+def _serves(kernel: str, cell: Any, hidden: int, dtype: torch.dtype, at: Any, setting: Setting) -> bool:
+    """Print what computes each direction; return whether forward is this kernel's."""
+    variant, device = layer_spec(cell, "paper").variant, torch.device(setting.device)
     choices = [
         backends.tier(cell, variant, hidden, dtype, device, backward=backward) for backward in (False, True)
     ]
     setting.emit(**at, tier=[each.kernel for each in choices], why=[each.reason for each in choices])
-    return choices[0].kernel == "persistent"
+    return choices[0].kernel == kernel
 
 
 def _check(layer: Layer, at: Any, setting: Setting) -> None:

@@ -49,6 +49,8 @@ def run(setting: Setting) -> None:
             recurrent.cudnn(setting)
         elif kind == "hand":
             recurrent.by_hand(setting, *of)
+        elif kind == "dependent":
+            recurrent.dependent(setting, *of)
         else:
             recurrent.ours(setting, kind, *of)
 

@@ -17,7 +17,7 @@ from benchmarks.core.subjects import Subject, first_line
 from benchmarks.core.table import significant
 from benchmarks.core.timing import Call, quartiles
 from benchmarks.core.workers import Emit, WorkerError, serve
-from benchmarks.gpu_recurrent.peers import ALONE, PEERS, PERSISTENT, UNNORMALIZED, is_missing
+from benchmarks.gpu_recurrent.peers import ALONE, LOOPED, PEERS, PERSISTENT, UNNORMALIZED, is_missing
 from benchmarks.recurrent import measure as recurrent
 from benchmarks.recurrent.measure import Expected, Point
 from benchmarks.recurrent.peers import ONLY_IN
@@ -25,7 +25,7 @@ from layernorm import backends, machine
 
 CELLS: Final = ("lstm", "gru")
 #: The peers of every point; the others are measured at few of them, unless they are named.
-EVERYWHERE: Final = (OURS, PERSISTENT, BASE, "loop")
+EVERYWHERE: Final = (OURS, LOOPED, PERSISTENT, BASE, "loop")
 #: Those few: their dtype, batch and size. The first call is timed there too, in training.
 FEW: Final = ("bfloat16", 64, 512)
 _BATCHES: Final = (1, 16, 64, 256)
@@ -36,6 +36,7 @@ _RANK_OF_REST: Final = 6
 _HIDDEN: Final = (128, 256, 512, 1024, 2048)
 _STEPS: Final = 512
 _FIRST: Final = (OURS, BASE)
+_KERNELS: Final = {LOOPED: "looped", PERSISTENT: "persistent"}
 _FIRST_LIMIT: Final = 300.0
 
 
@@ -106,14 +107,14 @@ def _measure(
         names,
         problems,
         (samples, others),
-        kernel=lambda name: "persistent" if name == PERSISTENT else _kernel(point, device),
+        kernel=lambda name: _KERNELS.get(name) or _kernel(point, device),
         figures=figures,
     )
 
 
 def _has_forward(name: str, made: Subject) -> bool:
-    """Return whether forward is timed by itself in training: of this package's two kernels."""
-    return name in (OURS, PERSISTENT) and made.forward is not None
+    """Return whether forward is timed by itself in training: of this package's kernels."""
+    return name in (OURS, *_KERNELS) and made.forward is not None
 
 
 def _forward(made: Subject) -> Call:
@@ -212,6 +213,7 @@ _FEW_TEXT: Final = f"{FEW[0]}, batch {FEW[1]}, size {FEW[2]}"
 _ABOUT: Final = f"""\
 peers of recurrent layers:
   layernorm             LayerNormLSTM, LayerNormGRU, LayerNormRNN
+  layernorm-looped      by the kernel that loops over the steps of small layers
   layernorm-persistent  by the kernel that keeps the weights on the chip, where they fit
   layernorm-recompute   the same with recompute=True, in training
   layernorm-none        the same with variant="none", un-normalized

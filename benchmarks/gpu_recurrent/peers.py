@@ -38,15 +38,15 @@ def _ours(name: str, case: Case, kernel: str = "triton") -> Subject:
     return replace(made, results=results, context=context)
 
 
-def _persistent(case: Case) -> Subject:
+def _of_kernel(kernel: str, case: Case) -> Subject:
     x = case.x
     if not x.is_cuda:
         raise NotSupportedError
-    with backends.use("persistent"):
+    with backends.use(kernel):
         choice = backends.tier(case.cell, resolve("paper", case.cell), case.hidden, x.dtype, x.device)
-    if choice.kernel != "persistent":
+    if choice.kernel != kernel:
         raise NotSupportedError(choice.reason)
-    return _ours("layernorm", case, "persistent")
+    return _ours("layernorm", case, kernel)
 
 
 def _split(case: Case, leaves: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
@@ -163,12 +163,15 @@ def _torchrl(case: Case) -> Subject:
     return compiled(of_function(sequence, _batch_first(case), case.unnormalized))
 
 
-#: The kernel that keeps the weights on the chip. It has a process of its own, which it may end.
+#: The kernel that loops over the steps of small layers, and the one that keeps the weights of larger ones on
+#: the chip, which has a process of its own, since it may end it.
+LOOPED: Final = "layernorm-looped"
 PERSISTENT: Final = "layernorm-persistent"
 #: By name; the order is that of tables.
 PEERS: Final[dict[str, Callable[[Case], Subject]]] = {
     "layernorm": partial(_ours, "layernorm"),
-    PERSISTENT: _persistent,
+    LOOPED: partial(_of_kernel, "looped"),
+    PERSISTENT: partial(_of_kernel, "persistent"),
     "layernorm-recompute": partial(_ours, "layernorm-recompute"),
     "layernorm-none": partial(_ours, "layernorm-none"),
     "torch": recurrent_peers.PEERS["torch"],

@@ -29,9 +29,10 @@ _METHOD: Final = """\
   to fresh gradients of the input and all parameters. Everything has the same dtype, and PyTorch's settings
   are its defaults: cuDNN may compute float32 in TF32, `torch.mm` does not.
 - `layernorm` is `LayerNormLSTM`, `LayerNormGRU` or `LayerNormRNN`, computed by the kernel in the table even
-  where another would be chosen; `layernorm-persistent` by the one that keeps the weights on the chip, at the
-  sizes that fit there; `layernorm-recompute` has `recompute=True`, and `layernorm-none` is the un-normalized
-  variant. `torch` is `torch.nn.LSTM`, `GRU` or `RNN`, cuDNN's, which normalizes nothing; ratios are to it.
+  where another would be chosen; `layernorm-looped` by the one that loops over the steps of small layers, and
+  `layernorm-persistent` by the one that keeps the weights on the chip, at the sizes that fit there;
+  `layernorm-recompute` has `recompute=True`, and `layernorm-none` is the un-normalized variant. `torch` is
+  `torch.nn.LSTM`, `GRU` or `RNN`, cuDNN's, which normalizes nothing; ratios are to it.
 - By hand: `loop` is the layer-normalized cell of `F.linear` and `F.layer_norm` in a Python loop, the product
   with the input taken out of it; `compile-step` is that with the step and what is outside the loop under
   `torch.compile`, and `scan` has PyTorch's operator of that name for the loop, all of it compiled.

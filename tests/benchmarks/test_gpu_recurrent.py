@@ -29,7 +29,7 @@ from tests.benchmarks.cases import measured, options_of, rows_of_point, table_of
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERYWHERE = list(gpu_recurrent.EVERYWHERE)
 TINY = ("gpu", "--batches", "2", "--steps", "4", "--rounds", "2", "--time", "0.01")
-TINY += ("--peers", "layernorm-persistent,loop")
+TINY += ("--peers", "layernorm-looped,layernorm-persistent,loop")
 ON_CPU = {"device": "cpu", "firsts": False}
 measured_here = partial(measured, gpu_recurrent.measure, **ON_CPU)
 
@@ -47,7 +47,7 @@ def no_compiler(monkeypatch):
 
 @pytest.mark.parametrize("cell", recurrent.CELLS)
 def test_peers_compute_the_same_function(cell, no_compiler):
-    others = {*peers.KERNELS, "layernorm-persistent"}
+    others = {*peers.KERNELS, peers.LOOPED, peers.PERSISTENT}
     names = [name for name in peers.PEERS if name not in others]
     dtypes = ["float32", "bfloat16"] if cell == "lstm" else ["float32"]
     points = grid(cell, dtypes=dtypes, batches=[3], hidden=[16], steps=[5], modes=recurrent.MODES)
@@ -145,8 +145,8 @@ def test_a_point_without_enough_memory_is_listed_and_the_next_is_measured(monkey
     monkeypatch.setattr(recurrent, "right_results", known)
     rows, notes = measured_here(grid("gru", hidden=[16, 8]), EVERYWHERE)
     assert [row["status"] for row in rows] == [
-        *["out of memory"] * 4,
-        *("measured", "not supported", "measured", "measured"),
+        *["out of memory"] * 5,
+        *("measured", "not supported", "not supported", "measured", "measured"),
     ]
     assert notes == ["gru float32 batch 2 hidden 16 inference: CUDA out of memory."]
 
@@ -188,7 +188,7 @@ def test_a_point_that_pytorch_cannot_compute_is_listed(monkeypatch):
 
     monkeypatch.setitem(peers.PEERS, "torch", unsupported)
     rows, notes = measured_here(grid("gru", dtypes=["bfloat16"]), EVERYWHERE)
-    assert [row["status"] for row in rows] == ["not measured"] * 4
+    assert [row["status"] for row in rows] == ["not measured"] * 5
     assert [note.partition(": ")[2] for note in notes] == [
         "torch failed: cuDNN has no bfloat16",
         "torch itself cannot be measured at gru bfloat16 batch 2 hidden 8 inference",
@@ -213,7 +213,7 @@ def test_a_first_call_that_fails_is_noted(monkeypatch):
     monkeypatch.setattr(gpu_recurrent.workers, "events", events)
     monkeypatch.setattr(gpu_recurrent, "FEW", ("float32", 2, 8))
     rows, notes = measured_here(grid("gru", modes=["training"]), EVERYWHERE, firsts=True)
-    assert [row.get("first_s") for row in rows] == ["", None, "", None]
+    assert [row.get("first_s") for row in rows] == ["", None, None, "", None]
     assert notes[0].endswith("training: the first call of layernorm: the worker failed")
 
 
@@ -361,7 +361,7 @@ def test_the_page_sums_up(tmp_path, capsys):
         times = {"layernorm": 1024.0, "torch": 1024.0 * ratio, "loop": 4096.0}
         if hidden == 512:
             times |= {"scan": 3072.0, "flashrnn": 2048.0, "torchrl": "not installed"}
-        times["layernorm-persistent"] = "not supported"
+        times |= dict.fromkeys((peers.LOOPED, peers.PERSISTENT), "not supported")
         figures = {"products_us": 512.0, "over_products": 2.0, "peak_bytes": 2.5e6, "kernel": "triton"}
         rows += rows_of_point(times, figures, hidden=hidden)
     for row in rows:
@@ -383,12 +383,12 @@ def test_the_page_sums_up(tmp_path, capsys):
         "slower than `torch.nn`'s un-normalized layer at 1 of 2 points, the slowest first;",
         "| lstm | bfloat16 | training | 64 | 512 | 0.50 (0.50–0.50) |",
         "| lstm | bfloat16 | 64 | 256 | 2.5 | 2.5 | 2.5 | – | – |",
-        "| bfloat16 | training | 64 | 512 | triton | 1,024 | not supported | 512 | 4,096 | 3,072 | 2,048 | "
-        "not installed | 512 | 2.00 | 0.50 | 0.50 (0.50–0.50) |",
+        "| bfloat16 | training | 64 | 512 | triton | 1,024 | not supported | not supported | 512 | 4,096 "
+        "| 3,072 | 2,048 | not installed | 512 | 2.00 | 0.50 | 0.50 (0.50–0.50) |",
         "| lstm | bfloat16 | training | 64 | 512 | scan | – | 21.5 |",
         "| lstm | bfloat16 | training | 64 | 512 | layernorm | 0.25 | – |",
         "benchmarks gpu --operator lstm --batches 64 --hidden 256,512 --modes training --dtypes bfloat16\n",
-        "`layernorm`, `layernorm-persistent`, `torch`, `loop` are measured at every point",
+        "`layernorm`, `layernorm-looped`, `layernorm-persistent`, `torch`, `loop` are measured at every",
     ):
         assert text in page
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
@@ -10,7 +11,7 @@ from benchmarks.gpu_norms.measure import BENCHMARK as NORMS
 from benchmarks.gpu_recurrent.measure import BENCHMARK as RECURRENT
 from tests.benchmarks.cases import write_table
 from tools import gpu_settings
-from tools.gpu_settings import faster, main, persistent, speaks, verdict
+from tools.gpu_settings import LOOPED, PERSISTENT, dependent, faster, main, served, speaks, verdict
 
 # In bfloat16: 192 KiB, and 8 MiB or more of rows of 768, 1024, 4096 and 8192, the third once more.
 SHAPES = ((128, 768), (8192, 768), (8192, 1024), (1024, 4096), (16384, 4096), (8192, 8192))
@@ -65,6 +66,9 @@ def layer(peer, hidden, inference, forward, backward, cell="lstm", dtype="bfloat
     ]
 
 
+persistent = partial(served, kernel=PERSISTENT)
+
+
 def both(hidden, inference=0.5, forward=0.5, backward=0.5, **point):
     """Return rows in which Triton takes 100 µs for each part, and the persistent kernel so much of them."""
     times = [100.0 * part if part is not None else None for part in (inference, forward, backward)]
@@ -88,6 +92,38 @@ def test_the_persistent_kernel_serves_up_to_a_size():
     assert persistent([*both(128, dtype="float16"), *both(64)], spoke=False) == {"lstm": (64, 64)}
     assert persistent([*both(64), *both(128, None, None, None)], spoke=False) == {"lstm": (64, 64)}
     assert persistent(layer("layernorm", 64, 1.0, 1.0, 1.0), spoke=False) == {"lstm": (0, 0)}
+
+
+def test_the_looped_kernel_serves_where_it_is_no_slower():
+    def looped(hidden, time, **point):
+        return layer("layernorm-looped", hidden, time, time, time, **point)
+
+    rows = [*both(64), *both(128), *looped(64, 60.0), *looped(128, 100.0)]
+    assert served(rows, LOOPED) == {"lstm": (128, 128)}
+    assert served([*both(64), *both(128), *looped(64, 99.0), *looped(128, 101.0)], LOOPED) == {
+        "lstm": (64, 64)
+    }
+    # The persistent kernel takes 50 µs, which is 0.83 of 60 and more than 0.95 of 52.
+    assert persistent(rows, spoke=False) == {"lstm": (128, 128)}
+    assert persistent([*both(64), *looped(64, 52.0)], spoke=False) == {"lstm": (0, 0)}
+    assert persistent([*both(64), *looped(64, None)][:-1], spoke=False) == {"lstm": (64, 64)}
+
+
+def test_dependent_launches_are_used_where_they_save_time_and_change_no_bit():
+    def lines(time=0.97, is_same=True, ran=True, hidden=256):
+        at = {"stage": "dependent:lstm:bfloat16", "hidden": hidden, "batch": 16}
+        us = {"inference": 6.0 * time, "training": 12.0 * time}
+        return [at | {"dependent": ran}, at | {"as_usual": [True, is_same]}, at | {"us_a_step": us}]
+
+    assert dependent(contact() + lines())
+    assert dependent(contact() + lines() + lines(0.5, hidden=512))
+    assert not dependent(contact() + lines() + lines(0.98, hidden=512))
+    assert not dependent(contact() + lines(is_same=False))
+    assert not dependent(contact() + lines(ran=False))
+    assert not dependent(contact() + lines()[:1] + lines()[2:])
+    assert not dependent(contact() + lines()[:2])
+    assert not dependent(contact() + lines(hidden=64))  # the usual time of which is not known
+    assert not dependent(contact())
 
 
 def test_cells_are_named_as_the_settings_do():
@@ -201,6 +237,8 @@ def test_the_program_prints_what_is_pasted(tmp_path, capsys):
     namespace: dict[str, object] = {}
     exec(printed, namespace)
     assert namespace["FASTER"] == {(9, 0): {("layer_norm", "bfloat16"): 1536}}
+    assert namespace["LOOPED"] == {(9, 0): {"lstm": (0, 0)}}
+    assert "# DEPENDENT, the compute capability of the first contact: no\n" in printed
     assert namespace["PERSISTENT"] == {(9, 0): {"lstm": (256, 256)}}
     assert "    # gpu A GPU, 141 GiB; torch 2.11.0; triton 3.6.0; driver 580\n" in printed
     assert "# checkers that found fault: none, of 0\n" in printed
