@@ -58,7 +58,7 @@ def test_an_override_that_names_no_kernel_is_refused_in_one_line(monkeypatch, ca
     monkeypatch.setattr(override, "process", "fast")
     assert main(["compare"]) == 2
     captured = capsys.readouterr()
-    kernels = "native, triton, persistent, torch, reference"
+    kernels = "native, triton, looped, persistent, torch, reference"
     assert captured.err == f"layernorm: LAYERNORM_BACKEND must be one of {kernels}; got 'fast'\n"
 
 

@@ -106,8 +106,8 @@ def refuse_capture() -> None:
     """Raise where the current stream is captured: a kernel is to be compiled and loaded."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "layernorm: kernels are compiled and loaded by the first call of a layer, which is not possible "
-            "while a CUDA graph is captured; call the layer once, with these shapes, before capturing"
+            "layernorm: kernels are compiled and loaded by the first call of a layer or norm, which is not "
+            "possible while a CUDA graph is captured; call it once, with these shapes, before capturing"
         )
 
 

@@ -9,6 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,6 +200,33 @@ def test_every_width_has_a_tile():
         tile = settings.backward_tile(settings.DEFAULT, width)
         for rows in (1, 7, 1000, 10**6):
             assert settings.rows_per_part(settings.DEFAULT, tile, rows, width) % tile.rows == 0
+
+
+def test_a_capture_comes_after_the_first_call(monkeypatch):
+    from layernorm.gpu import launching
+    from layernorm.gpu.norm import operators
+
+    class OnGpu:
+        """Stands in for a tensor on a GPU."""
+
+        is_cuda, device, dtype = True, torch.device("cuda", 0), torch.bfloat16
+
+    def call(wrap=None, width=8):
+        called = SimpleNamespace(wrap=wrap, is_nested=False, input=OnGpu)
+        with operators._compiled("forward", called, (OnGpu, None), width, True):
+            pass
+
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(launching, "_ran", set())
+    call()
+    capturing = True
+    call()
+    call(wrap=lambda kernel: kernel, width=9)  # while a program is traced nothing is compiled
+    with pytest.raises(
+        RuntimeError, match="first call of a layer or norm, which is not possible while a CUDA"
+    ):
+        call(width=9)
 
 
 def test_the_choice_on_gpus(monkeypatch, pretend_architecture):

@@ -129,6 +129,8 @@ def test_sums_longer_than_a_block(case, kernel):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("proj", [0, 3])
 def test_alone_and_in_any_batch(dtype, proj, place, loop, monkeypatch):
+    if proj and loop == "looped":
+        pytest.skip("no kernel loops over a projected layer's steps")
     rows, every = 131, 7  # 64 share a tile of a step's product, 128 one of all steps'
     if place == "interpreted":
         rows, every = 19, 13

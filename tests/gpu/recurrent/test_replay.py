@@ -164,7 +164,7 @@ def test_a_capture_comes_after_the_first_call(monkeypatch):
         with launching.compiled_by(key, OnGpu):
             ran.append(key)
 
-    with pytest.raises(RuntimeError, match="call the layer once, with these shapes, before capturing"):
+    with pytest.raises(RuntimeError, match="call it once, with these shapes, before capturing"):
         call("a")
     capturing = False
     call("a")

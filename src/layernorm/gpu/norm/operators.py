@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from layernorm.gpu import settings
-from layernorm.gpu.launching import Wrap, aligned, capability, launch
+from layernorm.gpu.launching import Wrap, aligned, capability, compiled_by, launch
 from layernorm.gpu.norm import backward_kernels, forward_kernels
 from layernorm.gpu.norm.rows import NO_ROWS, Rows, rows_of
 
@@ -73,7 +74,8 @@ def norm_forward(
     if rows > 0 and width > 0:
         other = NO_ROWS if residual is None else rows_of(residual, leading, width)
         call = _Forward(input, rows_of(input, leading, width), other, rows, width, eps, centred, wrap)
-        call.run(gain, offset, output, total, stats)
+        with _compiled("forward", call, (input, residual, gain, offset, stats), width, centred):
+            call.run(gain, offset, output, total, stats)
     elif stats is not None:
         stats.zero_()
     return output, _or_nothing(total, input), _or_nothing(stats, input)
@@ -130,7 +132,9 @@ def norm_backward(
         of_output, x = rows_of(grad, leading, width), rows_of(input, leading, width)
         of_sum = NO_ROWS if grad_sum is None else rows_of(grad_sum, leading, width)
         held = stats.contiguous()
-        _Backward(input, of_output, x, of_sum, held, gain, rows, width, centred, wrap).run(*found)
+        call = _Backward(input, of_output, x, of_sum, held, gain, rows, width, centred, wrap)
+        with _compiled("backward", call, (grad, grad_sum, input, gain, *found), width, centred):
+            call.run(*found)
     else:
         for parameter in found[1:]:
             if parameter is not None:
@@ -150,6 +154,11 @@ class _Forward(NamedTuple):
     eps: float
     centred: bool
     wrap: Wrap
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether rows lie at two strides."""
+        return self.x.is_nested or self.residual.is_nested
 
     def run(
         self,
@@ -178,7 +187,7 @@ class _Forward(NamedTuple):
             *self.x.places,
             *self.residual.places,
             CENTRED=self.centred,
-            NESTED=self.x.is_nested or self.residual.is_nested,
+            NESTED=self.is_nested,
             CHUNK=chunk(tile),
             **tile.options,
             wrap=self.wrap,
@@ -199,12 +208,16 @@ class _Backward(NamedTuple):
     centred: bool
     wrap: Wrap
 
+    @property
+    def is_nested(self) -> bool:
+        """Whether rows lie at two strides."""
+        return self.grad.is_nested or self.x.is_nested or self.grad_sum.is_nested
+
     def run(self, grad_input: Tensor | None, grad_gain: Tensor | None, grad_bias: Tensor | None) -> None:
         """Launch what computes the gradients that have a tensor."""
         chosen = _settings(self.input)
         tile = settings.backward_tile(chosen, self.width)
-        nested = self.grad.is_nested or self.x.is_nested or self.grad_sum.is_nested
-        options = {"CENTRED": self.centred, "NESTED": nested}
+        options = {"CENTRED": self.centred, "NESTED": self.is_nested}
         sums = None if tile.whole or grad_input is None else self._row_sums(chosen, options)
         per_part = settings.rows_per_part(chosen, tile, self.rows, self.width)
         parts = -(-self.rows // per_part)
@@ -277,6 +290,16 @@ class _Backward(NamedTuple):
             wrap=self.wrap,
         )
         return sums
+
+
+def _compiled(
+    name: str, call: _Forward | _Backward, tensors: Sequence[Tensor | None], width: int, centred: bool
+) -> AbstractContextManager[None]:
+    """Return a context for launches, in which ``compiled_by`` refuses a first time within a capture."""
+    if call.wrap is not None:
+        return nullcontext()
+    dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+    return compiled_by((name, dtypes, width, centred, call.is_nested), call.input)
 
 
 def _or_nothing(tensor: Tensor | None, like: Tensor) -> Tensor:
