@@ -46,7 +46,7 @@ def grid(cell, **chosen):
 @pytest.mark.parametrize("cell", CELLS)
 def test_all_peers_compute_the_same_function(cell):
     names = installed(name for name in peers.PEERS if name != "compile")
-    points = grid(cell, dtypes=["float32", "bfloat16"])
+    points = grid(cell, dtypes=["float32", "bfloat16"] if cell == "lstm" else ["float32"])
     rows, notes = measured_by_worker("recurrent", points, names, large=30.0, memory=True)
     assert [note for note in notes if "failed" in note] == []
     for row in rows:

@@ -137,7 +137,23 @@ def undisturbed(tmp_path_factory) -> pd.DataFrame:
     return records(out)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_for_a_stop_and_a_later_one_stops(signum, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    before = signal.getsignal(signum)
+    with compare_module.stop_flag() as is_asked:
+        assert not is_asked()
+        for _ in range(2):  # a terminal and what runs the command both pass it on
+            os.kill(os.getpid(), signum)
+            assert is_asked()
+        now = 1.1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signum)
+    assert signal.getsignal(signum) == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_command_goes_on_when_given_again(tmp_path, signum, undisturbed):
     out = tmp_path / "interrupted"
     process = subprocess.Popen(

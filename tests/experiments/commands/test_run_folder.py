@@ -121,7 +121,6 @@ DAMAGES = {
     "torn page": lambda content, chance: content[: len(content) // 2].ljust(len(content), b"\0"),
     "cut at a line's end": lambda content, chance: content[: content.rindex(b"\n", 0, -1) + 1],
     "a bit": lambda content, chance: _flipped(content, chance.randrange(len(content))),
-    "another bit": lambda content, chance: _flipped(content, chance.randrange(len(content))),
 }
 
 

@@ -325,7 +325,8 @@ for rows, width in ((6, 64), (unknown(6), unknown(64))):
 @pytest.mark.parametrize(
     ("rows_of", "kernels"),
     [
-        ("norms({})", {"forward", "backward", "row_sums", "sum_parts"}),
+        # A width for each kind of tile.
+        ("norms({}, (64, 2048, 8192, 32768))", {"forward", "backward", "row_sums", "sum_parts"}),
         # What reads most, at the widths that take most shared memory.
         (
             "norms({}, (8192, 32768), residual=True)",
