@@ -22,8 +22,7 @@ from torch import Tensor
 
 from layernorm.gpu.launching import ALIGNED, Launch, recording
 from layernorm.override import use
-from layernorm.spec import Nonlinearity, layer_spec
-from layernorm.variants import Variant
+from layernorm.spec import LayerSpec, layer_spec
 
 ARCHITECTURES: Final = (80, 90, 100)
 DTYPES: Final = (torch.bfloat16, torch.float32)
@@ -66,7 +65,11 @@ class Resources(NamedTuple):
 
 
 def norms(
-    architecture: int, widths: tuple[int, ...] = WIDTHS, *, residual: bool = False
+    architecture: int,
+    widths: tuple[int, ...] = WIDTHS,
+    *,
+    residual: bool = False,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> Iterator[Resources]:
     """Yield the resources of layer norm with gain, bias, statistics and all gradients.
 
@@ -74,13 +77,14 @@ def norms(
         architecture: as in ``sm_90``.
         widths: of rows.
         residual: whether one is added.
+        dtypes: of every tensor.
 
     Raises:
         RuntimeError: Triton interprets its kernels in this process.
     """
     from layernorm.gpu.norm import operators as norm
 
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for width in widths:
             x, gain = _meta((64, width), dtype), _meta((width,), dtype)
             other = x if residual else None
@@ -95,40 +99,49 @@ def recurrent(
     architecture: int,
     sizes: tuple[int, ...] = SIZES,
     cells: tuple[str, ...] = CELLS,
-    variant: str | Variant = "paper",
-    nonlinearity: Nonlinearity = "tanh",
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> Iterator[Resources]:
-    """Yield the resources of layers with all gradients, step by step and, where it fits, looped.
+    """Yield the resources of the paper's layers with all gradients, step by step and, where it fits, looped.
 
     Args:
         architecture: as in ``sm_90``.
         sizes: hidden, and of the input.
         cells: of ``CELLS``.
-        variant: of every cell.
-        nonlinearity: likewise.
+        dtypes: of every tensor.
 
     Raises:
         RuntimeError: Triton interprets its kernels in this process.
     """
+    for dtype in dtypes:
+        for cell in cells:
+            for size in sizes:
+                launches = launches_of_layer(layer_spec(cell, "paper"), size, dtype)  # type: ignore[arg-type]
+                yield from _all(launches, cell, dtype, size, architecture)
+
+
+def launches_of_layer(spec: LayerSpec, size: int, dtype: torch.dtype) -> list[Launch]:
+    """Return what a layer launches with all gradients, step by step and, where it fits, looped.
+
+    Args:
+        spec: what it computes.
+        size: hidden, and of the input.
+        dtype: of every tensor.
+    """
     from layernorm.gpu.recurrent import operators as layers
 
-    for dtype in DTYPES:
-        for cell in cells:
-            spec = layer_spec(cell, variant, nonlinearity)  # type: ignore[arg-type]
-            for size in sizes:
-                shapes = spec.parameter_shapes(size, size)
-                weights = spec.listed({name: _meta(shape, dtype) for name, shape in shapes.items()})
-                x, state = _meta((2, 64, size), dtype), _meta((64, size), dtype)
-                c = state if cell == "lstm" else None
-                layer = (x, state, c, weights, None, None, None, None, spec.codes, spec.eps, False)
-                launches = []
-                for kernel in ("triton", "looped"):
-                    with use(kernel), recording() as of_kernel:
-                        output, hn, cn, *kept = layers.recurrent_forward(*layer, False)
-                        grads = (output, hn, cn if c is not None else None)
-                        layers.recurrent_backward(*layer, *grads, output, *kept, [True] * 16)
-                    launches += of_kernel
-                yield from _all(launches, cell, dtype, size, architecture)
+    shapes = spec.parameter_shapes(size, size)
+    weights = spec.listed({name: _meta(shape, dtype) for name, shape in shapes.items()})
+    x, state = _meta((2, 64, size), dtype), _meta((64, size), dtype)
+    c = state if spec.cell == "lstm" else None
+    layer = (x, state, c, weights, None, None, None, None, spec.codes, spec.eps, False)
+    found = []
+    for kernel in ("triton", "looped"):
+        with use(kernel), recording() as launches:
+            output, hn, cn, *kept = layers.recurrent_forward(*layer, False)
+            grads = (output, hn, cn if c is not None else None)
+            layers.recurrent_backward(*layer, *grads, output, *kept, [True] * 16)
+        found += launches
+    return found
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

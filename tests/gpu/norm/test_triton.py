@@ -321,19 +321,27 @@ for rows, width in ((6, 64), (unknown(6), unknown(64))):
     assert done.stdout.split() == ["4", "0"] * 2
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+# Every cell and dtype on some architecture.
+@pytest.mark.parametrize(
+    ("architecture", "dtypes", "cells"),
+    [(80, "[1:]", "('gru',)"), (90, "[:1]", "('lstm', 'gru')"), (100, "[:1]", "('lstm',)")],
+    ids=["80", "90", "100"],
+)
 @pytest.mark.parametrize(
     ("rows_of", "kernels"),
     [
         # A width for each kind of tile.
-        ("norms({}, (64, 2048, 8192, 32768))", {"forward", "backward", "row_sums", "sum_parts"}),
+        (
+            "norms({}, (64, 2048, 8192, 32768), dtypes=resources.DTYPES{})",
+            {"forward", "backward", "row_sums", "sum_parts"},
+        ),
         # What reads most, at the widths that take most shared memory.
         (
-            "norms({}, (8192, 32768), residual=True)",
+            "norms({}, (8192, 32768), residual=True, dtypes=resources.DTYPES{})",
             {"forward", "backward", "row_sums", "sum_parts"},
         ),
         (
-            "recurrent({}, (2048,), ('lstm', 'gru'))",
+            "recurrent({}, (2048,), dtypes=resources.DTYPES{}, cells={})",
             {
                 "product",
                 "step_product",
@@ -348,10 +356,10 @@ for rows, width in ((6, 64), (unknown(6), unknown(64))):
     ],
     ids=["norms", "residual", "recurrent"],
 )
-def test_the_kernels_compile_and_fit_into_registers(architecture, rows_of, kernels):
+def test_the_kernels_compile_and_fit_into_registers(architecture, dtypes, cells, rows_of, kernels):
     done = in_triton(
         "from tools import resources\n"
-        f"for row in resources.{rows_of.format(architecture)}: print(*row, sep='\\t')"
+        f"for row in resources.{rows_of.format(architecture, dtypes, cells)}: print(*row, sep='\\t')"
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split("\t") for line in done.stdout.splitlines()]

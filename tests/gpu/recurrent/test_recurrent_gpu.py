@@ -96,8 +96,8 @@ def both_directions(layer):
 @of_cases(drawn_cases(1, 5000, SMALL, ALL_FUNCTIONS))
 @pytest.mark.usefixtures("poisoned", "small_chunks")
 def test_values_and_gradients(case, kernel, loop):
-    if kernel == "native" and case.seed % 3:
-        pytest.skip("the interpreter is slow, and takes every third case")
+    if kernel == "native" and case.seed % (6 if loop == "triton" else 3):
+        pytest.skip("the interpreter is slow, and takes a part of the cases")
     alike(case, DTYPES[case.seed % 5 % 3], draws=1, kernel=kernel)
 
 
@@ -293,32 +293,31 @@ def test_a_block_diagonal_matrix_is_a_whole_one_to_the_kernels(kernel):
 
 def test_other_cells_compile():
     code = """
-from itertools import chain
 import torch
 from layernorm import Variant
-from tools import resources
-from tools.resources import recurrent
-resources.DTYPES = (torch.bfloat16,)
+from layernorm.spec import layer_spec
+from tools.resources import compiled, launches_of_layer, usage
 clipped = Variant(kind="rms", inputs="plain", cell="carried", cell_clip=0.4)
-rows = chain(
-    recurrent(80, (64,), ("lstm",), clipped, "relu"),
-    recurrent(90, (64,), ("gru",), "icefall", "relu"),
-    recurrent(100, (128,), ("lstm",), Variant(cell_eps=0.3, cell_clip=2)),
-)
-for row in rows:
-    print(row.kernel, row.of, row.width, row.shared, row.stack)
+for architecture, size, *cell in (
+    (80, 64, "lstm", clipped, "relu"),
+    (90, 64, "gru", "icefall", "relu"),
+    (100, 128, "lstm", Variant(cell_eps=0.3, cell_clip=2)),
+):
+    launches = launches_of_layer(layer_spec(*cell), size, torch.bfloat16)
+    for name in ("cell_forward", "cell_backward", "looped_forward", "looped_backward"):
+        kernel = compiled(next(each for each in launches if each.kernel.__name__ == name), architecture)
+        print(name, cell[0], size, kernel.metadata.shared, usage(kernel.asm["cubin"])[1])
 """
     command, environment = [sys.executable, "-c", code], os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    loops, names = {"looped_forward", "looped_backward"}, set()
-    for name, cell, *numbers in map(str.split, done.stdout.splitlines()):
+    found = done.stdout.splitlines()
+    assert len(found) == 3 * 4
+    for name, cell, *numbers in map(str.split, found):
         width, shared, stack = map(int, numbers)
-        names.add(name)
-        if name in loops:  # a device is chosen by what they may take
+        assert stack <= 16
+        if name.startswith("looped"):  # a device is chosen by what they may take
             assert shared <= settings.loop_bytes(GATES[cell], width, torch.bfloat16)
-            assert stack <= 16
-    assert {"cell_forward", "cell_backward", *loops} < names
 
 
 @pytest.mark.parametrize("proj", [0, 3])
