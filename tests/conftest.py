@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import inspect
 import os
 import signal
 import threading
@@ -136,17 +135,18 @@ def interpreted(ieee: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    patch_builtins, builtins = interpreter._patch_builtin, {}
+    patch_language, languages = interpreter._patch_lang, {}
 
-    def patch_builtin(package, *arguments):
-        # It looks through all members each time a function calls another, which takes half of the time.
-        if package not in builtins:
-            members = inspect.getmembers(package)
-            builtins[package] = next((name for name, each in members if tl.core.is_builtin(each)), None)
-        if builtins[package] and tl.core.is_builtin(getattr(package, builtins[package])):
-            patch_builtins(package, *arguments)
+    def patch_once(function):
+        # It does so anew each time a function calls another, which takes half of the time.
+        if function not in languages:
+            modules = function.__globals__.values()
+            languages[function] = [module for module in modules if module is tl or module is tl.core]
+        if any(tl.core.is_builtin(module.load) for module in languages[function]):
+            return patch_language(function)
+        return interpreter._LangPatchScope()
 
-    monkeypatch.setattr(interpreter, "_patch_builtin", patch_builtin)
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
     monkeypatch.setattr(interpreter, "_convert_float", converted)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", splat)

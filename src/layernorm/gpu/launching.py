@@ -120,8 +120,7 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Return the bytes of shared memory that a program can have on a GPU."""
-    # Before PyTorch 2.5 nobody tells, nor has its Triton these kernels.
+    """Return the bytes of shared memory that a program can have on a GPU; 0 where PyTorch does not tell."""
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
 
 

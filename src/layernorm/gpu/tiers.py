@@ -119,11 +119,9 @@ def _looped_problem(
     if not _has_triton():
         return "products of eight columns need Triton 3.5"
     has = shared_memory(device)
-    return (
-        None
-        if needed <= has
-        else f"it takes {needed >> 10} KiB of shared memory, and a program has {has >> 10}"
-    )
+    if needed > has:
+        return f"it takes {needed >> 10} KiB of shared memory, and a program has {has >> 10}"
+    return None
 
 
 def _has_triton() -> bool:

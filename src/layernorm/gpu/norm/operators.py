@@ -157,7 +157,7 @@ class _Forward(NamedTuple):
 
     @property
     def is_nested(self) -> bool:
-        """Whether rows lie at two strides."""
+        """Return whether rows lie at two strides."""
         return self.x.is_nested or self.residual.is_nested
 
     def run(
@@ -210,7 +210,7 @@ class _Backward(NamedTuple):
 
     @property
     def is_nested(self) -> bool:
-        """Whether rows lie at two strides."""
+        """Return whether rows lie at two strides."""
         return self.grad.is_nested or self.x.is_nested or self.grad_sum.is_nested
 
     def run(self, grad_input: Tensor | None, grad_gain: Tensor | None, grad_bias: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""What the Triton kernels of the recurrent layers do to the gates of rows: nonlinearities, norms, and back.
+"""The parts of the recurrent layers' Triton kernels for the gates of rows: nonlinearities, norms, and back.
 
 Gates are up to four tiles of features × rows, side by side in registers; COUNT or GATES says how many of the
 arguments a, b, c, d there are, and the others are not looked at. A tile of one row gives it the bits that it
