@@ -17,8 +17,15 @@ from layernorm.gpu.recurrent.backward_kernels import (
     read_kept,
 )
 from layernorm.gpu.recurrent.forward_kernels import OUTPUT, STATE_C, STATE_H, cell_of_gates
-from layernorm.gpu.recurrent.row_kernels import gate_inputs, passes_on, read_x, rows_of_program, vector
-from layernorm.gpu.recurrent.table_kernels import STEPS, address, rows_of_step, slot, step_of_loop
+from layernorm.gpu.recurrent.row_kernels import (
+    gate_inputs,
+    passes_on,
+    read_x,
+    rows_of_neighbour,
+    rows_of_program,
+    vector,
+)
+from layernorm.gpu.recurrent.table_kernels import address, slot, step_of_loop
 
 WEIGHT_HH = slot("weight_hh")
 BIAS_HH = slot("bias_hh")
@@ -26,11 +33,10 @@ BIAS_HH = slot("bias_hh")
 
 @triton.jit
 def _rows(table, step, n, batch, FROM_LAST: tl.constexpr, PACKED: tl.constexpr):
-    """Return what ``row_of_step`` does for rows n; none where there is no such step."""
+    """Return step t of the sequence, rows n of it among those of all steps, and which of them there are."""
     t = step_of_loop(table, step, FROM_LAST)
-    inside = (t >= 0) & (t < tl.load(table + STEPS))
-    first, count = rows_of_step(table, tl.where(inside, t, 0), batch, PACKED)
-    return t, first + n, inside & (n < count)
+    first, count = rows_of_neighbour(table, t, batch, PACKED)
+    return t, first + n, n < count
 
 
 @triton.jit

@@ -82,7 +82,7 @@ def row_of_step(table, step, batch, FROM_LAST: tl.constexpr, PACKED: tl.constexp
 
 
 @triton.jit
-def _neighbour(table, t, batch, PACKED: tl.constexpr):
+def rows_of_neighbour(table, t, batch, PACKED: tl.constexpr):
     """Return first row and rows of step t; no rows where there is no such step."""
     inside = (t >= 0) & (t < tl.load(table + STEPS))
     first, count = rows_of_step(table, tl.where(inside, t, 0), batch, PACKED)
@@ -114,7 +114,7 @@ def passes_on(
     if REVERSE:
         passes = _no_reset(table, row, there & (t > 0), PRESENT)
     else:
-        first, count = _neighbour(table, t + 1, batch, PACKED)
+        first, count = rows_of_neighbour(table, t + 1, batch, PACKED)
         passes = _no_reset(table, first + n, n < count, PRESENT)
     return passes
 
@@ -138,7 +138,7 @@ def started_from(
     PRESENT: tl.constexpr,
 ):
     """Load the state that rows n of step t started from; zeros after a reset."""
-    first, count = _neighbour(table, t + 1 if REVERSE else t - 1, batch, PACKED)
+    first, count = rows_of_neighbour(table, t + 1 if REVERSE else t - 1, batch, PACKED)
     taken = n < count
     if REVERSE:
         passes = _no_reset(table, first + n, taken, PRESENT)
